@@ -1,0 +1,101 @@
+//! Attention over the caches of the sequences in a step.
+
+use super::{AttentionShape, Segment, array};
+use crate::error::Result;
+use mlx_rs::fast::{self, ScaledDotProductAttentionMask as Mask};
+use mlx_rs::ops::indexing::{Ellipsis, TryIndexMutOp, TryIndexOp};
+use mlx_rs::{Array, ops};
+
+/// The cache grows by this many positions at a time, as mlx-lm's does.
+const GROWTH: i32 = 256;
+
+/// Keys and values of one sequence in one layer: `[1, kv_heads, capacity, head_dim]`.
+#[derive(Default)]
+pub struct Cache {
+    keys_values: Option<[Array; 2]>,
+}
+
+impl Cache {
+    pub fn bytes(&self) -> usize {
+        self.arrays().map(Array::nbytes).sum()
+    }
+
+    pub fn arrays(&self) -> impl Iterator<Item = &Array> {
+        self.keys_values.iter().flatten()
+    }
+
+    /// Writes `new` at `start`; -> keys and values of all positions up to there.
+    fn append(&mut self, start: i32, new: [Array; 2]) -> Result<[Array; 2]> {
+        let end = start + new[0].dim(2);
+        let caches = match self.keys_values.take() {
+            Some(caches) if caches[0].dim(2) >= end => caches,
+            caches => grown(caches, &new, end)?,
+        };
+        let [mut keys, mut values] = caches;
+        let [new_keys, new_values] = new;
+        keys.try_index_mut((Ellipsis, start..end, ..), new_keys)?;
+        values.try_index_mut((Ellipsis, start..end, ..), new_values)?;
+        let up_to = |cache: &Array| cache.try_index((Ellipsis, ..end, ..));
+        let seen = [up_to(&keys)?, up_to(&values)?];
+        self.keys_values = Some([keys, values]);
+        Ok(seen)
+    }
+}
+
+fn grown(caches: Option<[Array; 2]>, new: &[Array; 2], end: i32) -> Result<[Array; 2]> {
+    let capacity = (end + GROWTH - 1) / GROWTH * GROWTH;
+    let zeros = |like: &Array, positions: i32| {
+        let shape = [like.dim(0), like.dim(1), positions, like.dim(3)];
+        ops::zeros_dtype(&shape, like.dtype())
+    };
+    let grow = |old: Option<&Array>, new: &Array| match old {
+        None => zeros(new, capacity),
+        Some(old) => ops::concatenate(&[old, &zeros(new, capacity - old.dim(2))?], 2),
+    };
+    let [old_keys, old_values] = match &caches {
+        Some([keys, values]) => [Some(keys), Some(values)],
+        None => [None, None],
+    };
+    Ok([grow(old_keys, &new[0])?, grow(old_values, &new[1])?])
+}
+
+pub fn attend(
+    shape: &AttentionShape,
+    [q, k, v]: [Array; 3],
+    [q_norm, k_norm]: [&Array; 2],
+    segments: &[Segment],
+    caches: &mut [&mut Cache],
+) -> Result<Array> {
+    let head_dim = shape.head_dim as i32;
+    let heads = |x: Array| x.reshape(&[x.dim(0), -1, head_dim]);
+    let q = fast::rms_norm(heads(q)?, Some(q_norm), shape.rms_norm_eps)?;
+    let k = fast::rms_norm(heads(k)?, Some(k_norm), shape.rms_norm_eps)?;
+    let v = heads(v)?;
+    let mut outputs = vec![];
+    for (segment, cache) in segments.iter().zip(caches) {
+        // [rows, heads, head_dim] -> [1, heads, rows, head_dim]
+        let own = |x: &Array| -> Result<Array> {
+            Ok(array::rows(x, &segment.rows)?.transpose_axes(&[1, 0, 2])?.expand_dims(0)?)
+        };
+        let start = segment.start as i32;
+        let rope =
+            |x: Array| fast::rope(x, head_dim, false, shape.rope_theta, 1.0, start, None::<&Array>);
+        let [keys, values] = cache.append(start, [rope(own(&k)?)?, own(&v)?])?;
+        let mask = (segment.rows.len() > 1).then_some(Mask::Causal);
+        let scale = (shape.head_dim as f32).powf(-0.5);
+        let attended = fast::scaled_dot_product_attention(
+            rope(own(&q)?)?,
+            keys,
+            values,
+            scale,
+            mask,
+            None::<&Array>,
+        )?;
+        let rows = segment.rows.len() as i32;
+        outputs.push(attended.transpose_axes(&[0, 2, 1, 3])?.reshape(&[rows, -1])?);
+    }
+    match &outputs[..] {
+        [one] => Ok(one.clone()),
+        _ => Ok(ops::concatenate(&outputs, 0)?),
+    }
+}

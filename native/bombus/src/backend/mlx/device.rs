@@ -1,0 +1,61 @@
+//! Devices, memory, and MLX's error handler.
+
+use crate::error::{Error, Result};
+use mlx_rs::{Device as MlxDevice, Stream};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    Cpu,
+    Gpu,
+}
+
+impl Device {
+    pub fn stream(self) -> Result<Stream> {
+        match self {
+            Device::Cpu => Ok(Stream::new_with_device(&MlxDevice::cpu())),
+            Device::Gpu if gpu_available() => Ok(Stream::new_with_device(&MlxDevice::gpu())),
+            Device::Gpu => Err(Error::NoGpu(NO_GPU.into())),
+        }
+    }
+}
+
+const NO_GPU: &str = "MLX finds no GPU: it needs an Apple Silicon Mac, or an NVIDIA card on Linux \
+     and MLX's CUDA build (pip download mlx-cuda-13, unpacked, named by BOMBUS_MLX_DIR); \
+     `device: :cpu` works everywhere";
+
+/// mlx-c's own error handler ends the process. mlx-rs replaces it on the first operation that
+/// can fail, so one is made before anything else.
+pub fn init() -> Result<()> {
+    mlx_rs::memory::active_memory()?;
+    Ok(())
+}
+
+#[allow(unsafe_code)]
+pub fn gpu_available() -> bool {
+    if init().is_err() {
+        return false;
+    }
+    let mut available = false;
+    // SAFETY: the device is made and freed here, and the answer goes to a local.
+    unsafe {
+        let device = mlx_sys::mlx_device_new_type(mlx_sys::mlx_device_type__MLX_GPU, 0);
+        mlx_sys::mlx_device_is_available(&mut available, device);
+        mlx_sys::mlx_device_free(device);
+    }
+    available
+}
+
+/// Bytes that MLX holds in the whole process: active, cached, peak.
+pub fn memory() -> Result<[usize; 3]> {
+    use mlx_rs::memory::{active_memory, cache_memory, peak_memory};
+    Ok([active_memory()?, cache_memory()?, peak_memory()?])
+}
+
+/// mlx-rs seeds its random numbers with this clock of macOS; Bombus draws its own.
+#[cfg(not(target_os = "macos"))]
+#[allow(unsafe_code)]
+// SAFETY: no other library on Linux defines this name.
+#[unsafe(no_mangle)]
+extern "C" fn mach_approximate_time() -> u64 {
+    0
+}

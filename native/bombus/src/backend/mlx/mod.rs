@@ -1,0 +1,192 @@
+//! The backend on MLX: Metal, CUDA, or MLX's own CPU device.
+//!
+//! Every operation only adds to a graph; `submit` starts it, `read` waits for it. MLX binds its
+//! streams to threads, so all of a model's work happens in one thread, inside `Mlx::scope`.
+
+mod array;
+mod attention;
+mod device;
+mod linear;
+mod sample;
+
+pub use device::{Device, gpu_available, memory};
+
+use super::{AttentionShape, Backend, LinearWeights, LoraRows, Segment, Token};
+use crate::error::{Error, Result};
+use crate::sampler::Draw;
+use crate::tensor_file::TensorView;
+use attention::Cache;
+use linear::{Linear, Lora};
+use mlx_rs::ops::indexing::{take_along_axis, take_axis};
+use mlx_rs::{Array, Dtype, Stream, fast, ops, transforms};
+
+#[derive(Clone)]
+pub struct Mlx {
+    stream: Stream,
+}
+
+impl From<mlx_rs::error::Exception> for Error {
+    fn from(exception: mlx_rs::error::Exception) -> Self {
+        let what = exception.what();
+        // MLX's allocators say so in words of their own; there is no code to ask for.
+        let memory = ["malloc", "allocate", "out of memory", "OutOfMemory"];
+        match memory.iter().any(|word| what.contains(word)) {
+            true => Error::OutOfMemory(what.into()),
+            false => Error::Backend(what.into()),
+        }
+    }
+}
+
+impl Mlx {
+    pub fn new(device: Device) -> Result<Self> {
+        device::init()?;
+        Ok(Self { stream: device.stream()? })
+    }
+
+    /// Runs `work` with this backend's stream as the thread's default.
+    pub fn scope<T>(&self, work: impl FnOnce() -> T) -> T {
+        mlx_rs::with_stream(&self.stream, work)
+    }
+}
+
+impl Backend for Mlx {
+    type Tensor = Array;
+    type Norm = Array;
+    type Linear = Linear;
+    type Embedding = Linear;
+    type Lora = Lora;
+    type Cache = Cache;
+    type Samples = Array;
+
+    fn norm(&self, weight: &TensorView) -> Result<Array> {
+        array::load(weight)
+    }
+
+    fn linear(&self, parts: &[LinearWeights]) -> Result<Linear> {
+        Linear::load(parts)
+    }
+
+    fn embedding(&self, weights: &LinearWeights) -> Result<Linear> {
+        Linear::load(std::slice::from_ref(weights))
+    }
+
+    fn lora(&self, a: &TensorView, b: &TensorView, scale: f32) -> Result<Lora> {
+        Ok(Lora { a: array::load(a)?, b: array::load(b)?, scale: Array::from_f32(scale) })
+    }
+
+    fn cache(&self) -> Cache {
+        Cache::default()
+    }
+
+    fn cache_bytes(&self, cache: &Cache) -> usize {
+        cache.bytes()
+    }
+
+    fn embed(
+        &self,
+        embedding: &Linear,
+        tokens: &[Token],
+        previous: Option<&Array>,
+        loras: &[LoraRows<Self>],
+    ) -> Result<Array> {
+        let ids = token_ids(tokens, previous)?;
+        let embedded = embedding.take(&ids)?;
+        linear::add_loras(embedded, 0, loras, |rows, lora| lora.embed(&array::rows(&ids, rows)?))
+    }
+
+    fn project(&self, linear: &Linear, x: &Array, loras: &[LoraRows<Self>]) -> Result<Vec<Array>> {
+        let outputs = linear.apply(x)?.into_iter().enumerate();
+        let add = |(part, y)| {
+            linear::add_loras(y, part, loras, |rows, lora| lora.apply(&array::rows(x, rows)?))
+        };
+        outputs.map(add).collect()
+    }
+
+    fn rms_norm(&self, x: &Array, norm: &Array, eps: f32) -> Result<Array> {
+        Ok(fast::rms_norm(x, Some(norm), eps)?)
+    }
+
+    fn attention(
+        &self,
+        shape: &AttentionShape,
+        qkv: [Array; 3],
+        head_norms: [&Array; 2],
+        segments: &[Segment],
+        caches: &mut [&mut Cache],
+    ) -> Result<Array> {
+        attention::attend(shape, qkv, head_norms, segments, caches)
+    }
+
+    fn gated(&self, gate: &Array, up: &Array) -> Result<Array> {
+        let silu = gate.multiply(ops::sigmoid(gate)?)?;
+        Ok(silu.multiply(up)?)
+    }
+
+    fn add(&self, x: &Array, y: &Array) -> Result<Array> {
+        Ok(x.add(y)?)
+    }
+
+    fn select(&self, x: &Array, rows: &[usize]) -> Result<Array> {
+        if rows.len() as i32 == x.dim(0) {
+            return Ok(x.clone());
+        }
+        Ok(take_axis(x, array::indices(rows), 0)?)
+    }
+
+    fn unembed(&self, embedding: &Linear, x: &Array, loras: &[LoraRows<Self>]) -> Result<Array> {
+        let [logits] = &embedding.apply(x)?[..] else { unreachable!("an embedding is one part") };
+        linear::add_loras(logits.clone(), 0, loras, |rows, lora| {
+            lora.unembed(&array::rows(x, rows)?)
+        })
+    }
+
+    fn sample(&self, logits: &Array, draws: &[Draw]) -> Result<Array> {
+        sample::sample(logits, draws)
+    }
+
+    fn log_probs(&self, logits: &Array, targets: &[u32]) -> Result<Vec<f32>> {
+        let logits = logits.as_dtype(Dtype::Float32)?;
+        let targets = Array::from_slice(targets, &[targets.len() as i32, 1]);
+        let chosen = take_along_axis(&logits, &targets, -1)?;
+        let log_probs = chosen.subtract(logits.logsumexp_axis(-1, true)?)?.flatten(None, None)?;
+        log_probs.eval()?;
+        array::values(&log_probs)
+    }
+
+    fn submit(&self, samples: Option<&Array>, caches: &[&Cache]) -> Result<()> {
+        let caches = caches.iter().flat_map(|cache| cache.arrays());
+        Ok(transforms::async_eval(samples.into_iter().chain(caches))?)
+    }
+
+    fn read(&self, samples: &Array) -> Result<Vec<u32>> {
+        samples.eval()?;
+        array::values(samples)
+    }
+}
+
+/// The ids of a step, `[rows]`: those known from here, those sampled from the previous step.
+fn token_ids(tokens: &[Token], previous: Option<&Array>) -> Result<Array> {
+    let known: Vec<u32> = tokens
+        .iter()
+        .map(|token| match token {
+            Token::Id(id) => *id,
+            Token::Sampled(_) => 0,
+        })
+        .collect();
+    let known = Array::from_slice(&known, &[known.len() as i32]);
+    let sampled = |token: &Token| matches!(token, Token::Sampled(_));
+    let Some(previous) = previous.filter(|_| tokens.iter().any(sampled)) else {
+        return Ok(known);
+    };
+    let rows: Vec<usize> = tokens
+        .iter()
+        .map(|token| match token {
+            Token::Id(_) => 0,
+            Token::Sampled(row) => *row,
+        })
+        .collect();
+    let from_previous = take_axis(previous, array::indices(&rows), 0)?;
+    let sampled: Vec<bool> = tokens.iter().map(sampled).collect();
+    let sampled = Array::from_slice(&sampled, &[sampled.len() as i32]);
+    Ok(ops::select(sampled, from_previous, known)?)
+}

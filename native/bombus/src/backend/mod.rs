@@ -1,0 +1,135 @@
+//! What a decoder-only transformer needs of the hardware, at the height at which a good kernel
+//! can be written. `Decoder` is written once over this trait.
+//!
+//! Tokens are rows: an activation is `[rows, width]`, the rows of all scheduled sequences one
+//! after another, without padding. Weights are immutable; caches and adapters are arguments.
+
+pub mod mlx;
+
+use crate::config::Quantization;
+use crate::error::Result;
+use crate::sampler::Draw;
+use crate::tensor_file::TensorView;
+use std::ops::Range;
+
+/// The tensors of one linear layer (or of the embedding), as they lie in the checkpoint.
+/// `weight` is `[out, in]`, or its packed codes where `quantized` has the rest.
+pub struct LinearWeights<'a> {
+    pub weight: TensorView<'a>,
+    pub quantized: Option<QuantizedWeights<'a>>,
+    pub out_features: usize,
+}
+
+/// `scales` and `biases` are `[out, in / group_size]`.
+pub struct QuantizedWeights<'a> {
+    pub scales: TensorView<'a>,
+    pub biases: TensorView<'a>,
+    pub layout: Quantization,
+}
+
+/// Heads and positions of an attention layer.
+#[derive(Clone, Debug)]
+pub struct AttentionShape {
+    pub num_attention_heads: usize,
+    pub num_key_value_heads: usize,
+    pub head_dim: usize,
+    pub rope_theta: f32,
+    pub rms_norm_eps: f32,
+}
+
+/// The rows of a step that belong to one sequence, and the position of the first of them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Segment {
+    pub rows: Range<usize>,
+    pub start: usize,
+}
+
+/// The token of a row: known, or still on the device as a row of the previous step's samples.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Token {
+    Id(u32),
+    Sampled(usize),
+}
+
+/// An adapter's share in some rows of a linear layer's output number `part` (0 for embeddings).
+pub struct LoraRows<'a, B: Backend + ?Sized> {
+    pub part: usize,
+    pub rows: Range<usize>,
+    pub lora: &'a B::Lora,
+}
+
+pub trait Backend {
+    /// An activation, `[rows, width]`.
+    type Tensor;
+    /// The weight of a norm, `[width]`.
+    type Norm;
+    /// One or several linear layers that share their input (q, k and v; gate and up).
+    type Linear;
+    type Embedding;
+    /// One adapter's pair for one linear layer.
+    type Lora;
+    /// Keys and values of one sequence in one layer.
+    type Cache;
+    /// Token ids that may not have been computed yet, `[rows]`.
+    type Samples;
+
+    fn norm(&self, weight: &TensorView) -> Result<Self::Norm>;
+    fn linear(&self, parts: &[LinearWeights]) -> Result<Self::Linear>;
+    fn embedding(&self, weights: &LinearWeights) -> Result<Self::Embedding>;
+    /// a: `[in, rank]`, b: `[rank, out]`; of an embedding `[vocab, rank]` and `[rank, hidden]`
+    fn lora(&self, a: &TensorView, b: &TensorView, scale: f32) -> Result<Self::Lora>;
+    fn cache(&self) -> Self::Cache;
+    fn cache_bytes(&self, cache: &Self::Cache) -> usize;
+
+    /// -> `[rows, hidden]`
+    fn embed(
+        &self,
+        embedding: &Self::Embedding,
+        tokens: &[Token],
+        previous: Option<&Self::Samples>,
+        loras: &[LoraRows<Self>],
+    ) -> Result<Self::Tensor>;
+
+    /// One output for each layer that `linear` is made of: `x W' + scale * (x A) B`.
+    fn project(
+        &self,
+        linear: &Self::Linear,
+        x: &Self::Tensor,
+        loras: &[LoraRows<Self>],
+    ) -> Result<Vec<Self::Tensor>>;
+
+    fn rms_norm(&self, x: &Self::Tensor, norm: &Self::Norm, eps: f32) -> Result<Self::Tensor>;
+
+    /// Norms and rotates the heads of q and k, appends k and v to the segments' caches and
+    /// attends: q `[rows, heads * head_dim]` -> the same shape. `caches` go with `segments`.
+    fn attention(
+        &self,
+        shape: &AttentionShape,
+        qkv: [Self::Tensor; 3],
+        head_norms: [&Self::Norm; 2],
+        segments: &[Segment],
+        caches: &mut [&mut Self::Cache],
+    ) -> Result<Self::Tensor>;
+
+    /// `silu(gate) * up`
+    fn gated(&self, gate: &Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor>;
+    fn add(&self, x: &Self::Tensor, y: &Self::Tensor) -> Result<Self::Tensor>;
+    fn select(&self, x: &Self::Tensor, rows: &[usize]) -> Result<Self::Tensor>;
+    /// The head of a model with tied embeddings: x `[rows, hidden]` -> `[rows, vocab]`.
+    fn unembed(
+        &self,
+        embedding: &Self::Embedding,
+        x: &Self::Tensor,
+        loras: &[LoraRows<Self>],
+    ) -> Result<Self::Tensor>;
+
+    /// One token for each row of logits.
+    fn sample(&self, logits: &Self::Tensor, draws: &[Draw]) -> Result<Self::Samples>;
+    /// ln p of one target for each row of logits; waits for them.
+    fn log_probs(&self, logits: &Self::Tensor, targets: &[u32]) -> Result<Vec<f32>>;
+
+    /// Starts the work that `samples` and `caches` stand for, without waiting for it.
+    fn submit(&self, samples: Option<&Self::Samples>, caches: &[&Self::Cache]) -> Result<()>;
+    /// Waits for the samples.
+    fn read(&self, samples: &Self::Samples) -> Result<Vec<u32>>;
+}

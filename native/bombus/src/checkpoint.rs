@@ -1,0 +1,248 @@
+//! From a folder to a decoder: finds every tensor by its module path, checks its shape and hands
+//! it to the backend.
+
+use crate::backend::{AttentionShape, Backend, LinearWeights, QuantizedWeights};
+use crate::config::{Config, Quantization};
+use crate::decoder::{Decoder, Layer};
+use crate::error::{Error, Result};
+use crate::tensor_file::{TensorFiles, TensorView};
+use safetensors::tensor::Dtype;
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::path::Path;
+
+/// A linear layer's place in the model: `weight` is `[out_features, in_features]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Module {
+    pub path: String,
+    pub in_features: usize,
+    pub out_features: usize,
+}
+
+impl Config {
+    /// The linear layers of decoder layer `layer`, in the order of `decoder::PROJECTIONS`.
+    pub fn projections(&self, layer: usize) -> [Module; 7] {
+        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
+        let q = self.num_attention_heads * self.head_dim;
+        let kv = self.num_key_value_heads * self.head_dim;
+        let shapes = [
+            (hidden, q),
+            (hidden, kv),
+            (hidden, kv),
+            (q, hidden),
+            (hidden, inner),
+            (hidden, inner),
+            (inner, hidden),
+        ];
+        let mut index = 0;
+        shapes.map(|(in_features, out_features)| {
+            let path = format!("model.layers.{layer}.{}", crate::decoder::PROJECTIONS[index]);
+            index += 1;
+            Module { path, in_features, out_features }
+        })
+    }
+
+    /// `[vocab, hidden]`: the embedding, and a head of its own
+    pub fn vocabulary_module(&self, path: &str) -> Module {
+        Module { path: path.into(), in_features: self.hidden_size, out_features: self.vocab_size }
+    }
+
+    pub fn attention_shape(&self) -> AttentionShape {
+        AttentionShape {
+            num_attention_heads: self.num_attention_heads,
+            num_key_value_heads: self.num_key_value_heads,
+            head_dim: self.head_dim,
+            rope_theta: self.rope_theta,
+            rms_norm_eps: self.rms_norm_eps,
+        }
+    }
+}
+
+pub fn load<B: Backend>(folder: &Path, config: &Config, backend: B) -> Result<Decoder<B>> {
+    let tensors = TensorFiles::open(folder)?;
+    let checkpoint = Checkpoint { config, tensors, taken: RefCell::default() };
+    let layers: Result<_> =
+        (0..config.num_hidden_layers).map(|index| checkpoint.layer(index, &backend)).collect();
+    let decoder = Decoder {
+        embed_tokens: backend
+            .embedding(&checkpoint.linear(&config.vocabulary_module("model.embed_tokens"))?)?,
+        layers: layers?,
+        norm: backend.norm(&checkpoint.norm("model.norm", config.hidden_size)?)?,
+        lm_head: match config.tie_word_embeddings {
+            true => None,
+            false => {
+                let head = checkpoint.linear(&config.vocabulary_module("lm_head"))?;
+                Some(backend.linear(&[head])?)
+            }
+        },
+        attention: config.attention_shape(),
+        backend,
+    };
+    checkpoint.check_all_taken()?;
+    Ok(decoder)
+}
+
+struct Checkpoint<'a> {
+    config: &'a Config,
+    tensors: TensorFiles,
+    /// The names that a module has asked for.
+    taken: RefCell<BTreeSet<String>>,
+}
+
+impl Checkpoint<'_> {
+    fn layer<B: Backend>(&self, index: usize, backend: &B) -> Result<Layer<B>> {
+        let (hidden, head_dim) = (self.config.hidden_size, self.config.head_dim);
+        let norm = |name: &str, width| {
+            backend.norm(&self.norm(&format!("model.layers.{index}.{name}"), width)?)
+        };
+        let modules = self.config.projections(index);
+        let linear = |modules: &[Module]| {
+            let weights: Result<Vec<_>> = modules.iter().map(|m| self.linear(m)).collect();
+            backend.linear(&weights?)
+        };
+        Ok(Layer {
+            input_layernorm: norm("input_layernorm", hidden)?,
+            qkv_proj: linear(&modules[0..3])?,
+            q_norm: norm("self_attn.q_norm", head_dim)?,
+            k_norm: norm("self_attn.k_norm", head_dim)?,
+            o_proj: linear(&modules[3..4])?,
+            post_attention_layernorm: norm("post_attention_layernorm", hidden)?,
+            gate_up_proj: linear(&modules[4..6])?,
+            down_proj: linear(&modules[6..7])?,
+        })
+    }
+
+    fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
+        self.taken.borrow_mut().insert(name.to_owned());
+        self.tensors.require(name)
+    }
+
+    fn norm(&self, module: &str, width: usize) -> Result<TensorView<'_>> {
+        let name = format!("{module}.weight");
+        let weight = self.tensor(&name)?;
+        check(&name, &weight, &[width])?;
+        Ok(weight)
+    }
+
+    /// A module is quantized exactly if it has scales.
+    fn linear(&self, module: &Module) -> Result<LinearWeights<'_>> {
+        let name = format!("{}.weight", module.path);
+        let weight = self.tensor(&name)?;
+        let quantized = match self.tensors.contains(&format!("{}.scales", module.path)) {
+            true => Some(self.quantized(module, &weight)?),
+            false => {
+                check(&name, &weight, &[module.out_features, module.in_features])?;
+                None
+            }
+        };
+        Ok(LinearWeights { weight, quantized, out_features: module.out_features })
+    }
+
+    fn quantized(&self, module: &Module, weight: &TensorView) -> Result<QuantizedWeights<'_>> {
+        let path = &module.path;
+        let scales = self.tensor(&format!("{path}.scales"))?;
+        let layout = match self.config.overrides.get(path) {
+            Some(layout) => layout.ok_or_else(|| {
+                let message =
+                    format!("`{path}` has scales, but `config.json` says that it has none");
+                Error::Checkpoint(message)
+            })?,
+            // As mlx-lm: what config.json does not list by name, the tensors tell.
+            None => layout_of(module, weight, &scales)?,
+        };
+        let columns = packed_columns(module, layout)?;
+        if weight.dtype != Dtype::U32 || weight.shape != [module.out_features, columns] {
+            return Err(mismatch(
+                &format!("{path}.weight"),
+                weight,
+                &[module.out_features, columns],
+                &format!("packed U32 ({} bits, group size {})", layout.bits, layout.group_size),
+            ));
+        }
+        let groups = [module.out_features, module.in_features / layout.group_size];
+        let float = |suffix: &str| {
+            let name = format!("{path}.{suffix}");
+            let tensor = self.tensor(&name)?;
+            check(&name, &tensor, &groups)?;
+            Ok::<_, Error>(tensor)
+        };
+        let (scales, biases) = (float("scales")?, float("biases")?);
+        if scales.dtype != biases.dtype {
+            let message = format!("`{path}`: scales are {:?}, biases", scales.dtype);
+            return Err(Error::Checkpoint(format!("{message} {:?}", biases.dtype)));
+        }
+        Ok(QuantizedWeights { scales, biases, layout })
+    }
+
+    /// A tensor that no module takes says that the model is not what its config says.
+    fn check_all_taken(&self) -> Result<()> {
+        let taken = self.taken.borrow();
+        let ignored = |name: &str| {
+            // Written by some converters; mlx-lm leaves them out too.
+            name.ends_with("rotary_emb.inv_freq")
+                || (self.config.tie_word_embeddings && name.starts_with("lm_head."))
+        };
+        let left: Vec<&str> =
+            self.tensors.names().filter(|name| !taken.contains(*name) && !ignored(name)).collect();
+        if left.is_empty() {
+            return Ok(());
+        }
+        let shown = left.iter().take(5).map(|name| format!("`{name}`")).collect::<Vec<_>>();
+        Err(Error::Checkpoint(format!(
+            "`{}` has {} tensors that no module of a {} takes: {}",
+            self.tensors.place(),
+            left.len(),
+            self.config.model_type,
+            shown.join(", ")
+        )))
+    }
+}
+
+/// bits and group size from the shapes of a weight and its scales
+fn layout_of(module: &Module, weight: &TensorView, scales: &TensorView) -> Result<Quantization> {
+    let (&[_, columns], &[_, groups]) = (weight.shape, scales.shape) else {
+        return Err(unfitting(module, weight, scales));
+    };
+    let layout = Quantization {
+        group_size: module.in_features.checked_div(groups).unwrap_or(0),
+        bits: columns * 32 / module.in_features,
+    };
+    match layout.is_affine() {
+        true => Ok(layout),
+        false => Err(unfitting(module, weight, scales)),
+    }
+}
+
+fn unfitting(module: &Module, weight: &TensorView, scales: &TensorView) -> Error {
+    Error::Checkpoint(format!(
+        "`{}`: scales of shape {:?} do not fit a weight of shape {:?} for {} inputs",
+        module.path, scales.shape, weight.shape, module.in_features
+    ))
+}
+
+/// The u32 columns of a packed row.
+fn packed_columns(module: &Module, layout: Quantization) -> Result<usize> {
+    let Quantization { bits, group_size } = layout;
+    if !module.in_features.is_multiple_of(group_size) {
+        return Err(Error::Checkpoint(format!(
+            "`{}` has rows of {} weights, which group size {group_size} does not divide",
+            module.path, module.in_features
+        )));
+    }
+    Ok(module.in_features * bits / 32)
+}
+
+fn check(name: &str, tensor: &TensorView, shape: &[usize]) -> Result<()> {
+    let float = matches!(tensor.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32);
+    if float && tensor.shape == shape {
+        return Ok(());
+    }
+    Err(mismatch(name, tensor, shape, "BF16, F16 or F32"))
+}
+
+fn mismatch(name: &str, tensor: &TensorView, shape: &[usize], dtype: &str) -> Error {
+    Error::Checkpoint(format!(
+        "`{name}` is {:?} of shape {:?}, expected {dtype} of shape {shape:?}",
+        tensor.dtype, tensor.shape
+    ))
+}

@@ -1,0 +1,361 @@
+//! A checkpoint's `config.json` and `generation_config.json`, checked field by field.
+
+use crate::error::{Error, Result};
+use serde_json::{Map, Value};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Affine group quantization: `w = scale * code + bias`, one pair for every `group_size`
+/// weights of a row, codes of `bits` packed from the low bits into u32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Quantization {
+    pub group_size: usize,
+    pub bits: usize,
+}
+
+impl Quantization {
+    /// Whether MLX has this layout.
+    pub fn is_affine(&self) -> bool {
+        matches!(self.bits, 2..=6 | 8) && matches!(self.group_size, 32 | 64 | 128)
+    }
+}
+
+/// The shape of a decoder-only transformer, with the names of `config.json`.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub model_type: String,
+    pub hidden_size: usize,
+    pub num_hidden_layers: usize,
+    pub intermediate_size: usize,
+    pub num_attention_heads: usize,
+    pub num_key_value_heads: usize,
+    pub head_dim: usize,
+    pub vocab_size: usize,
+    pub rms_norm_eps: f32,
+    pub rope_theta: f32,
+    pub max_position_embeddings: usize,
+    pub tie_word_embeddings: bool,
+    /// Tokens that end a sequence.
+    pub eos_token_ids: Vec<u32>,
+    pub quantization: Option<Quantization>,
+    /// module path -> its own quantization; None: left as it is
+    pub overrides: BTreeMap<String, Option<Quantization>>,
+    /// `generation_config.json` as it stands; empty where there is none
+    pub generation: Map<String, Value>,
+}
+
+impl Config {
+    pub fn open(folder: &Path) -> Result<Self> {
+        let fields = Fields::open(&folder.join("config.json"))?;
+        let generation_path = folder.join("generation_config.json");
+        let generation = match generation_path.exists() {
+            true => Fields::open(&generation_path)?,
+            false => Fields { path: generation_path, map: Map::new() },
+        };
+        Self::parse(&fields, generation)
+    }
+
+    fn parse(fields: &Fields, generation: Fields) -> Result<Self> {
+        check_family(fields)?;
+        let quantization = fields.quantization()?;
+        let num_attention_heads = fields.size("num_attention_heads")?;
+        let config = Self {
+            model_type: fields.text("model_type")?,
+            hidden_size: fields.size("hidden_size")?,
+            num_hidden_layers: fields.size("num_hidden_layers")?,
+            intermediate_size: fields.size("intermediate_size")?,
+            num_attention_heads,
+            num_key_value_heads: fields.size_or("num_key_value_heads", num_attention_heads)?,
+            // transformers' own default for Qwen3, not hidden_size / num_attention_heads
+            head_dim: fields.size_or("head_dim", 128)?,
+            vocab_size: fields.size("vocab_size")?,
+            rms_norm_eps: fields.number_or("rms_norm_eps", 1e-6)? as f32,
+            rope_theta: fields.rope_theta()?,
+            max_position_embeddings: fields.size_or("max_position_embeddings", 32768)?,
+            tie_word_embeddings: fields.flag_or("tie_word_embeddings", false)?,
+            eos_token_ids: eos_token_ids(fields, &generation)?,
+            quantization: quantization.default,
+            overrides: quantization.overrides,
+            generation: generation.map,
+        };
+        config.check(fields)?;
+        Ok(config)
+    }
+
+    fn check(&self, fields: &Fields) -> Result<()> {
+        if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
+            return Err(fields.error("num_key_value_heads", "it must divide num_attention_heads"));
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return Err(fields.error("head_dim", "it must be even"));
+        }
+        if !(self.rms_norm_eps >= 0.0 && self.rms_norm_eps.is_finite()) {
+            return Err(fields.error("rms_norm_eps", "expected a number of at least 0"));
+        }
+        if !(self.rope_theta > 0.0 && self.rope_theta.is_finite()) {
+            return Err(fields.error("rope_theta", "expected a number above 0"));
+        }
+        Ok(())
+    }
+}
+
+fn check_family(fields: &Fields) -> Result<()> {
+    if fields.value("model_file").is_some() {
+        let message = "`model_file` asks to run code from the checkpoint, which is refused";
+        return Err(Error::Unsupported(format!("`{}`: {message}", fields.path.display())));
+    }
+    let family = fields.text("model_type")?;
+    if family != "qwen3" {
+        let path = fields.path.display();
+        let message =
+            format!("`{path}`: the model_type `{family}` is not supported (only qwen3 is)");
+        return Err(Error::Unsupported(message));
+    }
+    Ok(())
+}
+
+/// `generation_config.json`'s where it names any, as in mlx-lm and transformers.
+fn eos_token_ids(config: &Fields, generation: &Fields) -> Result<Vec<u32>> {
+    let ids = generation.token_ids("eos_token_id")?;
+    if ids.is_empty() { config.token_ids("eos_token_id") } else { Ok(ids) }
+}
+
+struct Quantizations {
+    default: Option<Quantization>,
+    overrides: BTreeMap<String, Option<Quantization>>,
+}
+
+/// A JSON file's fields, read with errors that name file and field.
+struct Fields {
+    path: PathBuf,
+    map: Map<String, Value>,
+}
+
+impl Fields {
+    fn open(path: &Path) -> Result<Self> {
+        let text = std::fs::read(path).map_err(|error| Error::io(path, &error))?;
+        let map = serde_json::from_slice(&text).map_err(|error| {
+            Error::Config(format!("`{}` is no valid JSON object: {error}", path.display()))
+        })?;
+        Ok(Self { path: path.to_owned(), map })
+    }
+
+    fn error(&self, field: &str, problem: impl std::fmt::Display) -> Error {
+        let value = self.value(field).map(|value| format!(", got: {value}")).unwrap_or_default();
+        Error::Config(format!("`{}`: `{field}`: {problem}{value}", self.path.display()))
+    }
+
+    /// A null is as good as nothing.
+    fn value(&self, field: &str) -> Option<&Value> {
+        self.map.get(field).filter(|value| !value.is_null())
+    }
+
+    fn required<T>(&self, field: &str, value: Option<T>) -> Result<T> {
+        value.ok_or_else(|| self.error(field, "it is missing"))
+    }
+
+    fn text(&self, field: &str) -> Result<String> {
+        let value = self.required(field, self.value(field))?;
+        value.as_str().map(str::to_owned).ok_or_else(|| self.error(field, "expected a string"))
+    }
+
+    fn size(&self, field: &str) -> Result<usize> {
+        let size = self.optional_size(field)?;
+        self.required(field, size)
+    }
+
+    fn size_or(&self, field: &str, default: usize) -> Result<usize> {
+        Ok(self.optional_size(field)?.unwrap_or(default))
+    }
+
+    /// MLX's shapes are of i32, so nothing larger can be a size.
+    fn optional_size(&self, field: &str) -> Result<Option<usize>> {
+        let Some(value) = self.value(field) else { return Ok(None) };
+        let size = value.as_u64().filter(|size| (1..=i32::MAX as u64).contains(size));
+        let size = size.ok_or_else(|| self.error(field, "expected a positive integer"))?;
+        Ok(Some(size as usize))
+    }
+
+    fn number_or(&self, field: &str, default: f64) -> Result<f64> {
+        let Some(value) = self.value(field) else { return Ok(default) };
+        value.as_f64().ok_or_else(|| self.error(field, "expected a number"))
+    }
+
+    fn flag_or(&self, field: &str, default: bool) -> Result<bool> {
+        let Some(value) = self.value(field) else { return Ok(default) };
+        value.as_bool().ok_or_else(|| self.error(field, "expected true or false"))
+    }
+
+    fn object(&self, field: &str) -> Result<Option<Self>> {
+        match self.value(field) {
+            None => Ok(None),
+            Some(Value::Object(map)) => {
+                Ok(Some(Self { path: self.path.join(field), map: map.clone() }))
+            }
+            Some(_) => Err(self.error(field, "expected an object")),
+        }
+    }
+
+    /// An id, a list of them, or nothing.
+    fn token_ids(&self, field: &str) -> Result<Vec<u32>> {
+        let ids = match self.value(field) {
+            None => return Ok(vec![]),
+            Some(Value::Array(ids)) => ids.iter().map(token_id).collect(),
+            Some(id) => token_id(id).map(|id| vec![id]),
+        };
+        ids.ok_or_else(|| self.error(field, "expected a token id or a list of them"))
+    }
+
+    /// `rope_theta`, since transformers 5 inside `rope_parameters`. Scaled positions are refused.
+    fn rope_theta(&self) -> Result<f32> {
+        const DEFAULT: f64 = 1_000_000.0;
+        for field in ["rope_scaling", "rope_parameters"] {
+            let Some(rope) = self.object(field)? else { continue };
+            let kind = rope.value("rope_type").or(rope.value("type")).and_then(Value::as_str);
+            if !matches!(kind, None | Some("default")) {
+                let path = self.path.display();
+                let message = format!("`{path}`: `{field}`: this kind of rope is not supported");
+                return Err(Error::Unsupported(format!("{message}: {}", kind.unwrap_or_default())));
+            }
+            if rope.value("rope_theta").is_some() {
+                return Ok(rope.number_or("rope_theta", DEFAULT)? as f32);
+            }
+        }
+        Ok(self.number_or("rope_theta", DEFAULT)? as f32)
+    }
+
+    /// `quantization: {group_size, bits, mode?, "<module path>": {...} | false}`, also under
+    /// the name `quantization_config`.
+    fn quantization(&self) -> Result<Quantizations> {
+        let none = Quantizations { default: None, overrides: BTreeMap::new() };
+        let fields = match self.object("quantization")? {
+            None => self.object("quantization_config")?,
+            some => some,
+        };
+        let Some(fields) = fields else { return Ok(none) };
+        let default = fields.one_quantization(None)?;
+        let mut overrides = BTreeMap::new();
+        for (module, value) in &fields.map {
+            match value {
+                Value::Object(_) => {
+                    let own = fields.object(module)?.map(|own| own.one_quantization(Some(default)));
+                    overrides.insert(module.clone(), own.transpose()?);
+                }
+                Value::Bool(false) => _ = overrides.insert(module.clone(), None),
+                Value::Bool(true) => _ = overrides.insert(module.clone(), Some(default)),
+                _ => {}
+            }
+        }
+        Ok(Quantizations { default: Some(default), overrides })
+    }
+
+    fn one_quantization(&self, default: Option<Quantization>) -> Result<Quantization> {
+        if let Some(mode) = self.value("mode")
+            && mode != "affine"
+        {
+            let path = self.path.display();
+            let message = format!("`{path}`: the quantization mode {mode} is not supported");
+            return Err(Error::Unsupported(message));
+        }
+        let optional = |field: &str| match default {
+            Some(_) => self.optional_size(field),
+            None => self.size(field).map(Some),
+        };
+        let group_size = optional("group_size")?.or(default.map(|q| q.group_size)).unwrap_or(64);
+        let bits = optional("bits")?.or(default.map(|q| q.bits)).unwrap_or(4);
+        let quantization = Quantization { group_size, bits };
+        if !quantization.is_affine() {
+            let field = if matches!(group_size, 32 | 64 | 128) { "bits" } else { "group_size" };
+            return Err(self.error(field, "expected bits 2 to 6 or 8, group_size 32, 64 or 128"));
+        }
+        Ok(quantization)
+    }
+}
+
+fn token_id(value: &Value) -> Option<u32> {
+    u32::try_from(value.as_u64()?).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn minimal() -> Value {
+        json!({
+            "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2,
+            "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": 32, "vocab_size": 256, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+            "tie_word_embeddings": true, "eos_token_id": [1, 7]
+        })
+    }
+
+    fn parse(value: Value) -> Result<Config> {
+        let Value::Object(map) = value else { unreachable!("an object") };
+        let fields = Fields { path: "config.json".into(), map };
+        Config::parse(&fields, Fields { path: "generation_config.json".into(), map: Map::new() })
+    }
+
+    fn with(field: &str, value: Value) -> Result<Config> {
+        let mut config = minimal();
+        config[field] = value;
+        parse(config)
+    }
+
+    fn message(result: Result<Config>) -> String {
+        result.expect_err("an error").to_string()
+    }
+
+    #[test]
+    fn generation_config_decides_on_eos() {
+        assert_eq!(parse(minimal()).unwrap().eos_token_ids, [1, 7]);
+        let fields = |value: Value| Fields {
+            path: "config.json".into(),
+            map: value.as_object().cloned().unwrap_or_default(),
+        };
+        let generation = fields(json!({"eos_token_id": 9}));
+        assert_eq!(Config::parse(&fields(minimal()), generation).unwrap().eos_token_ids, [9]);
+    }
+
+    #[test]
+    fn head_dim_is_read_and_not_computed() {
+        assert_eq!(parse(minimal()).unwrap().head_dim, 32);
+        assert_eq!(with("head_dim", Value::Null).unwrap().head_dim, 128);
+    }
+
+    #[test]
+    fn a_missing_or_wrong_field_is_named() {
+        let hidden = message(with("hidden_size", Value::Null));
+        assert_eq!(hidden, "`config.json`: `hidden_size`: it is missing");
+        let layers = message(with("num_hidden_layers", json!(-1)));
+        assert_eq!(
+            layers,
+            "`config.json`: `num_hidden_layers`: expected a positive integer, got: -1"
+        );
+        assert!(message(with("vocab_size", json!(1u64 << 40))).contains("vocab_size"));
+        assert!(message(with("num_key_value_heads", json!(3))).contains("num_key_value_heads"));
+        assert!(message(with("rope_scaling", json!({"type": "yarn"}))).contains("yarn"));
+        assert!(message(with("model_type", json!("qwen2"))).contains("qwen2"));
+        assert!(message(with("model_file", json!("model.py"))).contains("model_file"));
+    }
+
+    #[test]
+    fn quantization_has_overrides() {
+        let quantization = json!({"group_size": 64, "bits": 4, "mode": "affine",
+            "model.layers.0.mlp.down_proj": {"bits": 8}, "lm_head": false});
+        for field in ["quantization", "quantization_config"] {
+            let config = with(field, quantization.clone()).unwrap();
+            let of = |module| {
+                let own = config.overrides.get(module).copied();
+                own.unwrap_or(config.quantization).map(|q| (q.group_size, q.bits))
+            };
+            assert_eq!(of("model.embed_tokens"), Some((64, 4)));
+            assert_eq!(of("model.layers.0.mlp.down_proj"), Some((64, 8)));
+            assert_eq!(of("lm_head"), None);
+        }
+        let bits = with("quantization", json!({"group_size": 64, "bits": 7}));
+        assert!(message(bits).contains("bits"));
+        let mode = with("quantization", json!({"group_size": 32, "bits": 4, "mode": "mxfp4"}));
+        assert!(message(mode).contains("mxfp4"));
+    }
+}

@@ -1,0 +1,187 @@
+//! The transformer, written once for every backend.
+//!
+//! Module paths are the checkpoint's: `model.layers.0.self_attn.q_proj`. Reference:
+//! mlx-lm's `models/qwen3.py`.
+
+use crate::adapter::BoundAdapter;
+use crate::backend::{AttentionShape, Backend, LoraRows, Segment, Token};
+use crate::error::Result;
+use std::ops::Range;
+
+/// The linear layers of a decoder layer, in the order in which `BoundAdapter` holds their pairs.
+pub const PROJECTIONS: [&str; 7] = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+];
+const QKV: Range<usize> = 0..3;
+const O: Range<usize> = 3..4;
+const GATE_UP: Range<usize> = 4..6;
+const DOWN: Range<usize> = 6..7;
+
+pub struct Decoder<B: Backend> {
+    pub backend: B,
+    pub embed_tokens: B::Embedding,
+    pub layers: Vec<Layer<B>>,
+    pub norm: B::Norm,
+    /// None: the embedding is the head
+    pub lm_head: Option<B::Linear>,
+    pub attention: AttentionShape,
+}
+
+pub struct Layer<B: Backend> {
+    pub input_layernorm: B::Norm,
+    pub qkv_proj: B::Linear,
+    pub q_norm: B::Norm,
+    pub k_norm: B::Norm,
+    pub o_proj: B::Linear,
+    pub post_attention_layernorm: B::Norm,
+    pub gate_up_proj: B::Linear,
+    pub down_proj: B::Linear,
+}
+
+/// Keys and values of one sequence, layer by layer.
+pub type KvCache<B> = Vec<<B as Backend>::Cache>;
+
+/// One sequence's part of a step.
+pub struct Part<'a, B: Backend> {
+    pub segment: Segment,
+    pub cache: &'a mut KvCache<B>,
+    pub adapter: Option<&'a BoundAdapter<B>>,
+}
+
+/// Consecutive rows with one adapter.
+type Span<'a, B> = (Range<usize>, &'a BoundAdapter<B>);
+
+impl<B: Backend> Decoder<B> {
+    pub fn kv_cache(&self) -> KvCache<B> {
+        self.layers.iter().map(|_| self.backend.cache()).collect()
+    }
+
+    /// The logits `[outputs, vocab]` of the rows named in `outputs`; none where it is empty.
+    pub fn forward(
+        &self,
+        tokens: &[Token],
+        previous: Option<&B::Samples>,
+        parts: &mut [Part<B>],
+        outputs: &[usize],
+    ) -> Result<Option<B::Tensor>> {
+        let spans = spans(parts);
+        let loras = embedding_loras(&spans, Range::clone);
+        let mut hidden = self.backend.embed(&self.embed_tokens, tokens, previous, &loras)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            hidden = self.layer(index, layer, hidden, parts, &spans)?;
+        }
+        if outputs.is_empty() {
+            return Ok(None);
+        }
+        let hidden = self.backend.select(&hidden, outputs)?;
+        self.logits(&hidden, outputs, &spans).map(Some)
+    }
+
+    fn layer(
+        &self,
+        index: usize,
+        layer: &Layer<B>,
+        hidden: B::Tensor,
+        parts: &mut [Part<B>],
+        spans: &[Span<B>],
+    ) -> Result<B::Tensor> {
+        let backend = &self.backend;
+        let eps = self.attention.rms_norm_eps;
+        let loras = |projections| layer_loras(index, projections, spans);
+
+        let x = backend.rms_norm(&hidden, &layer.input_layernorm, eps)?;
+        let [q, k, v] = outputs(backend.project(&layer.qkv_proj, &x, &loras(QKV))?);
+        let segments: Vec<Segment> = parts.iter().map(|part| part.segment.clone()).collect();
+        let mut caches: Vec<_> = parts.iter_mut().map(|part| &mut part.cache[index]).collect();
+        let norms = [&layer.q_norm, &layer.k_norm];
+        let x = backend.attention(&self.attention, [q, k, v], norms, &segments, &mut caches)?;
+        let [x] = outputs(backend.project(&layer.o_proj, &x, &loras(O))?);
+        let hidden = backend.add(&hidden, &x)?;
+
+        let x = backend.rms_norm(&hidden, &layer.post_attention_layernorm, eps)?;
+        let [gate, up] = outputs(backend.project(&layer.gate_up_proj, &x, &loras(GATE_UP))?);
+        let x = backend.gated(&gate, &up)?;
+        let [x] = outputs(backend.project(&layer.down_proj, &x, &loras(DOWN))?);
+        backend.add(&hidden, &x)
+    }
+
+    /// hidden: `[outputs, hidden]`, the step's rows `outputs`
+    fn logits(
+        &self,
+        hidden: &B::Tensor,
+        outputs: &[usize],
+        spans: &[Span<B>],
+    ) -> Result<B::Tensor> {
+        let x = self.backend.rms_norm(hidden, &self.norm, self.attention.rms_norm_eps)?;
+        let within = |row: usize| outputs.partition_point(|output| *output < row);
+        let selected = |rows: &Range<usize>| within(rows.start)..within(rows.end);
+        let Some(lm_head) = &self.lm_head else {
+            let loras = embedding_loras(spans, selected);
+            return self.backend.unembed(&self.embed_tokens, &x, &loras);
+        };
+        let loras = loras(spans, 0, selected, |adapter| adapter.lm_head.as_ref());
+        let [logits] = self::outputs(self.backend.project(lm_head, &x, &loras)?);
+        Ok(logits)
+    }
+}
+
+/// Neighbours with the same adapter as one, so that it multiplies their rows at once.
+fn spans<'a, B: Backend>(parts: &[Part<'a, B>]) -> Vec<Span<'a, B>> {
+    let mut spans: Vec<Span<'a, B>> = vec![];
+    for part in parts {
+        let Some(adapter) = part.adapter else { continue };
+        let rows = part.segment.rows.clone();
+        match spans.last_mut() {
+            Some((last, same)) if std::ptr::eq(*same, adapter) && last.end == rows.start => {
+                last.end = rows.end;
+            }
+            _ => spans.push((rows, adapter)),
+        }
+    }
+    spans
+}
+
+/// What the adapters of `spans` add to output `part`, over the rows that `rows` makes of theirs.
+fn loras<'a, B: Backend>(
+    spans: &[Span<'a, B>],
+    part: usize,
+    rows: impl Fn(&Range<usize>) -> Range<usize>,
+    lora: impl Fn(&'a BoundAdapter<B>) -> Option<&'a B::Lora>,
+) -> Vec<LoraRows<'a, B>> {
+    let share = |(span, adapter): &Span<'a, B>| {
+        let rows = rows(span);
+        let lora = lora(adapter).filter(|_| !rows.is_empty())?;
+        Some(LoraRows { part, rows, lora })
+    };
+    spans.iter().filter_map(share).collect()
+}
+
+fn layer_loras<'a, B: Backend>(
+    layer: usize,
+    projections: Range<usize>,
+    spans: &[Span<'a, B>],
+) -> Vec<LoraRows<'a, B>> {
+    let of = |(part, projection): (usize, usize)| {
+        let own = move |adapter: &'a BoundAdapter<B>| adapter.layers[layer][projection].as_ref();
+        loras(spans, part, Range::clone, own)
+    };
+    projections.enumerate().flat_map(of).collect()
+}
+
+fn embedding_loras<'a, B: Backend>(
+    spans: &[Span<'a, B>],
+    rows: impl Fn(&Range<usize>) -> Range<usize>,
+) -> Vec<LoraRows<'a, B>> {
+    loras(spans, 0, rows, |adapter| adapter.embed_tokens.as_ref())
+}
+
+/// A projection has as many outputs as it was loaded with, which `checkpoint` decides.
+fn outputs<T, const N: usize>(outputs: Vec<T>) -> [T; N] {
+    outputs.try_into().unwrap_or_else(|_| unreachable!("a projection lost an output"))
+}

@@ -1,0 +1,85 @@
+//! What can go wrong in the engine, by kind, each with a message for a person.
+
+use std::path::Path;
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum Error {
+    #[error("{0}")]
+    NotFound(String),
+    #[error("{0}")]
+    Io(String),
+    #[error("{0}")]
+    Config(String),
+    #[error("{0}")]
+    Checkpoint(String),
+    #[error("{0}")]
+    Tokenizer(String),
+    #[error("{0}")]
+    Adapter(String),
+    #[error("{0}")]
+    Unsupported(String),
+    #[error("{0}")]
+    Request(String),
+    #[error("{0}")]
+    PromptTooLong(String),
+    #[error("{0}")]
+    NoGpu(String),
+    #[error("the queue is full ({0} requests are waiting)")]
+    Overloaded(usize),
+    #[error("out of memory: {0}")]
+    OutOfMemory(String),
+    #[error("{0}")]
+    Backend(String),
+    #[error("the engine panicked: {0}")]
+    Panic(String),
+    #[error("the model's engine has stopped")]
+    Stopped,
+}
+
+impl Error {
+    /// The kind as a stable name: `reason` in Elixir.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Error::NotFound(_) => "not_found",
+            Error::Io(_) => "io",
+            Error::Config(_) => "bad_config",
+            Error::Checkpoint(_) => "bad_checkpoint",
+            Error::Tokenizer(_) => "bad_tokenizer",
+            Error::Adapter(_) => "bad_adapter",
+            Error::Unsupported(_) => "unsupported",
+            Error::Request(_) => "bad_request",
+            Error::PromptTooLong(_) => "prompt_too_long",
+            Error::NoGpu(_) => "no_gpu",
+            Error::Overloaded(_) => "overloaded",
+            Error::OutOfMemory(_) => "out_of_memory",
+            Error::Backend(_) => "backend",
+            Error::Panic(_) => "panic",
+            Error::Stopped => "stopped",
+        }
+    }
+
+    pub fn io(path: &Path, source: &std::io::Error) -> Self {
+        let message = format!("could not read `{}`: {source}", path.display());
+        match source.kind() {
+            std::io::ErrorKind::NotFound => Error::NotFound(message),
+            _ => Error::Io(message),
+        }
+    }
+
+    /// The payload of a caught panic.
+    pub fn panic(payload: &(dyn std::any::Any + Send)) -> Self {
+        let text = payload
+            .downcast_ref::<&str>()
+            .map(|text| text.to_string())
+            .or_else(|| payload.downcast_ref::<String>().cloned());
+        Error::Panic(text.unwrap_or_else(|| "without a message".into()))
+    }
+}
+
+/// Runs `work` and turns a panic into an error, so that it ends here.
+pub fn catch<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
+        .unwrap_or_else(|payload| Err(Error::panic(payload.as_ref())))
+}

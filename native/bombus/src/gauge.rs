@@ -1,0 +1,38 @@
+//! Counts of what is alive in the process, for `memory_info`.
+
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+pub static MODELS: AtomicUsize = AtomicUsize::new(0);
+pub static ADAPTERS: AtomicUsize = AtomicUsize::new(0);
+pub static SEQUENCES: AtomicUsize = AtomicUsize::new(0);
+pub static KV_BYTES: AtomicUsize = AtomicUsize::new(0);
+
+/// A share in a gauge, given back when it is dropped.
+#[derive(Debug)]
+pub struct Share {
+    gauge: &'static AtomicUsize,
+    amount: usize,
+}
+
+impl Share {
+    pub fn one(gauge: &'static AtomicUsize) -> Self {
+        let mut share = Self { gauge, amount: 0 };
+        share.set(1);
+        share
+    }
+
+    pub fn of(gauge: &'static AtomicUsize) -> Self {
+        Self { gauge, amount: 0 }
+    }
+
+    pub fn set(&mut self, amount: usize) {
+        self.gauge.fetch_add(amount, Relaxed);
+        self.gauge.fetch_sub(std::mem::replace(&mut self.amount, amount), Relaxed);
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.set(0);
+    }
+}

@@ -1,0 +1,264 @@
+//! Safetensors files, memory-mapped: one file, or the shards of a checkpoint.
+//!
+//! The safetensors crate checks the header (length, UTF-8, dtypes, offsets without holes or
+//! overlaps) before any byte is used. Two things it lets pass are checked here: a name that
+//! stands twice, and a file that changes while it is mapped.
+//! Format: <https://huggingface.co/docs/safetensors>.
+
+use crate::error::{Error, Result};
+use memmap2::Mmap;
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, Metadata};
+use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+use std::collections::{BTreeMap, HashSet};
+use std::fs::File;
+use std::path::{Component, Path, PathBuf};
+use std::time::SystemTime;
+
+/// One tensor's bytes as they lie in the file.
+#[derive(Clone, Debug)]
+pub struct TensorView<'a> {
+    pub dtype: Dtype,
+    pub shape: &'a [usize],
+    pub bytes: &'a [u8],
+}
+
+/// One mapped file.
+#[derive(Debug)]
+pub struct TensorFile {
+    path: PathBuf,
+    file: File,
+    map: Mmap,
+    metadata: Metadata,
+    data_start: usize,
+    stamp: Stamp,
+}
+
+/// What tells a file that was written to from one that was not.
+type Stamp = (u64, Option<SystemTime>);
+
+impl TensorFile {
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(|error| Error::io(path, &error))?;
+        let stamp = stamp(&file, path)?;
+        if stamp.0 < 8 {
+            return Err(corrupt(path, "it is too short to hold a header"));
+        }
+        let map = map(&file, path)?;
+        let (header_len, metadata) =
+            SafeTensors::read_metadata(&map).map_err(|error| corrupt(path, error))?;
+        let data_start = 8 + header_len;
+        check_names(&map[8..data_start]).map_err(|error| corrupt(path, error))?;
+        Ok(Self { path: path.to_owned(), file, map, metadata, data_start, stamp })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn names(&self) -> Vec<String> {
+        self.metadata.offset_keys()
+    }
+
+    /// The tensor's bytes; none where the file has no such tensor. Fails where the file was
+    /// written to since it was opened: its pages would then be of both versions, or gone.
+    pub fn tensor(&self, name: &str) -> Result<Option<TensorView<'_>>> {
+        let Some(info) = self.metadata.info(name) else { return Ok(None) };
+        if stamp(&self.file, &self.path)? != self.stamp {
+            let path = self.path.display();
+            return Err(Error::Io(format!("`{path}` changed while it was being loaded")));
+        }
+        let (start, end) = info.data_offsets;
+        let bytes = &self.map[self.data_start + start..self.data_start + end];
+        Ok(Some(TensorView { dtype: info.dtype, shape: &info.shape, bytes }))
+    }
+}
+
+fn stamp(file: &File, path: &Path) -> Result<Stamp> {
+    let metadata = file.metadata().map_err(|error| Error::io(path, &error))?;
+    if metadata.is_dir() {
+        return Err(Error::Io(format!("`{}` is a folder", path.display())));
+    }
+    Ok((metadata.len(), metadata.modified().ok()))
+}
+
+#[allow(unsafe_code)]
+fn map(file: &File, path: &Path) -> Result<Mmap> {
+    // SAFETY: the map is read-only, and its file's length and time are compared before each
+    // tensor is handed out, so that a file that shrinks ends in an error.
+    unsafe { Mmap::map(file) }.map_err(|error| Error::io(path, &error))
+}
+
+fn corrupt(path: &Path, reason: impl std::fmt::Display) -> Error {
+    Error::Checkpoint(format!("`{}` is no valid safetensors file: {reason}", path.display()))
+}
+
+/// Fails on a tensor name that stands twice in the header, which serde lets pass.
+fn check_names(header: &[u8]) -> Result<(), serde_json::Error> {
+    struct Names;
+    impl<'de> Visitor<'de> for Names {
+        type Value = ();
+        fn expecting(&self, formatter: &mut std::fmt::Formatter) -> std::fmt::Result {
+            formatter.write_str("a header object")
+        }
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+            let mut seen = HashSet::new();
+            while let Some((name, IgnoredAny)) = map.next_entry::<String, _>()? {
+                if let Some(twice) = seen.replace(name) {
+                    let message = format!("the name `{twice}` stands twice in the header");
+                    return Err(serde::de::Error::custom(message));
+                }
+            }
+            Ok(())
+        }
+    }
+    serde_json::Deserializer::from_slice(header).deserialize_map(Names)
+}
+
+/// The tensors of a checkpoint: `model.safetensors`, or the shards that
+/// `model.safetensors.index.json` names. Where there is an index, it decides.
+#[derive(Debug)]
+pub struct TensorFiles {
+    files: Vec<TensorFile>,
+    /// tensor name -> index into `files`
+    names: BTreeMap<String, usize>,
+}
+
+impl TensorFiles {
+    pub fn open(folder: &Path) -> Result<Self> {
+        let index = folder.join("model.safetensors.index.json");
+        if index.exists() { Self::open_index(folder, &index) } else { Self::open_all(folder) }
+    }
+
+    pub fn open_one(path: &Path) -> Result<Self> {
+        let file = TensorFile::open(path)?;
+        let names = file.names().into_iter().map(|name| (name, 0)).collect();
+        Ok(Self { files: vec![file], names })
+    }
+
+    fn open_index(folder: &Path, index: &Path) -> Result<Self> {
+        let shards = read_index(index)?;
+        let (mut files, mut names) = (Vec::new(), BTreeMap::new());
+        for (shard, tensors) in shards {
+            let file = TensorFile::open(&folder.join(&shard))?;
+            for name in tensors {
+                if file.metadata.info(&name).is_none() {
+                    return Err(Error::Checkpoint(format!(
+                        "`{}` says that `{name}` is in `{shard}`, but it is not",
+                        index.display()
+                    )));
+                }
+                names.insert(name, files.len());
+            }
+            files.push(file);
+        }
+        Ok(Self { files, names })
+    }
+
+    /// Without an index: `model.safetensors`, or every `model*.safetensors`, as mlx-lm does.
+    fn open_all(folder: &Path) -> Result<Self> {
+        let single = folder.join("model.safetensors");
+        if single.exists() {
+            return Self::open_one(&single);
+        }
+        let (mut files, mut names) = (Vec::new(), BTreeMap::new());
+        for path in shards_without_index(folder)? {
+            let file = TensorFile::open(&path)?;
+            for name in file.names() {
+                if names.insert(name.clone(), files.len()).is_some() {
+                    return Err(corrupt(&path, format!("`{name}` is in another shard too")));
+                }
+            }
+            files.push(file);
+        }
+        Ok(Self { files, names })
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.names.keys().map(String::as_str)
+    }
+
+    pub fn contains(&self, name: &str) -> bool {
+        self.names.contains_key(name)
+    }
+
+    pub fn get(&self, name: &str) -> Result<Option<TensorView<'_>>> {
+        match self.names.get(name) {
+            Some(&file) => self.files[file].tensor(name),
+            None => Ok(None),
+        }
+    }
+
+    pub fn require(&self, name: &str) -> Result<TensorView<'_>> {
+        self.get(name)?.ok_or_else(|| {
+            Error::Checkpoint(format!("the tensor `{name}` is missing from `{}`", self.place()))
+        })
+    }
+
+    /// Where the tensors are, for messages.
+    pub fn place(&self) -> String {
+        match &self.files[..] {
+            [one] => one.path.display().to_string(),
+            [first, ..] => first.path.parent().unwrap_or(Path::new("")).display().to_string(),
+            [] => "no file".into(),
+        }
+    }
+}
+
+fn shards_without_index(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(folder).map_err(|error| Error::io(folder, &error))?;
+    let mut shards: Vec<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            name.starts_with("model") && name.ends_with(".safetensors")
+        })
+        .collect();
+    shards.sort();
+    let Some(first) = shards.first() else {
+        let folder = folder.display();
+        return Err(Error::NotFound(format!("there is no `model.safetensors` in `{folder}`")));
+    };
+    if let Some(count) = shard_count(first)
+        && count != shards.len()
+    {
+        return Err(Error::Checkpoint(format!(
+            "`{}` has {} of {count} shards",
+            folder.display(),
+            shards.len()
+        )));
+    }
+    Ok(shards)
+}
+
+/// 3 for `model-00001-of-00003.safetensors`.
+fn shard_count(path: &Path) -> Option<usize> {
+    path.file_stem()?.to_str()?.rsplit_once("-of-")?.1.parse().ok()
+}
+
+/// shard file -> the tensors in it, from the index's `weight_map`.
+fn read_index(path: &Path) -> Result<BTreeMap<String, Vec<String>>> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let text = std::fs::read(path).map_err(|error| Error::io(path, &error))?;
+    let index: Index = serde_json::from_slice(&text).map_err(|error| {
+        Error::Checkpoint(format!("`{}` is no valid index: {error}", path.display()))
+    })?;
+    let mut shards: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (name, shard) in index.weight_map {
+        let mut parts = Path::new(&shard).components();
+        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
+            return Err(Error::Checkpoint(format!(
+                "`{}` names the shard `{shard}`, which is outside the folder",
+                path.display()
+            )));
+        }
+        shards.entry(shard).or_default().push(name);
+    }
+    if shards.is_empty() {
+        return Err(Error::Checkpoint(format!("`{}` names no tensors", path.display())));
+    }
+    Ok(shards)
+}

@@ -1,0 +1,84 @@
+//! Tokens to text, one at a time: characters that span tokens wait until they are whole, and
+//! text that may become a stop string waits until it cannot.
+
+use super::Tokenizer;
+use crate::error::Result;
+use std::sync::Arc;
+
+pub struct TextStream {
+    tokenizer: Arc<Tokenizer>,
+    stop: Vec<String>,
+    /// The tokens that are decoded together: from the start of the last text handed out.
+    window: Vec<u32>,
+    /// How many of them have been handed out.
+    read: usize,
+    /// Text that may be the beginning of a stop string.
+    held: String,
+}
+
+/// What a token adds to the text.
+#[derive(Debug, PartialEq)]
+pub struct Text {
+    pub text: String,
+    /// Whether a stop string was found; the text ends before it.
+    pub stopped: bool,
+}
+
+impl TextStream {
+    pub fn new(tokenizer: Arc<Tokenizer>, stop: Vec<String>) -> Self {
+        Self { tokenizer, stop, window: vec![], read: 0, held: String::new() }
+    }
+
+    pub fn push(&mut self, token: u32) -> Result<Text> {
+        self.window.push(token);
+        let text = self.decode()?;
+        Ok(self.release(text))
+    }
+
+    /// The text that is still held, at the end of the sequence.
+    pub fn finish(&mut self) -> Result<String> {
+        let whole = self.tokenizer.decode(&self.window)?;
+        let known = self.tokenizer.decode(&self.window[..self.read])?;
+        let rest = whole.strip_prefix(known.as_str()).unwrap_or_default().to_owned();
+        let Text { text, stopped } = self.release(rest);
+        let held = std::mem::take(&mut self.held);
+        Ok(if stopped { text } else { text + &held })
+    }
+
+    /// The new text of the window. Decoding a token alone would lose the space before a word
+    /// and break characters, so it is decoded behind the tokens handed out before.
+    fn decode(&mut self) -> Result<String> {
+        let known = self.tokenizer.decode(&self.window[..self.read])?;
+        let whole = self.tokenizer.decode(&self.window)?;
+        // A replacement character at the end: the rest of a character may follow, though not
+        // after more tokens than a character has bytes.
+        let unfinished = whole.ends_with('\u{fffd}') && self.window.len() - self.read <= 4;
+        if whole.len() <= known.len() || unfinished {
+            return Ok(String::new());
+        }
+        let Some(new) = whole.get(known.len()..).map(str::to_owned) else {
+            return Ok(String::new());
+        };
+        self.window.drain(..self.read);
+        self.read = self.window.len();
+        Ok(new)
+    }
+
+    fn release(&mut self, new: String) -> Text {
+        self.held.push_str(&new);
+        let found = self.stop.iter().filter_map(|stop| self.held.find(stop.as_str())).min();
+        if let Some(start) = found {
+            self.held.truncate(start);
+            return Text { text: std::mem::take(&mut self.held), stopped: true };
+        }
+        let keep = self.stop.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0);
+        let held = self.held.split_off(self.held.len() - keep);
+        Text { text: std::mem::replace(&mut self.held, held), stopped: false }
+    }
+}
+
+/// The length of the longest end of `text` that begins `stop`.
+fn overlap(text: &str, stop: &str) -> usize {
+    let ends = text.char_indices().map(|(start, _)| &text[start..]);
+    ends.filter(|end| stop.starts_with(end)).map(str::len).max().unwrap_or(0)
+}

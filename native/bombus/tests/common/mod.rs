@@ -1,0 +1,90 @@
+//! The fixtures, and an engine that a test can wait for.
+#![allow(dead_code)]
+
+use bombus::adapter::Adapter;
+use bombus::backend::mlx::Device;
+use bombus::engine::{Engine, Event, Generation, Prompt, Request};
+use bombus::error::{Error, Result};
+use bombus::sampler::Sampling;
+use bombus::scheduler::Limits;
+use bombus::sequence::FinishReason;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+
+pub fn repository() -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+}
+
+pub fn parity(case: &str) -> PathBuf {
+    repository().join("test/fixtures/parity").join(case)
+}
+
+pub fn load(case: &str) -> Engine {
+    Engine::load(&parity(case), Device::Cpu, Limits::default()).unwrap()
+}
+
+pub fn adapter(case: &str, name: &str) -> Arc<Adapter> {
+    Arc::new(Adapter::open(&parity(case).join("adapters").join(name), None).unwrap())
+}
+
+pub fn ids_request(ids: &[u32], max_new_tokens: usize) -> Request {
+    Request {
+        prompt: Prompt::Ids(ids.to_vec()),
+        tokenizer: None,
+        adapter: None,
+        sampling: Sampling::default(),
+        max_new_tokens,
+        stop: vec![],
+    }
+}
+
+pub struct Running {
+    pub generation: Generation,
+    pub events: Receiver<Event>,
+}
+
+#[derive(Debug, PartialEq)]
+pub struct Answer {
+    pub ids: Vec<u32>,
+    pub text: String,
+    pub reason: FinishReason,
+}
+
+pub fn start(engine: &Engine, request: Request) -> Result<Running> {
+    let (sender, events) = channel();
+    let sink = move |event| sender.send(event).is_ok();
+    Ok(Running { generation: engine.generate(request, Box::new(sink))?, events })
+}
+
+impl Running {
+    pub fn wait(self) -> Result<Answer> {
+        let mut answer =
+            Answer { ids: vec![], text: String::new(), reason: FinishReason::Cancelled };
+        for event in self.events.iter() {
+            match event {
+                Event::Chunk { ids, text } => {
+                    answer.ids.extend(ids);
+                    answer.text.push_str(&text);
+                }
+                Event::Failed(error) => return Err(error),
+                Event::Done { reason, .. } => {
+                    answer.reason = reason;
+                    return Ok(answer);
+                }
+            }
+        }
+        Err(Error::Stopped)
+    }
+}
+
+pub fn generate(engine: &Engine, request: Request) -> Result<Answer> {
+    start(engine, request)?.wait()
+}
+
+pub fn score(engine: &Engine, ids: &[u32], adapter: Option<Arc<Adapter>>) -> Result<Vec<f32>> {
+    let (sender, answer) = channel();
+    let sink = move |result| _ = sender.send(result);
+    engine.score(ids.to_vec(), adapter, Box::new(sink))?;
+    answer.recv().map_err(|_| Error::Stopped)?
+}

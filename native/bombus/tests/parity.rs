@@ -1,0 +1,112 @@
+//! Log-probabilities and greedy tokens beside mlx-lm's, on the checkpoints and adapters that
+//! `scripts/make_fixtures.py` made.
+//!
+//! float32: every log-probability within 1e-3 of mlx-lm's. With bf16 or f16 scales mlx-lm is
+//! itself off the exact answer: there the mean distance to mlx-lm is at most 0.02, or the mean
+//! distance to the exact answer at most 1.25 times mlx-lm's own plus 0.01.
+
+mod common;
+
+use bombus::adapter::Adapter;
+use common::*;
+use serde_json::Value;
+use std::sync::Arc;
+
+fn cases() -> Vec<String> {
+    let folder = parity("");
+    let entries = std::fs::read_dir(&folder).unwrap();
+    let mut cases: Vec<String> =
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    cases.sort();
+    assert!(cases.len() >= 15, "{} has too few cases", folder.display());
+    cases
+}
+
+fn expected(case: &str) -> Value {
+    let text = std::fs::read(parity(case).join("expected.json")).unwrap();
+    serde_json::from_slice(&text).unwrap()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+fn floats(value: &Value) -> Vec<f64> {
+    value.as_array().unwrap().iter().map(|number| number.as_f64().unwrap()).collect()
+}
+
+/// The runs of a case, each with its adapter; DoRA is not supported yet.
+fn runs(case: &str, expected: &Value) -> Vec<(String, Option<Arc<Adapter>>, Value)> {
+    let mut runs = vec![];
+    for (name, run) in expected["runs"].as_object().unwrap() {
+        let adapter = match name.strip_prefix("adapter:") {
+            Some("dora") => continue,
+            Some(name) => Some(adapter(case, name)),
+            None => None,
+        };
+        runs.push((format!("{case} {name}"), adapter, run.clone()));
+    }
+    runs
+}
+
+fn mean_distance(one: &[f64], other: &[f64]) -> f64 {
+    assert_eq!(one.len(), other.len());
+    one.iter().zip(other).map(|(a, b)| (a - b).abs()).sum::<f64>() / one.len() as f64
+}
+
+fn check(name: &str, dtype: &str, scored: &[f64], run: &Value) {
+    let mlx = floats(&run["logprobs"]);
+    if dtype == "float32" {
+        let worst = scored.iter().zip(&mlx).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert_eq!(scored.len(), mlx.len(), "{name}");
+        assert!(worst <= 1e-3, "{name}: {worst} from mlx-lm");
+        return;
+    }
+    let to_mlx = mean_distance(scored, &mlx);
+    let exact = floats(&run["exact"]);
+    let (own, its) = (mean_distance(scored, &exact), mean_distance(&mlx, &exact));
+    assert!(
+        to_mlx <= 0.02 || own <= 1.25 * its + 0.01,
+        "{name}: {to_mlx} from mlx-lm, {own} from the exact answer (mlx-lm: {its})"
+    );
+}
+
+#[test]
+fn log_probabilities_are_mlx_lms() {
+    for case in cases() {
+        let expected = expected(&case);
+        let engine = load(&case);
+        for (name, adapter, run) in runs(&case, &expected) {
+            let scored = score(&engine, &ids(&expected["token_ids"]), adapter).unwrap();
+            let scored: Vec<f64> = scored.into_iter().map(f64::from).collect();
+            check(&name, expected["dtype"].as_str().unwrap(), &scored, &run);
+        }
+    }
+}
+
+#[test]
+fn greedy_tokens_are_mlx_lms_all_runs_in_one_batch() {
+    for case in cases() {
+        let expected = expected(&case);
+        let engine = load(&case);
+        let prompt = ids(&expected["greedy_prompt"]);
+        let runs = runs(&case, &expected);
+        let request = |adapter: &Option<Arc<Adapter>>| {
+            let mut request = ids_request(&prompt, 16);
+            request.adapter = adapter.clone();
+            request
+        };
+        let running: Vec<_> =
+            runs.iter().map(|(_, adapter, _)| start(&engine, request(adapter)).unwrap()).collect();
+        for (running, (name, _, run)) in running.into_iter().zip(&runs) {
+            let answer = running.wait().unwrap().ids;
+            let mut agreed = ids(&run["greedy"]);
+            agreed.truncate(run["greedy_agreed"].as_u64().unwrap() as usize);
+            // The engine ends at an eos token, which is not part of the answer.
+            let eos = engine.config().eos_token_ids.clone();
+            let end = agreed.iter().position(|id| eos.contains(id)).unwrap_or(agreed.len());
+            assert_eq!(answer[..end.min(answer.len())], agreed[..end], "{name}");
+            assert!(end == agreed.len() || answer.len() == end, "{name}: it did not end at eos");
+        }
+    }
+}
