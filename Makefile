@@ -1,0 +1,43 @@
+# make demo: the model that ships with Bombus writes posts, without and with an adapter.
+# make test: all tests. Both set up what they need in .toolchain first.
+
+SHELL := /bin/sh
+in_toolchain := . .toolchain/env &&
+mlx_c := native/target/mlx-c/config.toml
+
+.PHONY: demo test setup test-rust test-elixir lint format clean
+
+demo: setup
+	@$(in_toolchain) mix run scripts/demo.exs
+
+test: lint test-rust test-elixir
+
+setup:
+	@sh scripts/setup.sh
+
+# The engine and the NIF in one call: cargo then builds their common dependencies once. On Linux
+# the first Elixir compilation makes MLX's C layer.
+test-rust: compile
+	$(in_toolchain) cd native && cargo test --release -p bombus -p bombus_nif $(cargo_config)
+
+test-elixir: compile
+	$(in_toolchain) mix test
+
+.PHONY: compile
+compile: setup
+	@$(in_toolchain) MIX_ENV=test mix compile --warnings-as-errors
+
+lint: compile
+	$(in_toolchain) mix format --check-formatted
+	$(in_toolchain) cd native && cargo fmt --all --check
+	$(in_toolchain) cd native && cargo clippy --release --all-targets --quiet $(cargo_config) -- -D warnings
+
+ifneq ($(shell uname),Darwin)
+cargo_config := --config $(CURDIR)/$(mlx_c)
+endif
+
+format: setup
+	$(in_toolchain) mix format && cd native && cargo fmt --all
+
+clean:
+	rm -rf _build priv/native native/target

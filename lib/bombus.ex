@@ -1,0 +1,227 @@
+defmodule Bombus do
+  @moduledoc """
+  Quantized language models with LoRA adapters, in any Elixir app.
+
+      {:ok, model} = Bombus.load_model(:demo)
+      {:ok, tokenizer} = Bombus.load_tokenizer(:demo)
+      {:ok, adapter} = Bombus.load_adapter({:demo, "pirate"})
+
+      serving = Bombus.Serving.new(model, tokenizer, adapter: adapter, max_new_tokens: 100)
+      Bombus.Serving.run(serving, "Write a post about coffee")
+
+  ## Sources
+
+  A source says where the files are:
+
+    * `{:local, path}` - a folder; a bare string is one too
+    * `:demo` - the model that ships with this package, and `{:demo, name}` its adapters
+    * `{:hf, "owner/name"}` - the Hugging Face Hub; not in this version, it answers
+      `{:error, %Bombus.Error{reason: :unsupported}}`
+
+  ## Errors
+
+  What the world did comes back as `{:error, %Bombus.Error{}}`; what the caller wrote wrongly
+  raises `ArgumentError`. Every `load_x` has a `load_x!`, which raises both.
+  """
+
+  alias Bombus.{Adapter, Error, Model, Native, Source, Tokenizer}
+
+  @type source :: Source.t()
+
+  @load_model_options [
+    :device,
+    :backend,
+    :quantization,
+    max_batch_size: 32,
+    max_queue: 1024,
+    prefill_chunk: 512
+  ]
+
+  @doc """
+  Loads a model: a folder with `config.json` and safetensors in MLX's format.
+
+  ## Options
+
+    * `:device` - `:auto` (default: the GPU where MLX finds one), `:gpu`, `:cpu`, or `{:mlx, :cpu}`,
+      MLX's CPU device (for now `:cpu` is the same)
+    * `:backend` - as in Bumblebee: a module or `{module, device: device}`; only the device counts
+    * `:quantization` - `:int2` to `:int8`: fails where the checkpoint is quantized otherwise
+    * `:max_batch_size` - how many sequences run together, 32 by default
+    * `:max_queue` - how many requests may wait, 1024 by default; beyond that they are answered
+      with `{:error, %Bombus.Error{reason: :overloaded}}`
+    * `:prefill_chunk` - how many prompt tokens go into one step, 512 by default
+
+  ## Examples
+
+      {:ok, model} = Bombus.load_model({:local, "models/Qwen3-8B-MLX-4bit"}, device: :gpu)
+      model.quantization
+      #=> %{bits: 4, group_size: 64, mode: :affine, overrides: %{}}
+  """
+  @spec load_model(source(), keyword()) :: {:ok, Model.t()} | {:error, Error.t()}
+  def load_model(source, options \\ []) do
+    options = Keyword.validate!(options, @load_model_options)
+    wanted = quantization!(options[:quantization])
+
+    native = %{
+      device: device!(options),
+      max_batch_size: positive!(options, :max_batch_size),
+      max_queue: positive!(options, :max_queue),
+      prefill_chunk: positive!(options, :prefill_chunk)
+    }
+
+    with {:ok, path} <- Source.resolve(source),
+         {:ok, loaded} <- Native.await(&Native.load_model(path, native, &1)) do
+      check_quantization(Model.from_native(loaded), wanted)
+    end
+  end
+
+  @doc "As `load_model/2`, but returns the model or raises."
+  @spec load_model!(source(), keyword()) :: Model.t()
+  def load_model!(source, options \\ []), do: Error.unwrap!(load_model(source, options))
+
+  @doc """
+  Loads a LoRA adapter in mlx-lm's format: `adapters.safetensors` and `adapter_config.json`.
+
+  ## Options
+
+    * `:scale` - takes the place of the scale in `adapter_config.json`
+
+  ## Examples
+
+      {:ok, adapter} = Bombus.load_adapter({:local, "adapters/my-posts"}, scale: 20.0)
+  """
+  @spec load_adapter(source(), keyword()) :: {:ok, Adapter.t()} | {:error, Error.t()}
+  def load_adapter(source, options \\ []) do
+    options = Keyword.validate!(options, [:scale])
+    scale = scale!(options[:scale])
+
+    with {:ok, path} <- Source.resolve(source),
+         {:ok, loaded} <- Native.await(&Native.load_adapter(path, scale, &1)) do
+      {ref, rank, scale} = loaded
+      {:ok, %Adapter{ref: ref, rank: rank, scale: scale}}
+    end
+  end
+
+  @doc "As `load_adapter/2`, but returns the adapter or raises."
+  @spec load_adapter!(source(), keyword()) :: Adapter.t()
+  def load_adapter!(source, options \\ []), do: Error.unwrap!(load_adapter(source, options))
+
+  @doc """
+  Loads a tokenizer: a folder with `tokenizer.json`, and the chat template beside it.
+
+  ## Examples
+
+      {:ok, tokenizer} = Bombus.load_tokenizer({:local, "models/Qwen3-8B-MLX-4bit"})
+  """
+  @spec load_tokenizer(source()) :: {:ok, Tokenizer.t()} | {:error, Error.t()}
+  def load_tokenizer(source) do
+    with {:ok, path} <- Source.resolve(source),
+         {:ok, loaded} <- Native.await(&Native.load_tokenizer(path, &1)) do
+      {ref, vocab_size, chat_template?} = loaded
+      {:ok, %Tokenizer{ref: ref, vocab_size: vocab_size, chat_template?: chat_template?}}
+    end
+  end
+
+  @doc "As `load_tokenizer/1`, but returns the tokenizer or raises."
+  @spec load_tokenizer!(source()) :: Tokenizer.t()
+  def load_tokenizer!(source), do: Error.unwrap!(load_tokenizer(source))
+
+  @doc """
+  The log-probabilities of a text, given as token ids: `ln p(token i | the tokens before it)`.
+
+  For `n` ids there are `n - 1` numbers (floats, at most 0), since nothing comes before the first.
+
+  ## Options
+
+    * `:adapter` - an adapter to score with; none by default
+
+  ## Examples
+
+      {:ok, logprobs} = Bombus.score(model, [1, 15, 27], adapter: adapter)
+  """
+  @spec score(Model.t(), [non_neg_integer()], keyword()) :: {:ok, [float()]} | {:error, Error.t()}
+  def score(model, token_ids, options \\ [])
+
+  def score(%Model{} = model, token_ids, options) do
+    options = Keyword.validate!(options, [:adapter])
+    Bombus.Serving.Input.token_ids!(token_ids, model)
+    adapter = Bombus.Serving.Options.adapter!(options[:adapter])
+    Native.await(&Native.score(model.ref, token_ids, adapter && adapter.ref, &1))
+  end
+
+  def score(other, _token_ids, _options) do
+    raise ArgumentError, "expected a model made by Bombus.load_model/2, got: #{inspect(other)}"
+  end
+
+  @doc """
+  What is in use, in the whole VM.
+
+    * `:active`, `:cached`, `:peak` - bytes that MLX holds for arrays, keeps for the next ones, and
+      has held at most
+    * `:kv` - bytes in the KV caches of running sequences
+    * `:models`, `:adapters`, `:sequences` - how many are alive
+  """
+  @spec memory_info() :: %{atom() => non_neg_integer()}
+  def memory_info, do: Native.memory_info() |> Error.from_native() |> Error.unwrap!()
+
+  defp device!(options) do
+    device =
+      case Keyword.get(options, :backend) do
+        nil -> :auto
+        module when is_atom(module) -> :auto
+        {module, backend} when is_atom(module) -> Keyword.get(backend, :device, :auto)
+      end
+
+    case Keyword.get(options, :device) || device do
+      device when device in [:auto, :gpu, :cpu] ->
+        device
+
+      {:mlx, :cpu} ->
+        :cpu
+
+      other ->
+        raise ArgumentError,
+              "expected :device to be :auto, :gpu, :cpu or {:mlx, :cpu}, got: #{inspect(other)}"
+    end
+  end
+
+  defp positive!(options, key) do
+    case Keyword.fetch!(options, key) do
+      value when is_integer(value) and value > 0 ->
+        value
+
+      other ->
+        raise ArgumentError, "expected #{inspect(key)} to be above 0, got: #{inspect(other)}"
+    end
+  end
+
+  defp scale!(nil), do: nil
+  defp scale!(scale) when is_number(scale), do: scale * 1.0
+
+  defp scale!(other),
+    do: raise(ArgumentError, "expected :scale to be a number, got: #{inspect(other)}")
+
+  @bits %{int2: 2, int3: 3, int4: 4, int5: 5, int6: 6, int8: 8}
+
+  defp quantization!(nil), do: nil
+  defp quantization!(name) when is_map_key(@bits, name), do: @bits[name]
+
+  defp quantization!(other) do
+    raise ArgumentError,
+          "expected :quantization to be one of #{inspect(Map.keys(@bits))}, got: #{inspect(other)}"
+  end
+
+  defp check_quantization(model, nil), do: {:ok, model}
+  defp check_quantization(%{quantization: %{bits: bits}} = model, bits), do: {:ok, model}
+
+  defp check_quantization(%{quantization: nil}, _bits) do
+    Error.error(:unsupported, "the checkpoint is not quantized, and this version cannot do it")
+  end
+
+  defp check_quantization(%{quantization: %{bits: bits}}, wanted) do
+    Error.error(
+      :quantization_mismatch,
+      "the checkpoint is quantized with #{bits} bits, :quantization asks for #{wanted}"
+    )
+  end
+end

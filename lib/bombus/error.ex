@@ -1,0 +1,35 @@
+defmodule Bombus.Error do
+  @moduledoc """
+  What went wrong at run time: a missing file, a bad checkpoint, a full queue.
+
+  `:reason` is one of
+
+    * `:not_found`, `:io` - a file is missing, or cannot be read
+    * `:bad_config`, `:bad_checkpoint`, `:bad_tokenizer`, `:bad_adapter` - a file is not what it
+      should be; the message names file, tensor or field
+    * `:unsupported` - the file is fine, but Bombus cannot use it
+    * `:quantization_mismatch` - the checkpoint is quantized, but not as `:quantization` says
+    * `:no_gpu` - `device: :gpu` where MLX finds none
+    * `:bad_request`, `:prompt_too_long` - found only once the text was tokens
+    * `:overloaded` - the queue is full
+    * `:stopped` - the model's engine or the serving has stopped
+    * `:out_of_memory`, `:backend`, `:panic` - the computation failed; the engine serves on
+
+  What the caller wrote wrongly raises `ArgumentError` instead.
+  """
+
+  @type t :: %__MODULE__{reason: atom(), message: String.t()}
+
+  defexception [:reason, :message]
+
+  @doc false
+  def from_native({:error, {reason, message}}), do: error(reason, message)
+  def from_native(answer), do: answer
+
+  @doc false
+  def error(reason, message), do: {:error, %__MODULE__{reason: reason, message: message}}
+
+  @doc false
+  def unwrap!({:ok, value}), do: value
+  def unwrap!({:error, %__MODULE__{} = error}), do: raise(error)
+end

@@ -1,0 +1,45 @@
+defmodule Bombus.Model do
+  @moduledoc """
+  A loaded model, made by `Bombus.load_model/2`.
+
+    * `:spec` - `%{family:, layers:, context:, hidden_size:, vocab_size:}`
+    * `:quantization` - `%{bits:, group_size:, mode:, overrides:}`, or `nil` for a dense checkpoint;
+      `:overrides` maps module paths to `%{bits:, group_size:}`, or to `nil` where one is dense
+    * `:device` - `:cpu` or `:gpu`
+    * `:generation_config` - the repository's `generation_config.json`
+
+  The struct is a handle. The weights live on the model's own thread, and are freed once no process
+  holds the struct and nothing is being generated with it.
+  """
+
+  @type t :: %__MODULE__{
+          spec: map(),
+          quantization: map() | nil,
+          device: :cpu | :gpu,
+          generation_config: map(),
+          ref: reference()
+        }
+
+  @derive {Inspect, only: [:spec, :quantization, :device]}
+  @enforce_keys [:ref, :spec, :quantization, :device, :generation_config]
+  defstruct @enforce_keys
+
+  @doc false
+  def from_native({ref, native}) do
+    %__MODULE__{
+      ref: ref,
+      spec: Map.take(native, [:family, :layers, :context, :hidden_size, :vocab_size]),
+      quantization: native.quantization && quantization(native.quantization),
+      device: native.device,
+      generation_config: JSON.decode!(native.generation_config)
+    }
+  end
+
+  defp quantization(quantization) do
+    Map.update!(quantization, :overrides, fn overrides ->
+      for {path, own} <- overrides, into: %{} do
+        {path, with({bits, group_size} <- own, do: %{bits: bits, group_size: group_size})}
+      end
+    end)
+  end
+end

@@ -1,0 +1,37 @@
+defmodule Bombus.Native do
+  @moduledoc false
+  # The NIFs of native/bombus_nif. Each returns at once: what takes time comes back as a message
+  # {reference, answer} to the caller.
+
+  # On the first compilation the library is built after this module.
+  @compile {:autoload, false}
+  @on_load :load
+
+  def load do
+    path = :filename.join(:code.priv_dir(:bombus), ~c"native/bombus_nif")
+    :erlang.load_nif(path, 0)
+  end
+
+  def load_model(_path, _options, _reference), do: nif()
+  def load_adapter(_path, _scale, _reference), do: nif()
+  def load_tokenizer(_path, _reference), do: nif()
+  def generate(_model, _tokenizer, _adapter, _prompt, _options, _reference), do: nif()
+  def cancel(_generation), do: nif()
+  def score(_model, _ids, _adapter, _reference), do: nif()
+  def memory_info, do: nif()
+
+  @doc false
+  # Calls a NIF that answers later, and waits for its answer.
+  def await(nif) do
+    reference = make_ref()
+
+    with {:ok, _started} <- nif.(reference) do
+      receive do
+        {^reference, answer} -> answer
+      end
+    end
+    |> Bombus.Error.from_native()
+  end
+
+  defp nif, do: :erlang.nif_error(:not_loaded)
+end

@@ -1,0 +1,240 @@
+defmodule Bombus.Serving do
+  @moduledoc """
+  Text from a model: one request, many at once, as a stream, under a supervisor.
+
+      serving = Bombus.Serving.new(model, tokenizer, max_new_tokens: 100)
+      Bombus.Serving.run(serving, "Write a post about coffee")
+      #=> %{results: [%{text: "...", token_ids: [...], finish_reason: :stop,
+      #=>               token_summary: %{input: 17, output: 41, padding: 0}}]}
+
+      serving |> Bombus.Serving.stream("Write a post about coffee") |> Enum.each(&IO.write/1)
+
+  All requests to a model share its batch: sequences join and leave between steps, whichever
+  process or serving they come from.
+
+  ## In a supervision tree
+
+      children = [{Bombus.Serving, serving: serving, name: MyLLM}]
+
+      Bombus.Serving.batched_run(MyLLM, "Write a post about coffee")
+      Bombus.Serving.stream(MyLLM, "Write a post about coffee")
+
+  The named process only holds the serving: requests go from the caller to the engine. When it
+  stops, its requests end with `{:error, %Bombus.Error{reason: :stopped}}`.
+
+  ## Inputs
+
+    * a string: a user's message where the tokenizer has a chat template, else a text to be
+      completed
+    * `%{text: string}` - the same, with options beside it
+    * `%{messages: [%{role: "user", content: "..."}]}` - a conversation, with options beside it
+    * `%{token_ids: ids}` - token ids as they are, with options beside it
+
+  A list of inputs runs at once, and gives a list of results.
+
+  ## Options
+
+  For a serving, and for each request in its map:
+
+    * `:max_new_tokens` - 256 by default; the context of the model is a limit too
+    * `:temperature` - 0 is greedy
+    * `:top_k` - only the k most probable tokens; 0 is all
+    * `:top_p` - only the most probable tokens that make up this share, in 0.0..1.0
+    * `:min_p` - only tokens with at least this share of the highest probability, in 0.0..1.0
+    * `:repetition_penalty` - divides the positive logits of tokens that were there before, and
+      multiplies the negative ones; 1.0 is none
+    * `:seed` - a whole number in 0..2**64-1: the same seed gives the same text, whatever else is
+      in the batch; random by default
+    * `:stop` - a string or a list of strings that end the text, and are not part of it
+    * `:adapter` - made by `Bombus.load_adapter/2`; `nil` is none
+    * `:chat_template` - `false` completes a string as it stands
+    * `:template_options` - what the chat template takes, such as `%{enable_thinking: false}`
+    * `:stream` - for a serving: `true` makes `run/2` and `batched_run/2` return a stream
+    * `:stream_done` - `true` ends a stream with `{:done, result}`
+    * `:compile` - accepted for Bumblebee's sake, and not needed
+
+  The filters apply in this order: repetition penalty, temperature, top_k, top_p, min_p. Defaults
+  come from the repository's `generation_config.json`; its temperature, top_p, top_k and min_p
+  count where it says `do_sample`. Otherwise generation is greedy.
+
+  A wrong input or option raises `ArgumentError`.
+
+  ## Results
+
+  A map as Bumblebee's. Each entry of `:results` has `:text` (`nil` without a tokenizer),
+  `:token_ids` (without the token that ended the text), `:token_summary` and `:finish_reason`:
+
+    * `:stop` - the model ended the text, or a stop string was found
+    * `:length` - `:max_new_tokens`, or the end of the context
+    * `:cancelled` - the request was cancelled
+
+  """
+
+  alias Bombus.{Error, Model, Tokenizer}
+  alias Bombus.Serving.{Options, Request, Server}
+
+  @type t :: %__MODULE__{model: Model.t(), tokenizer: Tokenizer.t() | nil, options: map()}
+  @type input :: String.t() | map()
+  @type result :: %{results: [map()]}
+
+  @derive {Inspect, only: [:model, :tokenizer]}
+  @enforce_keys [:model, :tokenizer, :options]
+  defstruct @enforce_keys
+
+  @doc """
+  A serving of a model, with the options of all its requests.
+
+  Without a tokenizer (`nil`) only token ids go in and come out. Nothing is started: a serving is
+  plain data.
+  """
+  @spec new(Model.t(), Tokenizer.t() | nil, keyword()) :: t()
+  def new(model, tokenizer, options \\ [])
+
+  def new(%Model{} = model, tokenizer, options) when is_list(options) do
+    %__MODULE__{
+      model: model,
+      tokenizer: tokenizer!(tokenizer, model),
+      options: Options.new!(options, model)
+    }
+  end
+
+  def new(other, _tokenizer, _options) do
+    raise ArgumentError, "expected a model made by Bombus.load_model/2, got: #{inspect(other)}"
+  end
+
+  @doc """
+  Runs an input, or a list of inputs at once, and returns the result or the results.
+
+  What goes wrong at run time is `{:error, %Bombus.Error{}}`, in a list in its place.
+  """
+  @spec run(t(), input() | [input()]) ::
+          result() | {:error, Error.t()} | [result() | {:error, Error.t()}] | Enumerable.t()
+  def run(%__MODULE__{} = serving, input), do: run_with(serving, input, nil)
+
+  @doc "As `run/2`, but raises what goes wrong."
+  @spec run!(t(), input() | [input()]) :: result() | [result()] | Enumerable.t()
+  def run!(%__MODULE__{} = serving, input), do: raise_errors(run(serving, input))
+
+  @doc """
+  Runs an input as a stream of text chunks (of token ids where there is no tokenizer).
+
+  The request starts when the stream is first asked, in the process that asks. Halting the stream
+  cancels the request, and so does the death of the process. What goes wrong is raised.
+  `serving` is a serving, or the name of one in a supervision tree.
+  """
+  @spec stream(t() | GenServer.server(), input()) :: Enumerable.t()
+  def stream(%__MODULE__{} = serving, input), do: stream_with(serving, input, fn -> nil end)
+
+  def stream(name, input) do
+    stream_with(Server.serving(name), input, fn -> GenServer.whereis(name) end)
+  end
+
+  @doc """
+  Runs an input, or a list of inputs, on a serving in a supervision tree. Returns what `run/2` does.
+  """
+  @spec batched_run(GenServer.server(), input() | [input()]) ::
+          result() | {:error, Error.t()} | [result() | {:error, Error.t()}] | Enumerable.t()
+  def batched_run(name, input) do
+    run_with(Server.serving(name), input, GenServer.whereis(name))
+  end
+
+  @doc """
+  The child specification of a named serving.
+
+  ## Options
+
+    * `:serving` - made by `new/3`; required
+    * `:name` - the name to call it by, any that a `GenServer` takes; required
+  """
+  @spec child_spec(keyword()) :: Supervisor.child_spec()
+  def child_spec(options) do
+    options = Keyword.validate!(options, [:serving, :name])
+
+    for key <- [:serving, :name], options[key] == nil do
+      raise ArgumentError, "expected #{inspect(key)} among the options of Bombus.Serving"
+    end
+
+    %{id: options[:name], start: {Server, :start_link, [options]}}
+  end
+
+  @doc "Starts a named serving; see `child_spec/1` for the options."
+  @spec start_link(keyword()) :: GenServer.on_start()
+  def start_link(options) do
+    %{start: {Server, :start_link, [options]}} = child_spec(options)
+    Server.start_link(options)
+  end
+
+  defp tokenizer!(nil, _model), do: nil
+
+  defp tokenizer!(%Tokenizer{vocab_size: size} = tokenizer, %{spec: %{vocab_size: vocab_size}}) do
+    if size > vocab_size do
+      raise ArgumentError,
+            "expected the model's own tokenizer: this one has #{size} tokens, the model #{vocab_size}"
+    end
+
+    tokenizer
+  end
+
+  defp tokenizer!(other, _model) do
+    raise ArgumentError,
+          "expected a tokenizer made by Bombus.load_tokenizer/1, or nil, got: #{inspect(other)}"
+  end
+
+  defp run_with(%{options: %{stream: true}} = serving, input, server) when not is_list(input) do
+    stream_with(serving, input, fn -> server end)
+  end
+
+  defp run_with(serving, inputs, server) when is_list(inputs) do
+    # All inputs are checked before the first one starts.
+    Enum.each(inputs, &Bombus.Serving.Input.normalize!(&1, serving))
+
+    inputs
+    |> Enum.map(&Request.start(serving, &1, server))
+    |> Enum.map(&collect/1)
+  end
+
+  defp run_with(serving, input, server), do: serving |> Request.start(input, server) |> collect()
+
+  defp collect({:ok, request}), do: unwrap(Request.collect(request))
+  defp collect({:error, error}), do: {:error, error}
+
+  defp unwrap({:ok, result}), do: result
+  defp unwrap({:error, error}), do: {:error, error}
+
+  defp raise_errors(results) when is_list(results), do: Enum.map(results, &raise_errors/1)
+  defp raise_errors({:error, error}), do: raise(error)
+  defp raise_errors(result), do: result
+
+  defp stream_with(serving, input, server) do
+    {_prompt, options} = Bombus.Serving.Input.normalize!(input, serving)
+
+    Stream.resource(
+      fn -> {Error.unwrap!(Request.start(serving, input, server.())), [], []} end,
+      &next(&1, options),
+      &halt/1
+    )
+  end
+
+  defp next(:done, _options), do: {:halt, :done}
+
+  defp next({request, ids, text}, options) do
+    case Request.next(request) do
+      {:chunk, new_ids, new_text} ->
+        {elements(request, new_ids, new_text), {request, [new_ids | ids], [new_text | text]}}
+
+      {:done, reason, prompt_tokens} ->
+        result = Request.result(request, ids, text, reason, prompt_tokens)
+        {if(options.stream_done, do: [done: result], else: []), :done}
+
+      {:error, error} ->
+        raise error
+    end
+  end
+
+  defp elements(%{tokenizer?: false}, ids, _text), do: ids
+  defp elements(_request, _ids, ""), do: []
+  defp elements(_request, _ids, text), do: [text]
+
+  defp halt(:done), do: :ok
+  defp halt({request, _ids, _text}), do: Request.cancel(request)
+end

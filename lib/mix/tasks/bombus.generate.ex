@@ -1,0 +1,89 @@
+defmodule Mix.Tasks.Bombus.Generate do
+  @shortdoc "Writes text with a model, to the terminal"
+
+  @moduledoc """
+  Writes text with a model, to the terminal as it comes.
+
+      mix bombus.generate "Write a post about coffee"
+      mix bombus.generate --model DIR --adapter DIR --temperature 0.8 "Write a post about coffee"
+
+  ## Options
+
+    * `--model` - a folder in MLX's format, or `demo`, the model that ships with Bombus (default)
+    * `--tokenizer` - a folder with `tokenizer.json`; the model's by default
+    * `--adapter` - a folder with a LoRA adapter, or the name of one of the demo model's
+    * `--scale` - takes the place of the adapter's scale
+    * `--device` - `auto` (default), `gpu` or `cpu`
+    * `--max-new-tokens`, `--temperature`, `--top-k`, `--top-p`, `--min-p`,
+      `--repetition-penalty`, `--seed`, `--stop` - as in `Bombus.Serving`
+    * `--no-chat-template` - completes the text as it stands
+  """
+
+  use Mix.Task
+
+  @switches [
+    model: :string,
+    tokenizer: :string,
+    adapter: :string,
+    scale: :float,
+    device: :string,
+    max_new_tokens: :integer,
+    temperature: :float,
+    top_k: :integer,
+    top_p: :float,
+    min_p: :float,
+    repetition_penalty: :float,
+    seed: :integer,
+    stop: :keep,
+    chat_template: :boolean
+  ]
+  @generation ~w(max_new_tokens temperature top_k top_p min_p repetition_penalty seed chat_template)a
+
+  @impl true
+  def run(arguments) do
+    {options, prompt} = parse(arguments)
+    Mix.Task.run("app.start")
+
+    try do
+      options |> serving() |> Bombus.Serving.stream(prompt) |> Enum.each(&IO.write/1)
+      IO.puts("")
+    rescue
+      error in [Bombus.Error, ArgumentError] -> Mix.raise(Exception.message(error))
+    end
+  end
+
+  defp parse(arguments) do
+    case OptionParser.parse!(arguments, strict: @switches) do
+      {options, [prompt]} -> {options, prompt}
+      {_options, _other} -> Mix.raise("expected one prompt: mix bombus.generate \"Write a post\"")
+    end
+  rescue
+    error in OptionParser.ParseError -> Mix.raise(Exception.message(error))
+  end
+
+  defp serving(options) do
+    model = source(options[:model] || "demo")
+    tokenizer = source(options[:tokenizer] || options[:model] || "demo")
+
+    generation =
+      Keyword.take(options, @generation) ++
+        [adapter: adapter(options, model), stop: Keyword.get_values(options, :stop)]
+
+    model
+    |> Bombus.load_model!(device: device(options[:device] || "auto"))
+    |> Bombus.Serving.new(Bombus.load_tokenizer!(tokenizer), generation)
+  end
+
+  defp source("demo"), do: :demo
+  defp source(folder), do: {:local, folder}
+
+  defp adapter(options, model) do
+    if name = options[:adapter] do
+      source = if model == :demo and not File.dir?(name), do: {:demo, name}, else: {:local, name}
+      Bombus.load_adapter!(source, Keyword.take(options, [:scale]))
+    end
+  end
+
+  defp device(name) when name in ~w(auto gpu cpu), do: String.to_existing_atom(name)
+  defp device(other), do: Mix.raise("expected --device to be auto, gpu or cpu, got: #{other}")
+end

@@ -1,0 +1,119 @@
+defmodule Mix.Tasks.Compile.BombusNative do
+  @moduledoc """
+  Builds the engine with cargo and puts it into `priv/native`.
+
+  On a Mac, MLX is built with it. On Linux it is linked against an unpacked MLX wheel, the folder
+  named by the environment variable `BOMBUS_MLX_DIR` or by `config :bombus, mlx_dir: "..."`; its C
+  layer is built once by `native/xtask`. The engine is always optimized, in every `MIX_ENV`.
+  """
+
+  use Mix.Task.Compiler
+
+  @impl true
+  def run(_args) do
+    root = Path.dirname(Mix.Project.project_file())
+    native = Path.join(root, "native")
+    target = Path.join(root, "priv/native")
+    library = Path.join(target, "bombus_nif.so")
+    mlx = mlx_dir()
+
+    if stale?(library, sources(native)) or linked_mlx(target) != mlx do
+      File.mkdir_p!(target)
+      build(native, mlx_arguments(native, mlx))
+      link_mlx(target, mlx)
+      install(native, library)
+      {:ok, []}
+    else
+      {:noop, []}
+    end
+  end
+
+  @impl true
+  def clean do
+    File.rm_rf!(Path.join(Path.dirname(Mix.Project.project_file()), "priv/native"))
+  end
+
+  defp sources(native) do
+    patterns = ~w(Cargo.* */Cargo.toml */build.rs */cpp/* */src/**/*.rs)
+    Enum.flat_map(patterns, &Path.wildcard(Path.join(native, &1)))
+  end
+
+  defp stale?(library, sources), do: Mix.Utils.stale?(sources, [library])
+
+  # On a Mac mlx-rs builds MLX itself.
+  defp mlx_dir do
+    unless match?({:unix, :darwin}, :os.type()) do
+      dir = System.get_env("BOMBUS_MLX_DIR") || Application.get_env(:bombus, :mlx_dir)
+      dir || Mix.raise(no_mlx())
+      Path.expand(dir)
+    end
+  end
+
+  defp no_mlx do
+    """
+    Bombus needs MLX, and does not know where it is. Unpack its wheel and name the folder:
+
+        pip download --no-deps mlx-cpu==0.32.2 && python3 -m zipfile -e mlx_cpu-*.whl mlx
+        export BOMBUS_MLX_DIR=$PWD/mlx
+
+    (mlx-cuda-13 instead of mlx-cpu for an NVIDIA card), or: config :bombus, mlx_dir: "/path/to/mlx".
+    In Bombus's own repository `make setup` does this, and `. .toolchain/env` names it.
+    """
+  end
+
+  defp mlx_arguments(_native, nil), do: []
+
+  defp mlx_arguments(native, mlx) do
+    out = Path.join(native, "target/mlx-c")
+    cargo(native, ~w(run --quiet -p xtask -- mlx-c --mlx) ++ [mlx, "--out", out])
+    ["--config", Path.join(out, "config.toml")]
+  end
+
+  defp build(native, arguments) do
+    cargo(native, ~w(build --release -p bombus_nif) ++ arguments)
+  end
+
+  defp cargo(native, arguments) do
+    System.find_executable("cargo") ||
+      Mix.raise("Bombus needs Rust 1.91 or newer to compile: cargo is not on the PATH")
+
+    case System.cmd("cargo", arguments, cd: native, into: IO.stream(), stderr_to_stdout: true) do
+      {_output, 0} -> :ok
+      {_output, status} -> Mix.raise("cargo #{hd(arguments)} failed with status #{status}")
+    end
+  end
+
+  # Beside the NIF, in the wheel's layout, as links: `mix release` copies what they point to.
+  defp link_mlx(_target, nil), do: :ok
+
+  defp link_mlx(target, mlx) do
+    for name <- mlx_parts(target), do: File.rm_rf!(Path.join(target, name))
+    for name <- mlx_parts(mlx), do: File.ln_s!(Path.join(mlx, name), Path.join(target, name))
+  end
+
+  defp mlx_parts(folder) do
+    folder
+    |> Path.join("{mlx,mlx_*.libs,nvidia}")
+    |> Path.wildcard()
+    |> Enum.map(&Path.basename/1)
+  end
+
+  defp linked_mlx(target) do
+    case File.read_link(Path.join(target, "mlx")) do
+      {:ok, mlx} -> Path.dirname(mlx)
+      {:error, _reason} -> nil
+    end
+  end
+
+  # A new file under the name: the old one may be loaded in a running VM.
+  defp install(native, library) do
+    built =
+      Enum.find(~w(libbombus_nif.so libbombus_nif.dylib), &File.exists?(release(native, &1)))
+
+    File.rm(library)
+    File.cp!(release(native, built), library)
+    File.touch!(library)
+  end
+
+  defp release(native, name), do: Path.join([native, "target/release", name])
+end

@@ -1,0 +1,35 @@
+defmodule Bombus.MixProject do
+  use Mix.Project
+
+  @version "0.1.0"
+
+  def project do
+    [
+      app: :bombus,
+      version: @version,
+      elixir: "~> 1.18",
+      # The native compiler is in this package: it can only be found behind the others.
+      compilers: Mix.compilers() ++ [:bombus_native],
+      elixirc_paths: elixirc_paths(Mix.env()),
+      start_permanent: Mix.env() == :prod,
+      description: "4-bit MLX language models with LoRA adapters, in any Elixir app",
+      package: package(),
+      deps: []
+    ]
+  end
+
+  def application do
+    [extra_applications: [:logger]]
+  end
+
+  defp elixirc_paths(:test), do: ["lib", "test/support"]
+  defp elixirc_paths(_env), do: ["lib"]
+
+  defp package do
+    [
+      licenses: ["Apache-2.0"],
+      files: ~w(lib native/Cargo.toml native/Cargo.lock native/bombus native/bombus_nif
+                native/xtask priv/models config mix.exs README.md CHANGELOG.md LICENSE)
+    ]
+  end
+end

@@ -1,0 +1,62 @@
+//! Messages to the caller, and errors on their way to it.
+
+use bombus::error::{Error, Result, catch};
+use rustler::env::SavedTerm;
+use rustler::{Encoder, Env, LocalPid, OwnedEnv, Term};
+
+mod atoms {
+    rustler::atoms! { ok, error }
+}
+
+/// An engine's error as Elixir sees it: `{reason, message}`.
+pub fn error_term<'a>(env: Env<'a>, error: &Error) -> Term<'a> {
+    // The reasons are a fixed set of names.
+    let reason = rustler::Atom::from_str(env, error.reason()).map(|atom| atom.encode(env));
+    (reason.unwrap_or_else(|_| error.reason().encode(env)), error.to_string()).encode(env)
+}
+
+pub fn result_term<'a, T: Encoder>(env: Env<'a>, result: &Result<T>) -> Term<'a> {
+    match result {
+        Ok(value) => (atoms::ok(), value).encode(env),
+        Err(error) => (atoms::error(), error_term(env, error)).encode(env),
+    }
+}
+
+/// Whom to send to, and the reference that goes in front.
+pub struct Address {
+    pid: LocalPid,
+    env: OwnedEnv,
+    reference: SavedTerm,
+}
+
+impl Address {
+    /// The calling process.
+    pub fn caller(env: Env, reference: Term) -> Self {
+        let own = OwnedEnv::new();
+        let reference = own.save(reference);
+        Self { pid: env.pid(), env: own, reference }
+    }
+
+    /// Sends `{reference, answer}` from a thread that is not the BEAM's; false where the process
+    /// is dead.
+    pub fn send(&self, answer: impl for<'a> FnOnce(Env<'a>) -> Term<'a>) -> bool {
+        let sent = OwnedEnv::new().send_and_clear(&self.pid, |env| {
+            let reference = self.env.run(|own| self.reference.load(own).in_env(env));
+            (reference, answer(env))
+        });
+        sent.is_ok()
+    }
+
+    /// Does `work` on a thread of its own and sends its result.
+    pub fn answer_later<T: Encoder>(
+        self,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<()> {
+        let thread = move || {
+            let result = catch(work);
+            self.send(|env| result_term(env, &result));
+        };
+        let spawned = std::thread::Builder::new().name("bombus-load".into()).spawn(thread);
+        spawned.map(drop).map_err(|error| Error::OutOfMemory(format!("no thread: {error}")))
+    }
+}

@@ -1,0 +1,126 @@
+//! Models: loading, what they are, scoring.
+
+use crate::adapter::AdapterHandle;
+use crate::answer::{Address, result_term};
+use bombus::backend::mlx::{self, Device};
+use bombus::config::{Config, Quantization};
+use bombus::engine::Engine;
+use bombus::scheduler::Limits;
+use rustler::{Atom, Encoder, Env, NifMap, NifUnitEnum, Resource, ResourceArc, Term};
+use std::path::PathBuf;
+
+pub struct ModelHandle(pub Engine);
+
+#[rustler::resource_impl]
+impl Resource for ModelHandle {}
+
+#[derive(NifUnitEnum)]
+enum DeviceOption {
+    Auto,
+    Gpu,
+    Cpu,
+}
+
+#[derive(NifMap)]
+struct LoadOptions {
+    device: DeviceOption,
+    max_batch_size: usize,
+    max_queue: usize,
+    prefill_chunk: usize,
+}
+
+/// What Elixir shows of a model.
+#[derive(NifMap)]
+struct Spec {
+    family: String,
+    layers: usize,
+    context: usize,
+    hidden_size: usize,
+    vocab_size: usize,
+    quantization: Option<QuantizationSpec>,
+    /// The device that was taken.
+    device: DeviceOption,
+    /// `generation_config.json`
+    generation_config: String,
+}
+
+#[derive(NifMap)]
+struct QuantizationSpec {
+    bits: usize,
+    group_size: usize,
+    mode: Atom,
+    overrides: Vec<(String, Option<(usize, usize)>)>,
+}
+
+mod atoms {
+    rustler::atoms! { affine }
+}
+
+/// Answers `{reference, {:ok, {handle, spec}} | {:error, {reason, message}}}`.
+#[rustler::nif]
+fn load_model<'a>(
+    env: Env<'a>,
+    path: String,
+    options: LoadOptions,
+    reference: Term<'a>,
+) -> Term<'a> {
+    let started = Address::caller(env, reference).answer_later(move || {
+        let device = match options.device {
+            DeviceOption::Gpu => Device::Gpu,
+            DeviceOption::Auto if mlx::gpu_available() => Device::Gpu,
+            DeviceOption::Auto | DeviceOption::Cpu => Device::Cpu,
+        };
+        let limits = Limits {
+            max_batch_size: options.max_batch_size,
+            max_queue: options.max_queue,
+            prefill_chunk: options.prefill_chunk,
+        };
+        let engine = Engine::load(&PathBuf::from(path), device, limits)?;
+        let spec = spec(engine.config(), device);
+        Ok((ResourceArc::new(ModelHandle(engine)), spec))
+    });
+    result_term(env, &started.map(|()| rustler::types::atom::ok()))
+}
+
+fn spec(config: &Config, device: Device) -> Spec {
+    Spec {
+        family: config.model_type.clone(),
+        layers: config.num_hidden_layers,
+        context: config.max_position_embeddings,
+        hidden_size: config.hidden_size,
+        vocab_size: config.vocab_size,
+        quantization: config.quantization.map(|default| quantization_spec(config, default)),
+        device: match device {
+            Device::Gpu => DeviceOption::Gpu,
+            Device::Cpu => DeviceOption::Cpu,
+        },
+        generation_config: serde_json::Value::Object(config.generation.clone()).to_string(),
+    }
+}
+
+fn quantization_spec(config: &Config, default: Quantization) -> QuantizationSpec {
+    let pair = |own: &Quantization| (own.bits, own.group_size);
+    let overrides = config.overrides.iter();
+    QuantizationSpec {
+        bits: default.bits,
+        group_size: default.group_size,
+        mode: atoms::affine(),
+        overrides: overrides.map(|(path, own)| (path.clone(), own.as_ref().map(pair))).collect(),
+    }
+}
+
+/// Answers `{reference, {:ok, log_probs} | {:error, {reason, message}}}`.
+#[rustler::nif]
+fn score<'a>(
+    env: Env<'a>,
+    model: ResourceArc<ModelHandle>,
+    ids: Vec<u32>,
+    adapter: Option<ResourceArc<AdapterHandle>>,
+    reference: Term<'a>,
+) -> Term<'a> {
+    let address = Address::caller(env, reference);
+    let adapter = adapter.map(|handle| handle.0.clone());
+    let sink = move |result| _ = address.send(|env| result_term(env, &result));
+    let sent = model.0.score(ids, adapter, Box::new(sink));
+    result_term(env, &sent.map(|()| rustler::types::atom::ok().encode(env)))
+}
