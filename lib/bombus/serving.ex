@@ -208,11 +208,13 @@ defmodule Bombus.Serving do
   defp stream_with(serving, input, server) do
     {_prompt, options} = Bombus.Serving.Input.normalize!(input, serving)
 
-    Stream.resource(
-      fn -> {Error.unwrap!(Request.start(serving, input, server.())), [], []} end,
-      &next(&1, options),
-      &halt/1
-    )
+    fn -> {Error.unwrap!(Request.start(serving, input, server.())), [], []} end
+    |> Stream.resource(&next(&1, options), &halt/1)
+    # Raised behind the resource: a request that has ended must not be cancelled.
+    |> Stream.map(fn
+      {:error, error} -> raise error
+      element -> element
+    end)
   end
 
   defp next(:done, _options), do: {:halt, :done}
@@ -227,7 +229,7 @@ defmodule Bombus.Serving do
         {if(options.stream_done, do: [done: result], else: []), :done}
 
       {:error, error} ->
-        raise error
+        {[error: error], :done}
     end
   end
 

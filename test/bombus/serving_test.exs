@@ -1,0 +1,285 @@
+defmodule Bombus.ServingTest do
+  use ExUnit.Case
+
+  alias Bombus.{Error, Fixtures, Serving}
+
+  setup_all do
+    model = Bombus.load_model!(:demo)
+    tokenizer = Bombus.load_tokenizer!(:demo)
+    %{model: model, tokenizer: tokenizer, serving: Serving.new(model, tokenizer)}
+  end
+
+  # A model that does not end by itself: random weights, no eos among its greedy tokens.
+  defp endless(options \\ []) do
+    model = Bombus.load_model!(Fixtures.checkpoint("f32-tied"), options)
+    {Serving.new(model, nil, max_new_tokens: 400), %{token_ids: [3, 1, 4, 1, 5]}}
+  end
+
+  defp text(%{results: [%{text: text}]}), do: text
+  defp ids(%{results: [%{token_ids: ids}]}), do: ids
+
+  # Sequences end on the engine's thread, a step after they are told to.
+  defp assert_soon(fun, tries \\ 500) do
+    cond do
+      fun.() -> :ok
+      tries == 0 -> flunk("it did not happen: #{inspect(Bombus.memory_info())}")
+      true -> Process.sleep(10) && assert_soon(fun, tries - 1)
+    end
+  end
+
+  defp free?(info \\ Bombus.memory_info()), do: info.sequences == 0 and info.kv == 0
+
+  test "a result is Bumblebee's, with more", %{serving: serving} do
+    %{results: [result]} = Serving.run(serving, "Write a post about coffee")
+    assert result.text =~ ~r/coffee/i
+    assert result.finish_reason == :stop
+    output = length(result.token_ids)
+    assert %{input: input, output: ^output, padding: 0} = result.token_summary
+    assert input > 5 and output > 5
+  end
+
+  test "a stream is the run, piece by piece", %{serving: serving} do
+    prompt = "Write a post about coffee"
+    pieces = serving |> Serving.stream(prompt) |> Enum.to_list()
+    assert length(pieces) > 10
+    assert Enum.join(pieces) == text(Serving.run(serving, prompt))
+  end
+
+  test "stream: true streams, stream_done: true ends with the result", context do
+    options = [stream: true, stream_done: true, max_new_tokens: 10]
+    serving = Serving.new(context.model, context.tokenizer, options)
+    elements = serving |> Serving.run("Write a post about tea") |> Enum.to_list()
+    {pieces, [{:done, result}]} = Enum.split(elements, -1)
+    assert Enum.join(pieces) == text(result)
+    assert %{results: [%{finish_reason: :length, token_summary: %{output: 10}}]} = result
+  end
+
+  test "a list of inputs answers as each alone", %{serving: serving} do
+    inputs = [
+      "Write a post about coffee",
+      %{text: "Write a post about bees", temperature: 0.8, seed: 7},
+      %{messages: [%{role: "user", content: "Write a post about rain"}]},
+      %{text: "Tea is", chat_template: false, max_new_tokens: 8}
+    ]
+
+    assert Serving.run(serving, inputs) == Enum.map(inputs, &Serving.run(serving, &1))
+  end
+
+  test "a string is a user's message, and completed where there is no template", context do
+    said = Serving.run(context.serving, "Write a post about tea")
+    messages = %{messages: [%{"role" => "user", "content" => "Write a post about tea"}]}
+    assert Serving.run(context.serving, messages) == said
+
+    bare = Serving.new(context.model, %{context.tokenizer | chat_template?: false})
+    completed = Serving.run(context.serving, %{text: "Tea is", chat_template: false})
+    assert Serving.run(bare, "Tea is") == completed
+    assert completed != Serving.run(context.serving, "Tea is")
+  end
+
+  test "token ids go in and come out", %{model: model, serving: serving} do
+    %{results: [%{token_summary: %{input: input}}]} =
+      Serving.run(serving, "Write a post about tea")
+
+    bare = Serving.new(model, nil, max_new_tokens: 5)
+    result = Serving.run(bare, %{token_ids: [10, 20, 30]})
+    assert %{results: [%{text: nil, token_ids: ids, token_summary: %{input: 3}}]} = result
+    assert bare |> Serving.stream(%{token_ids: [10, 20, 30]}) |> Enum.to_list() == ids
+    assert input > 3
+  end
+
+  test "a seed repeats, alone and in a crowd; others differ", %{serving: serving} do
+    input = fn seed -> %{text: "Write a post about cats", temperature: 0.8, seed: seed} end
+    alone = Serving.run(serving, input.(5))
+    assert Serving.run(serving, input.(5)) == alone
+    crowd = Serving.run(serving, Enum.map(0..9, input))
+    assert Enum.at(crowd, 5) == alone
+    assert crowd |> Enum.map(&text/1) |> Enum.uniq() |> length() >= 3
+  end
+
+  test "without a seed, samples differ", %{serving: serving} do
+    inputs = List.duplicate(%{text: "Write a post about cats", temperature: 1.0}, 8)
+    texts = serving |> Serving.run(inputs) |> Enum.map(&text/1)
+    assert texts |> Enum.uniq() |> length() > 1
+  end
+
+  test "a stop string ends the text, also where it spans tokens", %{serving: serving} do
+    prompt = "Write a post about coffee"
+    whole = text(Serving.run(serving, prompt))
+    pieces = serving |> Serving.stream(prompt) |> Enum.to_list()
+    # From inside one piece into the next.
+    [first, second, third | _rest] = Enum.drop(pieces, 4)
+    spanning = String.slice(first, -1, 1) <> second <> String.first(third)
+    [expected, _after] = String.split(whole, spanning, parts: 2)
+
+    input = %{text: prompt, stop: ["never there", spanning]}
+    %{results: [result]} = Serving.run(serving, input)
+    assert result.text == expected
+    assert result.finish_reason == :stop
+    assert serving |> Serving.stream(input) |> Enum.join() == expected
+  end
+
+  test "a text that ends in the beginning of a stop string is whole", %{serving: serving} do
+    prompt = "Write a post about coffee"
+    whole = text(Serving.run(serving, prompt))
+    input = %{text: prompt, stop: String.slice(whole, -4, 4) <> " and more"}
+    assert text(Serving.run(serving, input)) == whole
+  end
+
+  test "a repetition penalty changes what is repeated" do
+    {serving, input} = endless()
+    plain = ids(Serving.run(serving, Map.put(input, :max_new_tokens, 60)))
+    penalized = Map.merge(input, %{max_new_tokens: 60, repetition_penalty: 5.0})
+    ids = ids(Serving.run(serving, penalized))
+    assert length(Enum.uniq(ids)) > length(Enum.uniq(plain))
+    assert Serving.run(serving, [input, penalized]) |> List.last() |> ids() == ids
+  end
+
+  test "adapters are per request, and mixed in one batch", %{serving: serving} do
+    prompt = "Write a post about coffee"
+    pirate = Bombus.load_adapter!({:demo, "pirate"})
+    news = Bombus.load_adapter!({:demo, "news"})
+    inputs = for adapter <- [pirate, nil, news, pirate], do: %{text: prompt, adapter: adapter}
+    alone = Enum.map(inputs, &Serving.run(serving, &1))
+    assert Serving.run(serving, inputs) == alone
+    assert alone |> Enum.map(&text/1) |> Enum.uniq() |> length() == 3
+  end
+
+  test "an adapter's memory comes back with it" do
+    {serving, input} = endless()
+    # On a process of its own, so that nothing holds the adapter afterwards.
+    use_adapter = fn ->
+      adapter = Bombus.load_adapter!(Fixtures.adapter("f32-tied", "all-layers"))
+      Serving.run(serving, Map.merge(input, %{adapter: adapter, max_new_tokens: 2}))
+    end
+
+    before = Bombus.memory_info().adapters
+    use_adapter |> Task.async() |> Task.await()
+    assert_soon(fn -> Bombus.memory_info().adapters == before end)
+  end
+
+  describe "a sequence is freed" do
+    test "when its stream is halted" do
+      {serving, input} = endless()
+      assert [_, _, _] = serving |> Serving.stream(input) |> Enum.take(3)
+      # Halting waits for the engine's answer.
+      assert free?()
+      assert Process.info(self(), :messages) == {:messages, []}
+    end
+
+    test "when its stream raises" do
+      {serving, input} = endless()
+      stream = Serving.stream(serving, input)
+      assert_raise RuntimeError, fn -> Enum.each(stream, fn _id -> raise "enough" end) end
+      assert free?()
+    end
+
+    test "when its caller dies, in prefill and in mid-stream" do
+      {serving, input} = endless()
+      long = %{input | token_ids: List.duplicate(7, 100)}
+
+      for input <- [input, long] do
+        test = self()
+        run = fn -> serving |> Serving.stream(input) |> Enum.each(&send(test, &1)) end
+        pid = spawn(run)
+        assert_receive id when is_integer(id)
+        assert Bombus.memory_info().sequences == 1
+        Process.exit(pid, :kill)
+        assert_soon(&free?/0)
+      end
+    end
+
+    test "when its caller dies in the queue" do
+      {serving, input} = endless(max_batch_size: 1)
+      callers = for _ <- 1..3, do: spawn(fn -> Serving.run(serving, input) end)
+      assert_soon(fn -> Bombus.memory_info().sequences == 3 end)
+      Enum.each(callers, &Process.exit(&1, :kill))
+      assert_soon(&free?/0)
+    end
+  end
+
+  test "a full queue answers at once" do
+    {serving, input} = endless(max_batch_size: 1, max_queue: 2)
+    results = Serving.run(serving, List.duplicate(input, 8))
+    {refused, answered} = Enum.split_with(results, &match?({:error, _}, &1))
+    assert [{:error, %Error{reason: :overloaded}} | _] = refused
+    assert [first | _] = answered
+    assert Enum.all?(answered, &(&1 == first))
+    assert %{results: [_one]} = Serving.run(serving, input)
+  end
+
+  test "a model that is dropped while it generates still answers" do
+    {serving, input} = endless()
+    expected = ids(Serving.run(serving, input))
+    models = Bombus.memory_info().models
+
+    task =
+      Task.async(fn ->
+        stream = Serving.stream(elem(endless(), 0), input)
+        # From here on only the request holds the model.
+        :erlang.garbage_collect()
+        Enum.to_list(stream)
+      end)
+
+    assert Task.await(task, 30_000) == expected
+    assert_soon(fn -> Bombus.memory_info().models <= models end)
+  end
+
+  test "many processes generate at once", %{serving: serving} do
+    prompts = for topic <- ~w(coffee tea rain cats), do: "Write a post about #{topic}"
+    expected = Map.new(prompts, &{&1, Serving.run(serving, &1)})
+
+    1..12
+    |> Task.async_stream(
+      fn index ->
+        prompt = Enum.at(prompts, rem(index, 4))
+        {prompt, Serving.run(serving, prompt)}
+      end,
+      max_concurrency: 12,
+      timeout: 120_000
+    )
+    |> Enum.each(fn {:ok, {prompt, result}} -> assert result == expected[prompt] end)
+  end
+
+  describe "in a supervision tree" do
+    test "it is called by its name", %{serving: serving} do
+      start_supervised!({Serving, serving: serving, name: MyLLM})
+      prompt = "Write a post about tea"
+      assert Serving.batched_run(MyLLM, prompt) == Serving.run(serving, prompt)
+      assert Serving.batched_run(MyLLM, [prompt]) == [Serving.run(serving, prompt)]
+      pieces = MyLLM |> Serving.stream(prompt) |> Enum.to_list()
+      assert Enum.join(pieces) == text(Serving.run(serving, prompt))
+    end
+
+    test "its requests end when it stops" do
+      {serving, input} = endless()
+      start_supervised!({Serving, serving: serving, name: Stopping})
+      tasks = for _ <- 1..3, do: Task.async(fn -> Serving.batched_run(Stopping, input) end)
+      assert_soon(fn -> Bombus.memory_info().sequences == 3 end)
+      stop_supervised!(Stopping)
+
+      for result <- Task.await_many(tasks) do
+        assert {:error, %Error{reason: :stopped}} = result
+      end
+
+      assert_soon(&free?/0)
+      assert catch_exit(Serving.batched_run(Stopping, input))
+    end
+
+    test "several live side by side, and come back after a crash", context do
+      {other, input} = endless()
+      start_supervised!({Serving, serving: context.serving, name: One})
+      start_supervised!({Serving, serving: other, name: Two})
+      assert %{results: [_]} = Serving.batched_run(One, "Write a post about tea")
+      killed = Process.whereis(Two)
+      Process.exit(killed, :kill)
+      assert_soon(fn -> Process.whereis(Two) not in [nil, killed] end)
+      assert %{results: [_]} = Serving.batched_run(Two, input)
+    end
+
+    test "its child specification says what is missing", %{serving: serving} do
+      assert_raise ArgumentError, ~r/:name/, fn -> Serving.child_spec(serving: serving) end
+      assert_raise ArgumentError, ~r/:serving/, fn -> Serving.child_spec(name: X) end
+      assert_raise ArgumentError, ~r/unknown keys/, fn -> Serving.child_spec(nmae: X) end
+    end
+  end
+end

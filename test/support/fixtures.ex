@@ -1,0 +1,63 @@
+defmodule Bombus.Fixtures do
+  @moduledoc false
+  # The checkpoints of test/fixtures, whole and broken.
+
+  @root Path.expand("../fixtures/parity", __DIR__)
+
+  def root, do: @root
+  def checkpoint(name), do: Path.join(@root, name)
+  def adapter(name, adapter), do: Path.join([@root, name, "adapters", adapter])
+  def cases, do: @root |> File.ls!() |> Enum.sort()
+  def expected(name), do: name |> checkpoint() |> Path.join("expected.json") |> read_json()
+
+  @doc "A copy of a checkpoint or an adapter that may be broken."
+  def copy(folder, dir) do
+    target = Path.join(dir, "copy-#{System.unique_integer([:positive])}")
+    File.cp_r!(folder, target)
+    target
+  end
+
+  def read_json(path), do: path |> File.read!() |> JSON.decode!()
+
+  def edit_json(folder, name, fun) do
+    path = Path.join(folder, name)
+    File.write!(path, path |> read_json() |> fun.() |> JSON.encode!())
+    folder
+  end
+
+  @doc "Rewrites a safetensors file: `fun` maps its header and data to others."
+  def edit_tensors(folder, name, fun) do
+    path = Path.join(folder, name)
+    <<length::little-64, header::binary-size(length), data::binary>> = File.read!(path)
+    {header, data} = fun.(JSON.decode!(header), data)
+    write_tensors(path, JSON.encode!(header), data)
+    folder
+  end
+
+  @doc "Tensors as `{name, dtype, shape, data}`, one after another."
+  def edit_tensor_list(folder, name, fun) do
+    edit_tensors(folder, name, fn header, data ->
+      tensors =
+        for {name, %{"dtype" => dtype, "shape" => shape, "data_offsets" => [first, last]}} <-
+              Map.delete(header, "__metadata__"),
+            do: {name, dtype, shape, binary_part(data, first, last - first)}
+
+      layout(fun.(tensors))
+    end)
+  end
+
+  defp layout(tensors) do
+    {entries, {data, _size}} =
+      Enum.map_reduce(tensors, {[], 0}, fn {name, dtype, shape, bytes}, {data, start} ->
+        stop = start + byte_size(bytes)
+        entry = %{"dtype" => dtype, "shape" => shape, "data_offsets" => [start, stop]}
+        {{name, entry}, {[data, bytes], stop}}
+      end)
+
+    {Map.new(entries), IO.iodata_to_binary(data)}
+  end
+
+  def write_tensors(path, header, data) do
+    File.write!(path, [<<byte_size(header)::little-64>>, header, data])
+  end
+end
