@@ -11,7 +11,7 @@ defmodule Bombus.ServingTest do
 
   # A model that does not end by itself: random weights, no eos among its greedy tokens.
   defp endless(options \\ []) do
-    model = Bombus.load_model!(Fixtures.checkpoint("f32-tied"), options)
+    model = Bombus.load_model!(Fixtures.checkpoint("f32-untied"), options)
     {Serving.new(model, nil, max_new_tokens: 400), %{token_ids: [3, 1, 4, 1, 5]}}
   end
 
@@ -148,7 +148,7 @@ defmodule Bombus.ServingTest do
     {serving, input} = endless()
     # On a process of its own, so that nothing holds the adapter afterwards.
     use_adapter = fn ->
-      adapter = Bombus.load_adapter!(Fixtures.adapter("f32-tied", "all-layers"))
+      adapter = Bombus.load_adapter!(Fixtures.adapter("f32-untied", "all-layers"))
       Serving.run(serving, Map.merge(input, %{adapter: adapter, max_new_tokens: 2}))
     end
 

@@ -5,6 +5,8 @@
 //! itself off the exact answer: there the mean distance to mlx-lm is at most 0.02, or the mean
 //! distance to the exact answer at most 1.25 times mlx-lm's own plus 0.01.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use bombus::adapter::Adapter;

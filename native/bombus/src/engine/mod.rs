@@ -64,7 +64,7 @@ pub type ScoreSink = Box<dyn FnOnce(Result<Vec<f32>>) + Send>;
 enum Command {
     Generate {
         id: u64,
-        request: Request,
+        request: Box<Request>,
         sink: Sink,
         place: Place,
     },
@@ -139,7 +139,7 @@ impl Engine {
         request.sampling.check()?;
         let place = self.place()?;
         let id = self.next_id.fetch_add(1, Relaxed);
-        self.send(Command::Generate { id, request, sink, place })?;
+        self.send(Command::Generate { id, request: Box::new(request), sink, place })?;
         Ok(Generation { id, commands: self.commands.clone() })
     }
 

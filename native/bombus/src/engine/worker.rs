@@ -36,7 +36,7 @@ struct Live<B: Backend> {
     prompt_tokens: usize,
     sink: Sink,
     place: Option<Place>,
-    _share: gauge::Share,
+    share: gauge::Share,
 }
 
 /// An adapter that a sequence keeps alive, and its pairs.
@@ -94,7 +94,7 @@ impl<B: Backend> Worker<B> {
 
     fn obey(&mut self, command: Command) {
         match command {
-            Command::Generate { id, request, sink, place } => self.admit(id, request, sink, place),
+            Command::Generate { id, request, sink, place } => self.admit(id, *request, sink, place),
             Command::Cancel { id } => self.finish(id, Ok(FinishReason::Cancelled)),
             Command::Score { ids, adapter, sink } => self.score(ids, adapter, sink),
             Command::Forget { adapter } => _ = self.adapters.remove(&adapter),
@@ -103,16 +103,16 @@ impl<B: Backend> Worker<B> {
 
     fn admit(&mut self, id: u64, request: Request, mut sink: Sink, place: Place) {
         match catch(|| self.prepare(&request)) {
-            Err(error) => _ = sink(Event::Failed(error)),
+            Err(error) => tell(&mut sink, Event::Failed(error)),
             Ok((prompt, adapter)) => {
                 let (prompt_tokens, context) = (prompt.len(), self.config.max_position_embeddings);
                 let max_new_tokens = request.max_new_tokens.min(context - prompt_tokens);
                 let text =
                     request.tokenizer.map(|tokenizer| TextStream::new(tokenizer, request.stop));
                 let cache = self.decoder.kv_cache();
-                let _share = gauge::Share::one(&gauge::SEQUENCES);
+                let share = gauge::Share::one(&gauge::SEQUENCES);
                 let place = Some(place);
-                let live = Live { cache, adapter, text, prompt_tokens, sink, place, _share };
+                let live = Live { cache, adapter, text, prompt_tokens, sink, place, share };
                 self.live.insert(id, live);
                 match max_new_tokens {
                     0 => self.finish(id, Ok(FinishReason::Length)),
@@ -173,18 +173,17 @@ impl<B: Backend> Worker<B> {
         self.scheduler.remove(id);
         let Some(mut live) = self.live.remove(&id) else { return };
         let end = end.and_then(|reason| {
-            let rest = live.text.as_mut().map(TextStream::finish).transpose()?;
-            match rest.filter(|text| !text.is_empty()) {
-                Some(text) => _ = (live.sink)(Event::Chunk { ids: vec![], text }),
-                None => {}
+            let rest = catch(|| live.text.as_mut().map(TextStream::finish).transpose())?;
+            if let Some(text) = rest.filter(|text| !text.is_empty()) {
+                tell(&mut live.sink, Event::Chunk { ids: vec![], text });
             }
             Ok(Event::Done { reason, prompt_tokens: live.prompt_tokens })
         });
-        let Live { mut sink, cache, adapter, .. } = live;
-        // Whoever hears of the end finds the memory given back.
-        drop((cache, adapter));
+        let Live { mut sink, cache, adapter, place, share, .. } = live;
+        // Whoever hears of the end finds everything given back.
+        drop((cache, adapter, place, share));
         self.count();
-        sink(end.unwrap_or_else(Event::Failed));
+        tell(&mut sink, end.unwrap_or_else(Event::Failed));
     }
 
     fn submit(&mut self, previous: Option<&InFlight<B>>) -> Option<InFlight<B>> {
@@ -241,36 +240,45 @@ impl<B: Backend> Worker<B> {
     fn read(&mut self, step: InFlight<B>) {
         match catch(|| self.decoder.backend.read(&step.samples)) {
             Ok(tokens) => {
-                step.ids.iter().zip(tokens).for_each(|(&id, token)| self.hand_out(id, token));
+                for (&id, token) in step.ids.iter().zip(tokens) {
+                    if let Err(error) = catch(|| self.hand_out(id, token)) {
+                        self.finish(id, Err(error));
+                    }
+                }
             }
             Err(error) => step.ids.iter().for_each(|&id| self.finish(id, Err(error.clone()))),
         }
     }
 
     /// A sampled token: to its sequence, if that is still there, and to whoever asked for it.
-    fn hand_out(&mut self, id: u64, token: u32) {
-        let Some(sequence) = self.scheduler.running(id) else { return };
-        if self.config.eos_token_ids.contains(&token) {
-            return self.finish(id, Ok(FinishReason::Stop));
+    fn hand_out(&mut self, id: u64, token: u32) -> Result<()> {
+        let Some(sequence) = self.scheduler.running(id) else { return Ok(()) };
+        let Some(live) = self.live.get_mut(&id) else { return Ok(()) };
+        let ends = self.config.eos_token_ids.contains(&token);
+        let (mut stopped, mut heard, mut exhausted) = (ends, true, false);
+        if !ends {
+            exhausted = sequence.accept(token);
+            let text = live.text.as_mut().map(|text| text.push(token)).transpose()?;
+            let (text, found) =
+                text.map_or_else(Default::default, |text| (text.text, text.stopped));
+            stopped = found;
+            heard = (live.sink)(Event::Chunk { ids: vec![token], text });
         }
-        let exhausted = sequence.accept(token);
-        let Some(live) = self.live.get_mut(&id) else { return };
-        let (text, stopped) = match live.text.as_mut().map(|text| text.push(token)) {
-            None => (String::new(), false),
-            Some(Ok(text)) => (text.text, text.stopped),
-            Some(Err(error)) => return self.finish(id, Err(error)),
-        };
-        let heard = (live.sink)(Event::Chunk { ids: vec![token], text });
         match (heard, stopped, exhausted) {
             (false, ..) => self.finish(id, Ok(FinishReason::Cancelled)),
             (_, true, _) => self.finish(id, Ok(FinishReason::Stop)),
             (_, _, true) => self.finish(id, Ok(FinishReason::Length)),
             _ => {}
         }
+        Ok(())
     }
 
     fn score(&mut self, ids: Vec<u32>, adapter: Option<Arc<Adapter>>, sink: ScoreSink) {
-        sink(catch(|| self.log_probs(&ids, adapter)));
+        let answer = catch(|| self.log_probs(&ids, adapter));
+        _ = catch(|| {
+            sink(answer);
+            Ok(())
+        });
     }
 
     /// Chunk by chunk, because the logits of a long text do not fit into memory at once.
@@ -311,9 +319,14 @@ impl<B: Backend> Drop for Worker<B> {
     /// Every request gets an end, also where the engine ends first.
     fn drop(&mut self) {
         for (_, mut live) in self.live.drain() {
-            (live.sink)(Event::Failed(Error::Stopped));
+            tell(&mut live.sink, Event::Failed(Error::Stopped));
         }
     }
+}
+
+/// What nobody may hear: whoever listens can be gone, and a fault of theirs is not the engine's.
+fn tell(sink: &mut Sink, event: Event) {
+    _ = catch(|| Ok(sink(event)));
 }
 
 /// What belongs to the sequences of these chunks, in their order.

@@ -8,9 +8,12 @@ use std::sync::Arc;
 pub struct TextStream {
     tokenizer: Arc<Tokenizer>,
     stop: Vec<String>,
-    /// The tokens that are decoded together: from the start of the last text handed out.
+    /// The tokens that are decoded together: decoding one alone would lose the space before a
+    /// word and break characters.
     window: Vec<u32>,
-    /// How many of them have been handed out.
+    /// How many of them were there when the text last ended in a whole character.
+    whole: usize,
+    /// How many bytes of the window's text have been handed out.
     read: usize,
     /// Text that may be the beginning of a stop string.
     held: String,
@@ -26,7 +29,7 @@ pub struct Text {
 
 impl TextStream {
     pub fn new(tokenizer: Arc<Tokenizer>, stop: Vec<String>) -> Self {
-        Self { tokenizer, stop, window: vec![], read: 0, held: String::new() }
+        Self { tokenizer, stop, window: vec![], whole: 0, read: 0, held: String::new() }
     }
 
     pub fn push(&mut self, token: u32) -> Result<Text> {
@@ -37,30 +40,25 @@ impl TextStream {
 
     /// The text that is still held, at the end of the sequence.
     pub fn finish(&mut self) -> Result<String> {
-        let whole = self.tokenizer.decode(&self.window)?;
-        let known = self.tokenizer.decode(&self.window[..self.read])?;
-        let rest = whole.strip_prefix(known.as_str()).unwrap_or_default().to_owned();
+        let text = self.tokenizer.decode(&self.window)?;
+        let rest = text.get(self.read..).unwrap_or_default().to_owned();
         let Text { text, stopped } = self.release(rest);
         let held = std::mem::take(&mut self.held);
         Ok(if stopped { text } else { text + &held })
     }
 
-    /// The new text of the window. Decoding a token alone would lose the space before a word
-    /// and break characters, so it is decoded behind the tokens handed out before.
+    /// The new text of the window. A replacement character at its end may be the first bytes of a
+    /// character whose rest follows, and waits.
     fn decode(&mut self) -> Result<String> {
-        let known = self.tokenizer.decode(&self.window[..self.read])?;
-        let whole = self.tokenizer.decode(&self.window)?;
-        // A replacement character at the end: the rest of a character may follow, though not
-        // after more tokens than a character has bytes.
-        let unfinished = whole.ends_with('\u{fffd}') && self.window.len() - self.read <= 4;
-        if whole.len() <= known.len() || unfinished {
-            return Ok(String::new());
+        let text = self.tokenizer.decode(&self.window)?;
+        let sure = text.strip_suffix('\u{fffd}').unwrap_or(&text);
+        let new = sure.get(self.read..).unwrap_or_default().to_owned();
+        self.read = self.read.max(sure.len());
+        if sure.len() == text.len() {
+            self.window.drain(..self.whole);
+            self.whole = self.window.len();
+            self.read = self.tokenizer.decode(&self.window)?.len();
         }
-        let Some(new) = whole.get(known.len()..).map(str::to_owned) else {
-            return Ok(String::new());
-        };
-        self.window.drain(..self.read);
-        self.read = self.window.len();
         Ok(new)
     }
 

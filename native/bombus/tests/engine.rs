@@ -1,0 +1,184 @@
+//! The engine without a BEAM: ends of requests, faults, memory.
+//!
+//! The gauges are the process's, so these tests run one after another.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use bombus::backend::mlx::Device;
+use bombus::engine::{Engine, Event, Prompt};
+use bombus::error::{Error, Result};
+use bombus::gauge;
+use bombus::sampler::Sampling;
+use bombus::scheduler::Limits;
+use bombus::sequence::FinishReason;
+use common::*;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Goes on to the end of its context of 512 tokens.
+const ENDLESS: &str = "f32-untied";
+const PROMPT: [u32; 5] = [3, 1, 4, 1, 5];
+
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn load_with(limits: Limits) -> Engine {
+    Engine::load(&parity(ENDLESS), Device::Cpu, limits).unwrap()
+}
+
+#[track_caller]
+fn soon(what: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !what() {
+        assert!(start.elapsed() < Duration::from_secs(10), "it did not happen");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn all_free() -> bool {
+    gauge::SEQUENCES.load(Relaxed) == 0 && gauge::KV_BYTES.load(Relaxed) == 0
+}
+
+#[test]
+fn a_request_in_a_crowd_answers_as_alone() {
+    let _alone = alone();
+    let engine = load_with(Limits { prefill_chunk: 3, max_batch_size: 4, ..Limits::default() });
+    let request = |seed: u64| {
+        let ids: Vec<u32> = PROMPT.iter().cycle().take(3 + seed as usize).copied().collect();
+        let mut request = ids_request(&ids, 12);
+        request.sampling = Sampling { temperature: 0.9, top_p: 0.9, seed, ..Sampling::default() };
+        request
+    };
+    let crowd: Vec<_> = (0..12).map(|seed| start(&engine, request(seed)).unwrap()).collect();
+    let crowd: Vec<_> = crowd.into_iter().map(|running| running.wait().unwrap()).collect();
+    for (seed, answer) in crowd.iter().enumerate() {
+        assert_eq!(generate(&engine, request(seed as u64)).unwrap(), *answer, "seed {seed}");
+    }
+}
+
+#[test]
+fn a_cancelled_request_has_one_end_and_frees_its_memory() {
+    let _alone = alone();
+    let engine = load_with(Limits::default());
+    let running = start(&engine, ids_request(&PROMPT, 400)).unwrap();
+    let first = running.events.recv().unwrap();
+    assert!(matches!(first, Event::Chunk { .. }));
+    running.generation.cancel();
+    running.generation.cancel();
+    let ends: Vec<_> =
+        running.events.iter().filter(|event| !matches!(event, Event::Chunk { .. })).collect();
+    assert_eq!(ends, [Event::Done { reason: FinishReason::Cancelled, prompt_tokens: 5 }]);
+    assert!(all_free());
+}
+
+#[test]
+fn a_request_that_nobody_hears_or_holds_ends() {
+    let _alone = alone();
+    let engine = load_with(Limits::default());
+    let unheard = start(&engine, ids_request(&PROMPT, 400)).unwrap();
+    let generation = unheard.generation;
+    drop(unheard.events);
+    soon(all_free);
+    drop(generation);
+    let running = start(&engine, ids_request(&PROMPT, 400)).unwrap();
+    drop(running.generation);
+    let last = running.events.iter().last();
+    assert!(matches!(last, Some(Event::Done { reason: FinishReason::Cancelled, .. })));
+}
+
+#[test]
+fn the_engine_outlives_its_handle_only_while_something_is_generated() {
+    let _alone = alone();
+    let models = gauge::MODELS.load(Relaxed);
+    let engine = load_with(Limits::default());
+    let running = start(&engine, ids_request(&PROMPT, 50)).unwrap();
+    drop(engine);
+    assert_eq!(running.wait().unwrap().ids.len(), 50);
+    soon(|| gauge::MODELS.load(Relaxed) == models);
+}
+
+#[test]
+fn a_full_queue_refuses_at_once_and_its_places_come_back() {
+    let _alone = alone();
+    let engine = load_with(Limits { max_queue: 2, max_batch_size: 1, ..Limits::default() });
+    let started: Vec<Result<Running>> =
+        (0..10).map(|_| start(&engine, ids_request(&PROMPT, 100))).collect();
+    let (started, refused): (Vec<_>, Vec<_>) = started.into_iter().partition(Result::is_ok);
+    assert!(started.len() >= 2 && refused.len() >= 6);
+    assert!(matches!(refused[0], Err(Error::Overloaded(2))));
+    drop(refused);
+    started.into_iter().for_each(|running| drop(running.unwrap()));
+    // Each place comes back when the engine has taken the request's command.
+    let answer = || generate(&engine, ids_request(&PROMPT, 3));
+    soon(|| answer().is_ok_and(|answer| answer.ids.len() == 3));
+    soon(all_free);
+}
+
+#[test]
+fn one_bad_request_never_harms_the_others() {
+    let _alone = alone();
+    let engine = load_with(Limits::default());
+    let expected = generate(&engine, ids_request(&PROMPT, 40)).unwrap();
+    let good = start(&engine, ids_request(&PROMPT, 40)).unwrap();
+    let wrong = |ids: &[u32]| generate(&engine, ids_request(ids, 5)).unwrap_err();
+    assert!(matches!(wrong(&[]), Error::Request(_)));
+    assert!(matches!(wrong(&[1, 99_999]), Error::Request(_)));
+    assert!(matches!(wrong(&[1; 4000]), Error::PromptTooLong(_)));
+    let mut text = ids_request(&[], 5);
+    text.prompt = Prompt::Text("hello".into());
+    assert!(matches!(generate(&engine, text).unwrap_err(), Error::Request(_)));
+    let mut misfit = ids_request(&PROMPT, 5);
+    misfit.adapter = Some(adapter("bf16-4bit", "all-layers"));
+    assert!(matches!(generate(&engine, misfit).unwrap_err(), Error::Adapter(_)));
+    assert_eq!(good.wait().unwrap(), expected);
+}
+
+#[test]
+fn a_panic_ends_its_own_request_and_the_engine_serves_on() {
+    let _alone = alone();
+    let engine = load_with(Limits::default());
+    let expected = generate(&engine, ids_request(&PROMPT, 40)).unwrap();
+    let (sender, events) = std::sync::mpsc::channel();
+    let sink = Box::new(move |event| {
+        let chunk = matches!(event, Event::Chunk { .. });
+        sender.send(event).unwrap();
+        assert!(!chunk, "a fault in whoever listens");
+        true
+    });
+    let good = start(&engine, ids_request(&PROMPT, 40)).unwrap();
+    let _faulty = engine.generate(ids_request(&PROMPT, 40), sink).unwrap();
+    assert_eq!(good.wait().unwrap(), expected);
+    assert!(matches!(events.iter().last(), Some(Event::Failed(Error::Panic(_)))));
+    assert_eq!(generate(&engine, ids_request(&PROMPT, 40)).unwrap(), expected);
+}
+
+#[test]
+fn an_adapter_is_forgotten_when_it_is_dropped() {
+    let _alone = alone();
+    let engine = load_with(Limits::default());
+    let adapters = gauge::ADAPTERS.load(Relaxed);
+    for _ in 0..3 {
+        let mut request = ids_request(&PROMPT, 2);
+        request.adapter = Some(adapter(ENDLESS, "all-layers"));
+        generate(&engine, request).unwrap();
+    }
+    soon(|| gauge::ADAPTERS.load(Relaxed) == adapters);
+}
+
+#[test]
+fn scores_do_not_depend_on_the_chunks() {
+    let _alone = alone();
+    let ids: Vec<u32> = (0..60).map(|place| (place * 37) % 256).collect();
+    let whole = score(&load_with(Limits::default()), &ids, None).unwrap();
+    let chunked = load_with(Limits { prefill_chunk: 7, ..Limits::default() });
+    let chunked = score(&chunked, &ids, None).unwrap();
+    assert_eq!(whole.len(), 59);
+    for (one, other) in whole.iter().zip(&chunked) {
+        assert!((one - other).abs() < 1e-4, "{one} {other}");
+    }
+}
