@@ -41,7 +41,7 @@ defmodule Bombus.BadAdaptersTest do
   defp edit(folder, fun), do: Fixtures.edit_tensor_list(folder, @tensors, fun)
 
   test "of another base model", %{tmp_dir: dir} = context do
-    folder = Fixtures.copy(Fixtures.adapter("bf16-overrides", "all-layers"), dir)
+    folder = Fixtures.copy(Fixtures.adapter("bf16-4bit", "all-layers"), dir)
     assert_refused_at_use(context, folder, ["does not fit", "model.layers.0.self_attn.q_proj"])
   end
 

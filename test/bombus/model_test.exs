@@ -1,0 +1,88 @@
+defmodule Bombus.ModelTest do
+  use ExUnit.Case, async: true
+
+  alias Bombus.{Error, Fixtures}
+
+  test "a model shows what it is" do
+    model = Bombus.load_model!(:demo)
+    assert %{family: "qwen3", layers: 4, context: 2048} = model.spec
+    assert %{bits: 4, group_size: 64, mode: :affine, overrides: overrides} = model.quantization
+    assert overrides == %{}
+    assert model.device in [:cpu, :gpu]
+    assert inspect(model) =~ ~s(family: "qwen3")
+    assert inspect(model) =~ "bits: 4"
+  end
+
+  test "overrides are shown by module path" do
+    model = Bombus.load_model!(Fixtures.checkpoint("bf16-overrides"))
+    overrides = model.quantization.overrides
+    assert %{"model.layers.1.self_attn.q_proj" => nil} = overrides
+    assert Enum.any?(overrides, &match?({_path, %{bits: 8, group_size: 32}}, &1))
+  end
+
+  test "a dense checkpoint has no quantization" do
+    assert Bombus.load_model!(Fixtures.checkpoint("f32-dense")).quantization == nil
+  end
+
+  test ":quantization must be the checkpoint's" do
+    assert {:ok, _model} = Bombus.load_model(:demo, quantization: :int4)
+
+    assert {:error, %Error{reason: :quantization_mismatch} = error} =
+             Bombus.load_model(:demo, quantization: :int8)
+
+    assert error.message =~ "4 bits"
+    dense = Fixtures.checkpoint("f32-dense")
+    assert {:error, %Error{reason: :unsupported}} = Bombus.load_model(dense, quantization: :int4)
+  end
+
+  test "every way to name a device" do
+    for options <- [
+          [device: :auto],
+          [device: :cpu],
+          [device: {:mlx, :cpu}],
+          [backend: EXLA.Backend],
+          [backend: {EXLA.Backend, device: :cpu}],
+          [backend: {EXLA.Backend, client: :host}]
+        ] do
+      assert {:ok, %Bombus.Model{}} = Bombus.load_model(:demo, options)
+    end
+  end
+
+  test "where there is no GPU, the error says how to get one" do
+    case Bombus.load_model(:demo, device: :gpu) do
+      {:ok, model} ->
+        assert model.device == :gpu
+
+      {:error, error} ->
+        assert error.reason == :no_gpu
+        assert error.message =~ "mlx-cuda-13"
+    end
+  end
+
+  test "the Hub is refused by name, the bang raises" do
+    assert {:error, %Error{reason: :unsupported} = error} =
+             Bombus.load_model({:hf, "owner/name", revision: "main"})
+
+    assert error.message =~ "owner/name"
+    assert_raise Error, ~r/no folder/, fn -> Bombus.load_model!({:local, "nothing/here"}) end
+    assert_raise Error, ~r/no folder/, fn -> Bombus.load_adapter!("nothing/here") end
+    assert_raise Error, ~r/no folder/, fn -> Bombus.load_tokenizer!("nothing/here") end
+  end
+
+  test "a score has one number less than ids, and each is a log-probability" do
+    model = Bombus.load_model!(:demo)
+    {:ok, logprobs} = Bombus.score(model, [1, 15, 27, 90])
+    assert length(logprobs) == 3
+    assert Enum.all?(logprobs, &(is_float(&1) and &1 <= 0.0))
+    assert Bombus.score(model, [5]) == {:ok, []}
+  end
+
+  test "memory info counts" do
+    model = Bombus.load_model!(:demo)
+    info = Bombus.memory_info()
+    assert info.models >= 1
+    assert info.active > 1_000_000
+    for key <- [:cached, :peak, :kv, :adapters, :sequences], do: assert(is_integer(info[key]))
+    assert {:ok, _logprobs} = Bombus.score(model, [1, 2])
+  end
+end
