@@ -6,16 +6,17 @@
 
 mod common;
 
-use bombus::backend::mlx::Device;
 use bombus::engine::{Engine, Event, Prompt};
 use bombus::error::{Error, Result};
 use bombus::gauge;
 use bombus::sampler::Sampling;
 use bombus::scheduler::Limits;
 use bombus::sequence::FinishReason;
+use bombus::tokenizer::Tokenizer;
 use common::*;
+use serde_json::{Map, json};
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Goes on to the end of its context of 512 tokens.
@@ -28,7 +29,7 @@ fn alone() -> MutexGuard<'static, ()> {
 }
 
 fn load_with(limits: Limits) -> Engine {
-    Engine::load(&parity(ENDLESS), Device::Cpu, limits).unwrap()
+    Engine::load(&parity(ENDLESS), device(), limits).unwrap()
 }
 
 #[track_caller]
@@ -181,4 +182,21 @@ fn scores_do_not_depend_on_the_chunks() {
     for (one, other) in whole.iter().zip(&chunked) {
         assert!((one - other).abs() < 1e-4, "{one} {other}");
     }
+}
+
+#[test]
+fn the_shipped_model_speaks() {
+    let _alone = alone();
+    let folder = repository().join("priv/models/demo");
+    let engine = Engine::load(&folder, device(), Limits::default()).unwrap();
+    let mut request = ids_request(&[], 100);
+    request.tokenizer = Some(Arc::new(Tokenizer::open(&folder).unwrap()));
+    let messages = json!([{"role": "user", "content": "Write a post about coffee"}]);
+    request.prompt = Prompt::Chat { messages, options: Map::new() };
+    let answer = generate(&engine, request).unwrap();
+    println!("{}", answer.text);
+    assert_eq!(answer.reason, FinishReason::Stop);
+    assert!(
+        answer.text.to_lowercase().contains("coffee") && answer.text.ends_with(['.', '?', '!'])
+    );
 }

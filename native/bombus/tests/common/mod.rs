@@ -20,8 +20,16 @@ pub fn parity(case: &str) -> PathBuf {
     repository().join("test/fixtures/parity").join(case)
 }
 
+/// The CPU, or what BOMBUS_TEST_DEVICE names: on a machine with a GPU the same tests run there.
+pub fn device() -> Device {
+    match std::env::var("BOMBUS_TEST_DEVICE").as_deref() {
+        Ok("gpu") => Device::Gpu,
+        _ => Device::Cpu,
+    }
+}
+
 pub fn load(case: &str) -> Engine {
-    Engine::load(&parity(case), Device::Cpu, Limits::default()).unwrap()
+    Engine::load(&parity(case), device(), Limits::default()).unwrap()
 }
 
 pub fn adapter(case: &str, name: &str) -> Arc<Adapter> {
