@@ -123,10 +123,11 @@ defmodule Bombus.Serving do
   `serving` is a serving, or the name of one in a supervision tree.
   """
   @spec stream(t() | GenServer.server(), input()) :: Enumerable.t()
-  def stream(%__MODULE__{} = serving, input), do: stream_with(serving, input, fn -> nil end)
+  def stream(%__MODULE__{} = serving, input), do: stream_with(serving, input, nil)
 
   def stream(name, input) do
-    stream_with(Server.serving(name), input, fn -> GenServer.whereis(name) end)
+    {serving, server} = Server.checkout(name)
+    stream_with(serving, input, server)
   end
 
   @doc """
@@ -135,7 +136,8 @@ defmodule Bombus.Serving do
   @spec batched_run(GenServer.server(), input() | [input()]) ::
           result() | {:error, Error.t()} | [result() | {:error, Error.t()}] | Enumerable.t()
   def batched_run(name, input) do
-    run_with(Server.serving(name), input, GenServer.whereis(name))
+    {serving, server} = Server.checkout(name)
+    run_with(serving, input, server)
   end
 
   @doc """
@@ -181,7 +183,7 @@ defmodule Bombus.Serving do
   end
 
   defp run_with(%{options: %{stream: true}} = serving, input, server) when not is_list(input) do
-    stream_with(serving, input, fn -> server end)
+    stream_with(serving, input, server)
   end
 
   defp run_with(serving, inputs, server) when is_list(inputs) do
@@ -208,7 +210,7 @@ defmodule Bombus.Serving do
   defp stream_with(serving, input, server) do
     {_prompt, options} = Bombus.Serving.Input.normalize!(input, serving)
 
-    fn -> {Error.unwrap!(Request.start(serving, input, server.())), [], []} end
+    fn -> {Error.unwrap!(Request.start(serving, input, server)), [], []} end
     |> Stream.resource(&next(&1, options), &halt/1)
     # Raised behind the resource: a request that has ended must not be cancelled.
     |> Stream.map(fn

@@ -9,11 +9,12 @@ defmodule Bombus.Serving.Server do
     GenServer.start_link(__MODULE__, Keyword.fetch!(options, :serving), name: options[:name])
   end
 
-  def serving(name), do: GenServer.call(name, :serving)
+  @doc "The serving, and the process whose end is that of its requests."
+  def checkout(name), do: GenServer.call(name, :checkout)
 
   @impl true
   def init(%Bombus.Serving{} = serving), do: {:ok, serving}
 
   @impl true
-  def handle_call(:serving, _from, serving), do: {:reply, serving, serving}
+  def handle_call(:checkout, _from, serving), do: {:reply, {serving, self()}, serving}
 end
