@@ -5,11 +5,11 @@
 //! without a model, and bound to one when it is first used with it.
 
 use crate::backend::Backend;
-use crate::checkpoint::Module;
 use crate::config::Config;
-use crate::decoder::PROJECTIONS;
+use crate::decoder::BoundAdapter;
 use crate::error::{Error, Result};
 use crate::gauge;
+use crate::modules::{Module, PROJECTIONS, projections, vocabulary};
 use crate::tensor_file::{TensorFiles, TensorView};
 use safetensors::tensor::Dtype;
 use std::collections::BTreeSet;
@@ -29,14 +29,6 @@ pub struct Adapter {
 }
 
 type Hook = Box<dyn FnOnce() + Send>;
-
-/// An adapter's pairs on a backend, each at its place in the decoder.
-pub struct BoundAdapter<B: Backend> {
-    pub embed_tokens: Option<B::Lora>,
-    /// layer -> projection, in the order of `decoder::PROJECTIONS`
-    pub layers: Vec<[Option<B::Lora>; PROJECTIONS.len()]>,
-    pub lm_head: Option<B::Lora>,
-}
 
 #[derive(serde::Deserialize)]
 struct AdapterConfig {
@@ -101,20 +93,20 @@ impl Adapter {
             backend.lora(&a, &b, self.scale).map(Some)
         };
         // As mlx-lm: an embedding's pair goes from token to hidden, a head's from hidden to token.
-        let mut embedding = config.vocabulary_module("model.embed_tokens");
+        let mut embedding = vocabulary(config, "model.embed_tokens");
         std::mem::swap(&mut embedding.in_features, &mut embedding.out_features);
         let embed_tokens = bind(embedding)?;
         let mut layers = vec![];
         for index in 0..config.num_hidden_layers {
             let mut layer = [const { None }; PROJECTIONS.len()];
-            for (place, module) in layer.iter_mut().zip(config.projections(index)) {
+            for (place, module) in layer.iter_mut().zip(projections(config, index)) {
                 *place = bind(module)?;
             }
             layers.push(layer);
         }
         let lm_head = match config.tie_word_embeddings {
             true => None,
-            false => bind(config.vocabulary_module("lm_head"))?,
+            false => bind(vocabulary(config, "lm_head"))?,
         };
         problems.extend(left.iter().map(|path| format!("the model has no linear layer `{path}`")));
         match problems.is_empty() {

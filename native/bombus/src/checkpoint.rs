@@ -5,58 +5,12 @@ use crate::backend::{AttentionShape, Backend, LinearWeights, QuantizedWeights};
 use crate::config::{Config, Quantization};
 use crate::decoder::{Decoder, Layer};
 use crate::error::{Error, Result};
+use crate::modules::{Module, projections, vocabulary};
 use crate::tensor_file::{TensorFiles, TensorView};
 use safetensors::tensor::Dtype;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::path::Path;
-
-/// A linear layer's place in the model: `weight` is `[out_features, in_features]`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Module {
-    pub path: String,
-    pub in_features: usize,
-    pub out_features: usize,
-}
-
-impl Config {
-    /// The linear layers of decoder layer `layer`, in the order of `decoder::PROJECTIONS`.
-    pub fn projections(&self, layer: usize) -> [Module; 7] {
-        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
-        let q = self.num_attention_heads * self.head_dim;
-        let kv = self.num_key_value_heads * self.head_dim;
-        let shapes = [
-            (hidden, q),
-            (hidden, kv),
-            (hidden, kv),
-            (q, hidden),
-            (hidden, inner),
-            (hidden, inner),
-            (inner, hidden),
-        ];
-        let mut index = 0;
-        shapes.map(|(in_features, out_features)| {
-            let path = format!("model.layers.{layer}.{}", crate::decoder::PROJECTIONS[index]);
-            index += 1;
-            Module { path, in_features, out_features }
-        })
-    }
-
-    /// `[vocab, hidden]`: the embedding, and a head of its own
-    pub fn vocabulary_module(&self, path: &str) -> Module {
-        Module { path: path.into(), in_features: self.hidden_size, out_features: self.vocab_size }
-    }
-
-    pub fn attention_shape(&self) -> AttentionShape {
-        AttentionShape {
-            num_attention_heads: self.num_attention_heads,
-            num_key_value_heads: self.num_key_value_heads,
-            head_dim: self.head_dim,
-            rope_theta: self.rope_theta,
-            rms_norm_eps: self.rms_norm_eps,
-        }
-    }
-}
 
 pub fn load<B: Backend>(folder: &Path, config: &Config, backend: B) -> Result<Decoder<B>> {
     let tensors = TensorFiles::open(folder)?;
@@ -65,21 +19,31 @@ pub fn load<B: Backend>(folder: &Path, config: &Config, backend: B) -> Result<De
         (0..config.num_hidden_layers).map(|index| checkpoint.layer(index, &backend)).collect();
     let decoder = Decoder {
         embed_tokens: backend
-            .embedding(&checkpoint.linear(&config.vocabulary_module("model.embed_tokens"))?)?,
+            .embedding(&checkpoint.linear(&vocabulary(config, "model.embed_tokens"))?)?,
         layers: layers?,
         norm: backend.norm(&checkpoint.norm("model.norm", config.hidden_size)?)?,
         lm_head: match config.tie_word_embeddings {
             true => None,
             false => {
-                let head = checkpoint.linear(&config.vocabulary_module("lm_head"))?;
+                let head = checkpoint.linear(&vocabulary(config, "lm_head"))?;
                 Some(backend.linear(&[head])?)
             }
         },
-        attention: config.attention_shape(),
+        attention: attention_shape(config),
         backend,
     };
     checkpoint.check_all_taken()?;
     Ok(decoder)
+}
+
+fn attention_shape(config: &Config) -> AttentionShape {
+    AttentionShape {
+        num_attention_heads: config.num_attention_heads,
+        num_key_value_heads: config.num_key_value_heads,
+        head_dim: config.head_dim,
+        rope_theta: config.rope_theta,
+        rms_norm_eps: config.rms_norm_eps,
+    }
 }
 
 struct Checkpoint<'a> {
@@ -95,7 +59,7 @@ impl Checkpoint<'_> {
         let norm = |name: &str, width| {
             backend.norm(&self.norm(&format!("model.layers.{index}.{name}"), width)?)
         };
-        let modules = self.config.projections(index);
+        let modules = projections(self.config, index);
         let linear = |modules: &[Module]| {
             let weights: Result<Vec<_>> = modules.iter().map(|m| self.linear(m)).collect();
             backend.linear(&weights?)

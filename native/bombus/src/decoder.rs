@@ -3,21 +3,12 @@
 //! Module paths are the checkpoint's: `model.layers.0.self_attn.q_proj`. Reference:
 //! mlx-lm's `models/qwen3.py`.
 
-use crate::adapter::BoundAdapter;
 use crate::backend::{AttentionShape, Backend, LoraRows, Segment, Token};
 use crate::error::Result;
+use crate::modules::PROJECTIONS;
 use std::ops::Range;
 
-/// The linear layers of a decoder layer, in the order in which `BoundAdapter` holds their pairs.
-pub const PROJECTIONS: [&str; 7] = [
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-];
+/// Where each fused projection stands in `PROJECTIONS`.
 const QKV: Range<usize> = 0..3;
 const O: Range<usize> = 3..4;
 const GATE_UP: Range<usize> = 4..6;
@@ -44,6 +35,14 @@ pub struct Layer<B: Backend> {
     pub down_proj: B::Linear,
 }
 
+/// An adapter's pairs, each at its place in the decoder.
+pub struct BoundAdapter<B: Backend> {
+    pub embed_tokens: Option<B::Lora>,
+    /// layer -> projection, in the order of `PROJECTIONS`
+    pub layers: Vec<[Option<B::Lora>; PROJECTIONS.len()]>,
+    pub lm_head: Option<B::Lora>,
+}
+
 /// Keys and values of one sequence, layer by layer.
 pub type KvCache<B> = Vec<<B as Backend>::Cache>;
 
@@ -62,25 +61,22 @@ impl<B: Backend> Decoder<B> {
         self.layers.iter().map(|_| self.backend.cache()).collect()
     }
 
-    /// The logits `[outputs, vocab]` of the rows named in `outputs`; none where it is empty.
+    /// The logits `[outputs, vocab]` of the rows named in `outputs`, in ascending order.
     pub fn forward(
         &self,
         tokens: &[Token],
         previous: Option<&B::Samples>,
         parts: &mut [Part<B>],
         outputs: &[usize],
-    ) -> Result<Option<B::Tensor>> {
+    ) -> Result<B::Tensor> {
         let spans = spans(parts);
         let loras = embedding_loras(&spans, Range::clone);
         let mut hidden = self.backend.embed(&self.embed_tokens, tokens, previous, &loras)?;
         for (index, layer) in self.layers.iter().enumerate() {
             hidden = self.layer(index, layer, hidden, parts, &spans)?;
         }
-        if outputs.is_empty() {
-            return Ok(None);
-        }
         let hidden = self.backend.select(&hidden, outputs)?;
-        self.logits(&hidden, outputs, &spans).map(Some)
+        self.logits(&hidden, outputs, &spans)
     }
 
     fn layer(

@@ -1,10 +1,11 @@
 //! The engine of Bombus: quantized decoder-only transformers with LoRA adapters.
 //!
 //! In the order in which data flows; each module may use those above it:
-//! a checkpoint's files (`tensor_file`, `config`), text (`tokenizer`), what a token is drawn with
-//! (`sampler`), the operations (`backend`), the transformer over them (`decoder`), adapters
-//! (`adapter`), from files to a decoder (`checkpoint`), one request (`sequence`), which rows go
-//! into a step (`scheduler`), and the thread that runs them (`engine`).
+//! a checkpoint's files (`tensor_file`, `config`), where its tensors belong (`modules`), text
+//! (`tokenizer`), what a token is drawn with (`sampler`), the operations (`backend`), the
+//! transformer over them (`decoder`), adapters (`adapter`), from files to a decoder
+//! (`checkpoint`), one request (`sequence`), which rows go into a step (`scheduler`), and the
+//! thread that runs them (`engine`).
 
 pub mod adapter;
 pub mod backend;
@@ -14,6 +15,7 @@ pub mod decoder;
 pub mod engine;
 pub mod error;
 pub mod gauge;
+pub mod modules;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;

@@ -72,8 +72,8 @@ impl Sampling {
     }
 }
 
-/// One row's draw.
-#[derive(Clone, Debug)]
+/// One row's draw; greedy by default.
+#[derive(Clone, Debug, Default)]
 pub struct Draw {
     pub sampling: Sampling,
     /// in `0.0..1.0`

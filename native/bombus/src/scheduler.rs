@@ -43,13 +43,12 @@ impl Scheduler {
         let free = self.limits.max_batch_size - self.running.len();
         let admitted = free.min(self.waiting.len());
         self.running.extend(self.waiting.drain(..admitted));
-        let (mut budget, mut row) = (self.limits.prefill_chunk, 0);
-        let mut chunks = vec![];
+        let mut budget = self.limits.prefill_chunk;
+        let mut chunks: Vec<Chunk> = vec![];
         for sequence in &mut self.running {
             let prefills = sequence.prefills();
-            let Some(chunk) = sequence.next_chunk(budget, row) else { continue };
+            let Some(chunk) = sequence.next_chunk(budget, chunks.len()) else { continue };
             budget -= if prefills { chunk.tokens.len() } else { 0 };
-            row += usize::from(chunk.draw.is_some());
             chunks.push(chunk);
         }
         chunks
@@ -89,7 +88,7 @@ mod tests {
         }
         let mut fed: HashMap<u64, usize> = HashMap::new();
         let mut previous: Vec<u32> = vec![];
-        let mut in_flight: Vec<(u64, u32)> = vec![];
+        let mut in_flight: Vec<(u64, u32, bool)> = vec![];
         let mut steps = 0;
         while !scheduler.is_idle() {
             let chunks = scheduler.step();
@@ -110,13 +109,12 @@ mod tests {
                 *position += chunk.tokens.len();
                 let (prompt, ..) = prompts[chunk.id as usize];
                 prefilled += if chunk.start < prompt { chunk.tokens.len() } else { 0 };
-                if chunk.draw.is_some() {
-                    samples.push((chunk.id, token(chunk.id, *position)));
-                }
+                samples.push((chunk.id, token(chunk.id, *position), chunk.draw.is_some()));
             }
             assert!(prefilled <= scheduler.limits.prefill_chunk);
-            for (id, token) in std::mem::take(&mut in_flight) {
-                if scheduler.running(id).is_some_and(|sequence| sequence.accept(token)) {
+            for (id, token, is_token) in std::mem::take(&mut in_flight) {
+                if is_token && scheduler.running(id).is_some_and(|sequence| sequence.accept(token))
+                {
                     scheduler.remove(id);
                 }
             }

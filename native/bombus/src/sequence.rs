@@ -59,8 +59,8 @@ impl Sequence {
         self.submitted < self.prompt.len()
     }
 
-    /// The next rows, at most `budget` of them from the prompt; a sample among them will be
-    /// number `row` of the step. None where the sequence must wait or has nothing left to do.
+    /// The next rows, at most `budget` of them from the prompt; their sample will be number `row`
+    /// of the step. None where the sequence must wait or has nothing left to do.
     pub fn next_chunk(&mut self, budget: usize, row: usize) -> Option<Chunk> {
         let start = self.submitted;
         let left = self.prompt.len().saturating_sub(start);

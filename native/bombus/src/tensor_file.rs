@@ -1,8 +1,9 @@
-//! Safetensors files, memory-mapped: one file, or the shards of a checkpoint.
+//! Safetensors files: one file, or the shards of a checkpoint.
 //!
-//! The safetensors crate checks the header (length, UTF-8, dtypes, offsets without holes or
-//! overlaps) before any byte is used. Two things it lets pass are checked here: a name that
-//! stands twice, and a file that changes while it is mapped.
+//! The safetensors crate checks the mapped file's header (length, UTF-8, dtypes, offsets without
+//! holes or overlaps) before any tensor is read. Two things it lets pass are checked here: a name
+//! that stands twice, and a file that changes meanwhile. Tensors are read, not taken from the map:
+//! MLX copies them anyway, and a page of a file that has shrunk would end the process.
 //! Format: <https://huggingface.co/docs/safetensors>.
 
 use crate::error::{Error, Result};
@@ -12,15 +13,34 @@ use safetensors::tensor::{Dtype, Metadata};
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
 use std::time::SystemTime;
 
-/// One tensor's bytes as they lie in the file.
+/// A tensor in a file, before it is read.
 #[derive(Clone, Debug)]
 pub struct TensorView<'a> {
     pub dtype: Dtype,
     pub shape: &'a [usize],
-    pub bytes: &'a [u8],
+    file: &'a TensorFile,
+    /// Where its bytes lie in the file.
+    range: Range<usize>,
+}
+
+impl TensorView<'_> {
+    /// Its bytes, as many as dtype and shape say. Fails where the file was written to since it was
+    /// opened: they would then be of both versions.
+    pub fn read(&self) -> Result<Vec<u8>> {
+        let TensorFile { path, file, stamp, .. } = self.file;
+        let mut bytes = vec![0; self.range.len()];
+        let read = file.read_exact_at(&mut bytes, self.range.start as u64);
+        if self::stamp(file, path)? != *stamp {
+            return Err(Error::Io(format!("`{}` changed while it was loaded", path.display())));
+        }
+        read.map_err(|error| Error::io(path, &error))?;
+        Ok(bytes)
+    }
 }
 
 /// One mapped file.
@@ -28,7 +48,6 @@ pub struct TensorView<'a> {
 pub struct TensorFile {
     path: PathBuf,
     file: File,
-    map: Mmap,
     metadata: Metadata,
     data_start: usize,
     stamp: Stamp,
@@ -49,28 +68,18 @@ impl TensorFile {
             SafeTensors::read_metadata(&map).map_err(|error| corrupt(path, error))?;
         let data_start = 8 + header_len;
         check_names(&map[8..data_start]).map_err(|error| corrupt(path, error))?;
-        Ok(Self { path: path.to_owned(), file, map, metadata, data_start, stamp })
-    }
-
-    pub fn path(&self) -> &Path {
-        &self.path
+        Ok(Self { path: path.to_owned(), file, metadata, data_start, stamp })
     }
 
     pub fn names(&self) -> Vec<String> {
         self.metadata.offset_keys()
     }
 
-    /// The tensor's bytes; none where the file has no such tensor. Fails where the file was
-    /// written to since it was opened: its pages would then be of both versions, or gone.
-    pub fn tensor(&self, name: &str) -> Result<Option<TensorView<'_>>> {
-        let Some(info) = self.metadata.info(name) else { return Ok(None) };
-        if stamp(&self.file, &self.path)? != self.stamp {
-            let path = self.path.display();
-            return Err(Error::Io(format!("`{path}` changed while it was being loaded")));
-        }
+    pub fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
+        let info = self.metadata.info(name)?;
         let (start, end) = info.data_offsets;
-        let bytes = &self.map[self.data_start + start..self.data_start + end];
-        Ok(Some(TensorView { dtype: info.dtype, shape: &info.shape, bytes }))
+        let range = self.data_start + start..self.data_start + end;
+        Some(TensorView { dtype: info.dtype, shape: &info.shape, file: self, range })
     }
 }
 
@@ -84,8 +93,8 @@ fn stamp(file: &File, path: &Path) -> Result<Stamp> {
 
 #[allow(unsafe_code)]
 fn map(file: &File, path: &Path) -> Result<Mmap> {
-    // SAFETY: the map is read-only, and its file's length and time are compared before each
-    // tensor is handed out, so that a file that shrinks ends in an error.
+    // SAFETY: the map is read-only and lives only while the header is checked, a moment after the
+    // file's length was asked for. A file that shrinks in that moment is not caught.
     unsafe { Mmap::map(file) }.map_err(|error| Error::io(path, &error))
 }
 
@@ -182,15 +191,12 @@ impl TensorFiles {
         self.names.contains_key(name)
     }
 
-    pub fn get(&self, name: &str) -> Result<Option<TensorView<'_>>> {
-        match self.names.get(name) {
-            Some(&file) => self.files[file].tensor(name),
-            None => Ok(None),
-        }
+    pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
+        self.files[*self.names.get(name)?].tensor(name)
     }
 
     pub fn require(&self, name: &str) -> Result<TensorView<'_>> {
-        self.get(name)?.ok_or_else(|| {
+        self.get(name).ok_or_else(|| {
             Error::Checkpoint(format!("the tensor `{name}` is missing from `{}`", self.place()))
         })
     }

@@ -6,7 +6,7 @@
 
 mod common;
 
-use bombus::engine::{Engine, Event, Prompt};
+use bombus::engine::{Engine, Event, Prompt, Sink};
 use bombus::error::{Error, Result};
 use bombus::gauge;
 use bombus::sampler::Sampling;
@@ -14,7 +14,6 @@ use bombus::scheduler::Limits;
 use bombus::sequence::FinishReason;
 use bombus::tokenizer::Tokenizer;
 use common::*;
-use serde_json::{Map, json};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -145,7 +144,7 @@ fn a_panic_ends_its_own_request_and_the_engine_serves_on() {
     let engine = load_with(Limits::default());
     let expected = generate(&engine, ids_request(&PROMPT, 40)).unwrap();
     let (sender, events) = std::sync::mpsc::channel();
-    let sink = Box::new(move |event| {
+    let sink = Sink::new(move |event| {
         let chunk = matches!(event, Event::Chunk { .. });
         sender.send(event).unwrap();
         assert!(!chunk, "a fault in whoever listens");
@@ -185,14 +184,79 @@ fn scores_do_not_depend_on_the_chunks() {
 }
 
 #[test]
+fn a_request_is_cancelled_in_prefill_and_in_the_queue() {
+    let _alone = alone();
+    let limits = Limits { prefill_chunk: 1, max_batch_size: 1, ..Limits::default() };
+    let engine = load_with(limits);
+    let request = || ids_request(&[7; 400], 100);
+    let prefills = start(&engine, request()).unwrap();
+    let queued = start(&engine, request()).unwrap();
+    soon(|| gauge::SEQUENCES.load(Relaxed) == 2);
+    for running in [queued, prefills] {
+        running.generation.cancel();
+        let events: Vec<_> = running.events.iter().collect();
+        assert_eq!(events, [Event::Done { reason: FinishReason::Cancelled, prompt_tokens: 400 }]);
+    }
+    assert!(all_free());
+}
+
+#[test]
+fn scores_leave_room_for_requests_and_end_with_their_handles() {
+    let _alone = alone();
+    let engine = load_with(Limits { prefill_chunk: 1, ..Limits::default() });
+    let ids: Vec<u32> = (0..500).map(|place| (place * 37) % 256).collect();
+    let scores: Vec<_> = (0..3).map(|_| start_score(&engine, &ids, None).unwrap()).collect();
+    generate(&engine, ids_request(&PROMPT, 3)).unwrap();
+    assert!(scores[2].events.try_recv().is_err(), "the request waited for all scores");
+    for Running { generation, events } in scores {
+        drop(generation);
+        assert_eq!(events.iter().count(), 1);
+    }
+    soon(all_free);
+}
+
+#[test]
+fn numbers_that_are_none_are_an_error() {
+    let _alone = alone();
+    let engine = load_with(Limits::default());
+    let folder = parity(ENDLESS).join("adapters/all-layers");
+    let huge = Arc::new(bombus::adapter::Adapter::open(&folder, Some(1e38)).unwrap());
+    let scored = score(&engine, &PROMPT, Some(huge.clone())).unwrap_err();
+    assert!(scored.to_string().contains("not a finite number"), "{scored}");
+    let mut request = ids_request(&PROMPT, 5);
+    request.adapter = Some(huge);
+    assert!(matches!(generate(&engine, request), Err(Error::Backend(_))));
+    assert_eq!(generate(&engine, ids_request(&PROMPT, 5)).unwrap().ids.len(), 5);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_model_that_goes_takes_its_threads_along() {
+    let _alone = alone();
+    // MLX's threads take the name of the one that made them.
+    let named = |task: &std::path::Path| std::fs::read_to_string(task.join("comm"));
+    let threads = || {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+        let names = tasks.filter_map(|task| named(&task.ok()?.path()).ok());
+        names.filter(|name| name.trim() == "bombus-engine").count()
+    };
+    let load = || drop(generate(&load_with(Limits::default()), ids_request(&PROMPT, 2)).unwrap());
+    load();
+    soon(|| gauge::MODELS.load(Relaxed) == 0);
+    let before = threads();
+    (0..10).for_each(|_| load());
+    soon(|| threads() <= before);
+}
+
+#[test]
 fn the_shipped_model_speaks() {
     let _alone = alone();
     let folder = repository().join("priv/models/demo");
     let engine = Engine::load(&folder, device(), Limits::default()).unwrap();
     let mut request = ids_request(&[], 100);
     request.tokenizer = Some(Arc::new(Tokenizer::open(&folder).unwrap()));
-    let messages = json!([{"role": "user", "content": "Write a post about coffee"}]);
-    request.prompt = Prompt::Chat { messages, options: Map::new() };
+    let messages = r#"[{"role": "user", "content": "Write a post about coffee"}]"#.into();
+    request.prompt = Prompt::Chat { messages, options: "{}".into() };
     let answer = generate(&engine, request).unwrap();
     println!("{}", answer.text);
     assert_eq!(answer.reason, FinishReason::Stop);

@@ -5,7 +5,7 @@
 use bombus::error::Error;
 use bombus::tensor_file::TensorFile;
 use proptest::prelude::*;
-use std::io::Write;
+use std::io::{Seek, Write};
 
 fn write(bytes: &[u8]) -> tempfile::NamedTempFile {
     let mut file = tempfile::NamedTempFile::new().unwrap();
@@ -25,7 +25,7 @@ fn read_all(bytes: &[u8]) -> Result<usize, Error> {
     let file = TensorFile::open(written.path())?;
     let mut total = 0;
     for name in file.names() {
-        total += file.tensor(&name)?.map_or(0, |tensor| tensor.bytes.len());
+        total += file.tensor(&name).map_or(Ok(0), |tensor| tensor.read().map(|read| read.len()))?;
     }
     Ok(total)
 }
@@ -34,21 +34,31 @@ fn read_all(bytes: &[u8]) -> Result<usize, Error> {
 fn tensors_are_found_with_their_shapes() {
     let written = write(&file(HEADER, &[7; 12]));
     let file = TensorFile::open(written.path()).unwrap();
-    let b = file.tensor("b").unwrap().unwrap();
-    assert_eq!((b.shape, b.bytes), (&[1, 1][..], &[7; 4][..]));
-    assert!(file.tensor("c").unwrap().is_none());
+    let b = file.tensor("b").unwrap();
+    assert_eq!((b.shape, b.read().unwrap()), (&[1, 1][..], vec![7; 4]));
+    assert!(file.tensor("c").is_none());
 }
 
 #[test]
-fn a_file_that_changes_while_it_is_mapped_is_an_error() {
-    let mut written = write(&file(HEADER, &[7; 12]));
-    let file = TensorFile::open(written.path()).unwrap();
-    file.tensor("a").unwrap();
-    written.as_file().set_len(40).unwrap();
-    let error = file.tensor("a").unwrap_err().to_string();
-    assert!(error.contains("changed while"), "{error}");
-    written.write_all(&[0; 12]).unwrap();
-    assert!(file.tensor("a").is_err());
+fn a_file_that_changes_after_it_was_opened_is_an_error() {
+    for change in [
+        |file: &std::fs::File| file.set_len(0),
+        |file: &std::fs::File| file.set_len(1 << 20),
+        |mut file: &std::fs::File| {
+            // Files are stamped to a tick of the clock.
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            file.rewind()?;
+            file.write_all(&[1; 8])
+        },
+    ] {
+        let written = write(&file(HEADER, &[7; 12]));
+        let file = TensorFile::open(written.path()).unwrap();
+        let tensor = file.tensor("a").unwrap();
+        assert_eq!(tensor.read().unwrap(), [7; 8]);
+        change(written.as_file()).unwrap();
+        let error = tensor.read().unwrap_err().to_string();
+        assert!(error.contains("changed while"), "{error}");
+    }
 }
 
 proptest! {

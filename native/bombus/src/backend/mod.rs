@@ -128,8 +128,8 @@ pub trait Backend {
     /// ln p of one target for each row of logits; waits for them.
     fn log_probs(&self, logits: &Self::Tensor, targets: &[u32]) -> Result<Vec<f32>>;
 
-    /// Starts the work that `samples` and `caches` stand for, without waiting for it.
-    fn submit(&self, samples: Option<&Self::Samples>, caches: &[&Self::Cache]) -> Result<()>;
-    /// Waits for the samples.
-    fn read(&self, samples: &Self::Samples) -> Result<Vec<u32>>;
+    /// Starts the work that `samples` stands for, without waiting for it.
+    fn submit(&self, samples: &Self::Samples) -> Result<()>;
+    /// Waits for the samples; none where a row's logits were not numbers.
+    fn read(&self, samples: &Self::Samples) -> Result<Vec<Option<u32>>>;
 }

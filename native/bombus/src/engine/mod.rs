@@ -3,7 +3,15 @@
 //! `Engine` is a handle: it sends commands and returns at once. The thread (`worker`) owns the
 //! decoder, the caches and the scheduler. It ends when the handle and all generations are gone.
 
+mod exit;
+mod request;
+mod score;
+mod sink;
+mod threads;
 mod worker;
+
+pub use request::{Prompt, Request};
+pub use sink::{Event, Sink};
 
 use crate::adapter::Adapter;
 use crate::backend::mlx::{Device, Mlx};
@@ -11,55 +19,12 @@ use crate::checkpoint;
 use crate::config::Config;
 use crate::error::{Error, Result, catch};
 use crate::gauge;
-use crate::sampler::Sampling;
 use crate::scheduler::Limits;
-use crate::sequence::FinishReason;
-use crate::tokenizer::Tokenizer;
-use serde_json::{Map, Value};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Weak};
 use worker::Worker;
-
-/// What a request begins with.
-#[derive(Clone, Debug)]
-pub enum Prompt {
-    /// A text to be completed.
-    Text(String),
-    /// A conversation, and options for the chat template.
-    Chat {
-        messages: Value,
-        options: Map<String, Value>,
-    },
-    Ids(Vec<u32>),
-}
-
-pub struct Request {
-    pub prompt: Prompt,
-    /// Without one, only ids go in and come out.
-    pub tokenizer: Option<Arc<Tokenizer>>,
-    pub adapter: Option<Arc<Adapter>>,
-    pub sampling: Sampling,
-    pub max_new_tokens: usize,
-    /// Strings that end the text, and are not part of it.
-    pub stop: Vec<String>,
-}
-
-#[derive(Clone, Debug, PartialEq)]
-pub enum Event {
-    /// New tokens, and the text that became final with them (it may lag behind).
-    Chunk { ids: Vec<u32>, text: String },
-    /// The one end of a request that was answered.
-    Done { reason: FinishReason, prompt_tokens: usize },
-    /// The one end of a request that was not.
-    Failed(Error),
-}
-
-/// Takes a request's events, on the engine's thread; false where nobody listens any more.
-pub type Sink = Box<dyn FnMut(Event) -> bool + Send>;
-/// Takes the answer to `score`, on the engine's thread.
-pub type ScoreSink = Box<dyn FnOnce(Result<Vec<f32>>) + Send>;
 
 enum Command {
     Generate {
@@ -68,13 +33,15 @@ enum Command {
         sink: Sink,
         place: Place,
     },
-    Cancel {
-        id: u64,
-    },
     Score {
+        id: u64,
         ids: Vec<u32>,
         adapter: Option<Arc<Adapter>>,
-        sink: ScoreSink,
+        sink: Sink,
+        place: Place,
+    },
+    Cancel {
+        id: u64,
     },
     /// An adapter is gone: so must be what is bound of it.
     Forget {
@@ -115,15 +82,11 @@ impl Engine {
         let (commands, receiver) = mpsc::channel();
         let commands = Arc::new(commands);
         let (ready, loaded) = mpsc::channel();
-        let thread = {
+        threads::run({
             let (folder, config, limits) = (folder.to_owned(), config.clone(), limits.clone());
             let inbox = Inbox { receiver, commands: Arc::downgrade(&commands) };
             move || serve(&folder, &config, device, limits, &ready, inbox)
-        };
-        std::thread::Builder::new()
-            .name("bombus-engine".into())
-            .spawn(thread)
-            .map_err(|error| Error::OutOfMemory(format!("no thread for the engine: {error}")))?;
+        })?;
         loaded.recv().map_err(|_| Error::Stopped)??;
         let waiting = Arc::new(AtomicUsize::new(0));
         Ok(Self { commands, waiting, next_id: AtomicU64::new(0), limits, config })
@@ -133,24 +96,30 @@ impl Engine {
         &self.config
     }
 
-    /// Puts a request into the queue and returns. Fails at once where the queue is full. The
-    /// sink gets chunks and exactly one `Done` or `Failed`.
+    /// Puts a request into the queue and returns; fails at once where the queue is full. The
+    /// sink gets chunks and one end: `Done` or `Failed`.
     pub fn generate(&self, request: Request, sink: Sink) -> Result<Generation> {
         request.sampling.check()?;
-        let place = self.place()?;
-        let id = self.next_id.fetch_add(1, Relaxed);
-        self.send(Command::Generate { id, request: Box::new(request), sink, place })?;
-        Ok(Generation { id, commands: self.commands.clone() })
+        let request = Box::new(request);
+        self.start(|id, place| Command::Generate { id, request, sink, place })
     }
 
-    /// ln p of every token but the first, given those before it: `ids.len() - 1` numbers.
+    /// ln p of every token but the first, given those before it: `ids.len() - 1` numbers. The
+    /// sink gets one end: `Scores` or `Failed`.
     pub fn score(
         &self,
         ids: Vec<u32>,
         adapter: Option<Arc<Adapter>>,
-        sink: ScoreSink,
-    ) -> Result<()> {
-        self.send(Command::Score { ids, adapter, sink })
+        sink: Sink,
+    ) -> Result<Generation> {
+        self.start(|id, place| Command::Score { id, ids, adapter, sink, place })
+    }
+
+    fn start(&self, command: impl FnOnce(u64, Place) -> Command) -> Result<Generation> {
+        let place = self.place()?;
+        let id = self.next_id.fetch_add(1, Relaxed);
+        self.commands.send(command(id, place)).map_err(|_| Error::Stopped)?;
+        Ok(Generation { id, commands: self.commands.clone() })
     }
 
     fn place(&self) -> Result<Place> {
@@ -159,10 +128,6 @@ impl Engine {
             .waiting
             .fetch_update(Relaxed, Relaxed, |waiting| (waiting < max).then_some(waiting + 1));
         taken.map(|_| Place(self.waiting.clone())).map_err(Error::Overloaded)
-    }
-
-    fn send(&self, command: Command) -> Result<()> {
-        self.commands.send(command).map_err(|_| Error::Stopped)
     }
 }
 
@@ -186,6 +151,7 @@ impl Drop for Generation {
     }
 }
 
+/// The engine's life on its thread.
 fn serve(
     folder: &Path,
     config: &Arc<Config>,
@@ -194,14 +160,23 @@ fn serve(
     ready: &Sender<Result<()>>,
     inbox: Inbox,
 ) {
+    let loading = exit::Busy::enter();
     let served = catch(|| Mlx::new(device)).and_then(|backend| {
         backend.clone().scope(|| {
             let decoder = catch(|| checkpoint::load(folder, config, backend))?;
+            exit::register();
+            drop(loading);
             let _share = gauge::Share::one(&gauge::MODELS);
             // Nobody may wait any more; then there are no commands either.
             _ = ready.send(Ok(()));
-            Worker::new(decoder, config.clone(), limits, inbox).run();
-            Ok(())
+            let mut worker = Worker::new(decoder, config.clone(), limits, inbox);
+            let served = catch(|| {
+                worker.run();
+                Ok(())
+            });
+            let _busy = exit::Busy::enter();
+            drop(worker);
+            served
         })
     });
     if let Err(error) = served {

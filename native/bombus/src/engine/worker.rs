@@ -1,17 +1,21 @@
 //! The engine's thread: takes commands, plans a step, submits it, and hands out the tokens of the
 //! step before while it computes.
 
-use super::{Command, Event, Inbox, Place, Prompt, Request, ScoreSink, Sink};
-use crate::adapter::{Adapter, BoundAdapter};
+use super::exit::{self, Busy};
+use super::request::{Request, check_ids};
+use super::score::Score;
+use super::sink::{Event, Sink};
+use super::{Command, Inbox, Place};
+use crate::adapter::Adapter;
 use crate::backend::{Backend, Segment, Token};
 use crate::config::Config;
-use crate::decoder::{Decoder, KvCache, Part};
+use crate::decoder::{BoundAdapter, Decoder, KvCache, Part};
 use crate::error::{Error, Result, catch};
 use crate::gauge;
 use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{Chunk, FinishReason, Sequence};
 use crate::tokenizer::TextStream;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::TryRecvError;
@@ -23,6 +27,7 @@ pub struct Worker<B: Backend> {
     prefill_chunk: usize,
     scheduler: Scheduler,
     live: HashMap<u64, Live<B>>,
+    scores: VecDeque<Score<B>>,
     /// The adapters bound to this model, by the address of what they are bound from.
     adapters: HashMap<usize, Rc<BoundAdapter<B>>>,
     kv_bytes: gauge::Share,
@@ -40,12 +45,14 @@ struct Live<B: Backend> {
 }
 
 /// An adapter that a sequence keeps alive, and its pairs.
-type InUse<B> = (Arc<Adapter>, Rc<BoundAdapter<B>>);
+pub type InUse<B> = (Arc<Adapter>, Rc<BoundAdapter<B>>);
 
-/// A step that has been submitted and not read: the samples, and whose they are.
+/// A step that has been submitted and not read. Every chunk in it has a sample, so that a fault
+/// in any of them shows; only some are tokens.
 struct InFlight<B: Backend> {
     samples: B::Samples,
-    ids: Vec<u64>,
+    /// Whose the samples are, and whether they are tokens.
+    chunks: Vec<(u64, bool)>,
 }
 
 impl<B: Backend> Worker<B> {
@@ -57,32 +64,50 @@ impl<B: Backend> Worker<B> {
             prefill_chunk: limits.prefill_chunk,
             scheduler: Scheduler::new(limits),
             live: HashMap::new(),
+            scores: VecDeque::new(),
             adapters: HashMap::new(),
             kv_bytes: gauge::Share::of(&gauge::KV_BYTES),
         }
     }
 
     /// Serves until every handle is gone.
-    pub fn run(mut self) {
-        let mut in_flight = None;
-        while self.take_commands(in_flight.is_none()) {
+    pub fn run(&mut self) {
+        let mut in_flight: Option<InFlight<B>> = None;
+        let mut busy = None;
+        loop {
+            if in_flight.is_none() && self.is_idle() {
+                busy = None;
+                match self.inbox.receiver.recv() {
+                    Ok(command) => self.obey(command),
+                    Err(_) => return,
+                }
+            }
+            busy.get_or_insert_with(Busy::enter);
+            if exit::stopping() {
+                _ = in_flight.take().map(|step| self.decoder.backend.read(&step.samples));
+                if let Some(busy) = busy.take() {
+                    busy.stop();
+                }
+            }
+            if !self.take_commands() {
+                return;
+            }
             let next = self.submit(in_flight.as_ref());
             if let Some(step) = in_flight {
                 self.read(step);
             }
             in_flight = next;
+            self.advance_scores();
             self.count();
         }
     }
 
-    /// Takes what has arrived, and waits where there is nothing else to do; false at the end.
-    fn take_commands(&mut self, idle: bool) -> bool {
-        if idle && self.scheduler.is_idle() {
-            match self.inbox.receiver.recv() {
-                Ok(command) => self.obey(command),
-                Err(_) => return false,
-            }
-        }
+    fn is_idle(&self) -> bool {
+        self.scheduler.is_idle() && self.scores.is_empty()
+    }
+
+    /// Takes what has arrived; false where no handle is left.
+    fn take_commands(&mut self) -> bool {
         loop {
             match self.inbox.receiver.try_recv() {
                 Ok(command) => self.obey(command),
@@ -94,78 +119,85 @@ impl<B: Backend> Worker<B> {
 
     fn obey(&mut self, command: Command) {
         match command {
-            Command::Generate { id, request, sink, place } => self.admit(id, *request, sink, place),
-            Command::Cancel { id } => self.finish(id, Ok(FinishReason::Cancelled)),
-            Command::Score { ids, adapter, sink } => self.score(ids, adapter, sink),
+            Command::Generate { id, request, sink, place } => {
+                self.admit(id, *request, sink, place);
+            }
+            Command::Score { id, ids, adapter, sink, place } => {
+                self.admit_score(id, ids, adapter, sink, place);
+            }
+            Command::Cancel { id } => self.cancel(id),
             Command::Forget { adapter } => _ = self.adapters.remove(&adapter),
         }
     }
 
-    fn admit(&mut self, id: u64, request: Request, mut sink: Sink, place: Place) {
-        match catch(|| self.prepare(&request)) {
-            Err(error) => tell(&mut sink, Event::Failed(error)),
-            Ok((prompt, adapter)) => {
-                let (prompt_tokens, context) = (prompt.len(), self.config.max_position_embeddings);
-                let max_new_tokens = request.max_new_tokens.min(context - prompt_tokens);
-                let text =
-                    request.tokenizer.map(|tokenizer| TextStream::new(tokenizer, request.stop));
-                let cache = self.decoder.kv_cache();
-                let share = gauge::Share::one(&gauge::SEQUENCES);
-                let place = Some(place);
-                let live = Live { cache, adapter, text, prompt_tokens, sink, place, share };
-                self.live.insert(id, live);
-                match max_new_tokens {
-                    0 => self.finish(id, Ok(FinishReason::Length)),
-                    _ => self.scheduler.add(Sequence::new(
-                        id,
-                        prompt,
-                        max_new_tokens,
-                        request.sampling,
-                    )),
-                }
+    fn admit(&mut self, id: u64, request: Request, sink: Sink, place: Place) {
+        let prepared = catch(|| {
+            let (prompt, max_new_tokens) = request.encode(&self.config)?;
+            Ok((prompt, max_new_tokens, self.bind(request.adapter.as_ref())?))
+        });
+        let (prompt, max_new_tokens, adapter) = match prepared {
+            Ok(prepared) => prepared,
+            Err(error) => return sink.end(Event::Failed(error)),
+        };
+        let live = Live {
+            cache: self.decoder.kv_cache(),
+            adapter,
+            text: request.tokenizer.map(|tokenizer| TextStream::new(tokenizer, request.stop)),
+            prompt_tokens: prompt.len(),
+            sink,
+            place: Some(place),
+            share: gauge::Share::one(&gauge::SEQUENCES),
+        };
+        self.live.insert(id, live);
+        match max_new_tokens {
+            0 => self.finish(id, Ok(FinishReason::Length)),
+            _ => {
+                self.scheduler.add(Sequence::new(id, prompt, max_new_tokens, request.sampling));
             }
         }
     }
 
-    /// All that can be wrong with a request, found before it joins the others.
-    fn prepare(&mut self, request: &Request) -> Result<(Vec<u32>, Option<InUse<B>>)> {
-        let prompt = encode(request)?;
-        self.check_ids(&prompt)?;
-        let context = self.config.max_position_embeddings;
-        if prompt.len() > context {
-            return Err(Error::PromptTooLong(format!(
-                "the prompt has {} tokens, the model's context {context}",
-                prompt.len()
-            )));
-        }
-        let bound = request.adapter.as_ref().map(|adapter| self.bind(adapter)).transpose()?;
-        Ok((prompt, request.adapter.clone().zip(bound)))
+    fn admit_score(
+        &mut self,
+        id: u64,
+        ids: Vec<u32>,
+        adapter: Option<Arc<Adapter>>,
+        sink: Sink,
+        place: Place,
+    ) {
+        let adapter = catch(|| {
+            check_ids(&ids, &self.config, self.config.max_position_embeddings)?;
+            self.bind(adapter.as_ref())
+        });
+        let adapter = match adapter {
+            Ok(adapter) => adapter,
+            Err(error) => return sink.end(Event::Failed(error)),
+        };
+        let (cache, share) = (self.decoder.kv_cache(), gauge::Share::one(&gauge::SEQUENCES));
+        let log_probs = vec![];
+        self.scores.push_back(Score { id, ids, adapter, cache, log_probs, sink, share, place });
     }
 
-    fn check_ids(&self, ids: &[u32]) -> Result<()> {
-        let vocab = self.config.vocab_size;
-        match ids.iter().find(|&&id| id as usize >= vocab) {
-            _ if ids.is_empty() => Err(Error::Request("the prompt has no tokens".into())),
-            Some(id) => Err(Error::Request(format!(
-                "the token id {id} is outside the vocabulary of {vocab} tokens"
-            ))),
-            None => Ok(()),
-        }
-    }
-
-    fn bind(&mut self, adapter: &Arc<Adapter>) -> Result<Rc<BoundAdapter<B>>> {
+    fn bind(&mut self, adapter: Option<&Arc<Adapter>>) -> Result<Option<InUse<B>>> {
+        let Some(adapter) = adapter else { return Ok(None) };
         let key = Arc::as_ptr(adapter) as usize;
         if let Some(bound) = self.adapters.get(&key) {
-            return Ok(bound.clone());
+            return Ok(Some((adapter.clone(), bound.clone())));
         }
         let bound = Rc::new(adapter.bind(&self.config, &self.decoder.backend)?);
         let commands = self.inbox.commands.clone();
         adapter.on_drop(move || {
-            let commands = commands.upgrade();
-            _ = commands.map(|commands| commands.send(Command::Forget { adapter: key }));
+            if let Some(commands) = commands.upgrade() {
+                _ = commands.send(Command::Forget { adapter: key });
+            }
         });
         self.adapters.insert(key, bound.clone());
-        Ok(bound)
+        Ok(Some((adapter.clone(), bound)))
+    }
+
+    fn cancel(&mut self, id: u64) {
+        self.finish(id, Ok(FinishReason::Cancelled));
+        self.scores.retain(|score| score.id != id);
     }
 
     /// Ends a sequence, and gives its memory back.
@@ -175,15 +207,15 @@ impl<B: Backend> Worker<B> {
         let end = end.and_then(|reason| {
             let rest = catch(|| live.text.as_mut().map(TextStream::finish).transpose())?;
             if let Some(text) = rest.filter(|text| !text.is_empty()) {
-                tell(&mut live.sink, Event::Chunk { ids: vec![], text });
+                _ = catch(|| Ok(live.sink.chunk(vec![], text)));
             }
             Ok(Event::Done { reason, prompt_tokens: live.prompt_tokens })
         });
-        let Live { mut sink, cache, adapter, place, share, .. } = live;
+        let Live { sink, cache, adapter, place, share, .. } = live;
         // Whoever hears of the end finds everything given back.
         drop((cache, adapter, place, share));
         self.count();
-        tell(&mut sink, end.unwrap_or_else(Event::Failed));
+        sink.end(end.unwrap_or_else(Event::Failed));
     }
 
     fn submit(&mut self, previous: Option<&InFlight<B>>) -> Option<InFlight<B>> {
@@ -195,7 +227,7 @@ impl<B: Backend> Worker<B> {
             self.live.get_mut(&chunk.id).map(|live| live.place.take());
         }
         match catch(|| self.submit_step(&chunks, previous)) {
-            Ok(in_flight) => in_flight,
+            Ok(in_flight) => Some(in_flight),
             Err(error) => {
                 chunks.iter().for_each(|chunk| self.finish(chunk.id, Err(error.clone())));
                 None
@@ -207,46 +239,42 @@ impl<B: Backend> Worker<B> {
         &mut self,
         chunks: &[Chunk],
         previous: Option<&InFlight<B>>,
-    ) -> Result<Option<InFlight<B>>> {
+    ) -> Result<InFlight<B>> {
         let tokens: Vec<Token> = chunks.iter().flat_map(|chunk| chunk.tokens.clone()).collect();
-        let mut lives = lives(&mut self.live, chunks);
         let (mut parts, mut outputs, mut end) = (vec![], vec![], 0);
-        for (chunk, live) in chunks.iter().zip(&mut lives) {
+        for (chunk, live) in chunks.iter().zip(lives(&mut self.live, chunks)) {
             let rows = end..end + chunk.tokens.len();
             end = rows.end;
-            outputs.extend(chunk.draw.is_some().then_some(end - 1));
+            outputs.push(end - 1);
             let adapter = live.adapter.as_ref().map(|(_, bound)| bound.as_ref());
             let segment = Segment { rows, start: chunk.start };
             parts.push(Part { segment, cache: &mut live.cache, adapter });
         }
         let previous = previous.map(|step| &step.samples);
         let logits = self.decoder.forward(&tokens, previous, &mut parts, &outputs)?;
-        let draws: Vec<_> = chunks.iter().filter_map(|chunk| chunk.draw.clone()).collect();
-        let backend = &self.decoder.backend;
-        let samples = logits.map(|logits| backend.sample(&logits, &draws)).transpose()?;
-        // What is sampled needs its own cache; a prompt's chunk that samples nothing must be named.
-        let caches: Vec<_> = chunks
-            .iter()
-            .zip(&parts)
-            .filter(|(chunk, _)| chunk.draw.is_none())
-            .flat_map(|(_, part)| part.cache.iter())
-            .collect();
-        backend.submit(samples.as_ref(), &caches)?;
-        let ids =
-            chunks.iter().filter(|chunk| chunk.draw.is_some()).map(|chunk| chunk.id).collect();
-        Ok(samples.map(|samples| InFlight { samples, ids }))
+        let draws: Vec<_> =
+            chunks.iter().map(|chunk| chunk.draw.clone().unwrap_or_default()).collect();
+        let samples = self.decoder.backend.sample(&logits, &draws)?;
+        self.decoder.backend.submit(&samples)?;
+        let chunks = chunks.iter().map(|chunk| (chunk.id, chunk.draw.is_some())).collect();
+        Ok(InFlight { samples, chunks })
     }
 
     fn read(&mut self, step: InFlight<B>) {
         match catch(|| self.decoder.backend.read(&step.samples)) {
-            Ok(tokens) => {
-                for (&id, token) in step.ids.iter().zip(tokens) {
-                    if let Err(error) = catch(|| self.hand_out(id, token)) {
-                        self.finish(id, Err(error));
-                    }
+            Err(error) => {
+                step.chunks.iter().for_each(|&(id, _)| self.finish(id, Err(error.clone())));
+            }
+            Ok(samples) => {
+                for (&(id, is_token), sample) in step.chunks.iter().zip(samples) {
+                    let handed = match sample {
+                        Some(token) if is_token => catch(|| self.hand_out(id, token)),
+                        Some(_) => Ok(()),
+                        None => Err(Error::Backend("the logits are not finite numbers".into())),
+                    };
+                    handed.unwrap_or_else(|error| self.finish(id, Err(error)));
                 }
             }
-            Err(error) => step.ids.iter().for_each(|&id| self.finish(id, Err(error.clone()))),
         }
     }
 
@@ -254,16 +282,15 @@ impl<B: Backend> Worker<B> {
     fn hand_out(&mut self, id: u64, token: u32) -> Result<()> {
         let Some(sequence) = self.scheduler.running(id) else { return Ok(()) };
         let Some(live) = self.live.get_mut(&id) else { return Ok(()) };
-        let ends = self.config.eos_token_ids.contains(&token);
-        let (mut stopped, mut heard, mut exhausted) = (ends, true, false);
-        if !ends {
-            exhausted = sequence.accept(token);
-            let text = live.text.as_mut().map(|text| text.push(token)).transpose()?;
-            let (text, found) =
-                text.map_or_else(Default::default, |text| (text.text, text.stopped));
-            stopped = found;
-            heard = (live.sink)(Event::Chunk { ids: vec![token], text });
+        let tokenizers = live.text.as_ref().and_then(TextStream::eos_token_id);
+        if self.config.eos_token_ids.contains(&token) || tokenizers == Some(token) {
+            self.finish(id, Ok(FinishReason::Stop));
+            return Ok(());
         }
+        let exhausted = sequence.accept(token);
+        let text = live.text.as_mut().map(|text| text.push(token)).transpose()?;
+        let (text, stopped) = text.map_or_else(Default::default, |text| (text.text, text.stopped));
+        let heard = live.sink.chunk(vec![token], text);
         match (heard, stopped, exhausted) {
             (false, ..) => self.finish(id, Ok(FinishReason::Cancelled)),
             (_, true, _) => self.finish(id, Ok(FinishReason::Stop)),
@@ -273,60 +300,26 @@ impl<B: Backend> Worker<B> {
         Ok(())
     }
 
-    fn score(&mut self, ids: Vec<u32>, adapter: Option<Arc<Adapter>>, sink: ScoreSink) {
-        let answer = catch(|| self.log_probs(&ids, adapter));
-        _ = catch(|| {
-            sink(answer);
-            Ok(())
-        });
-    }
-
-    /// Chunk by chunk, because the logits of a long text do not fit into memory at once.
-    fn log_probs(&mut self, ids: &[u32], adapter: Option<Arc<Adapter>>) -> Result<Vec<f32>> {
-        self.check_ids(ids)?;
-        let context = self.config.max_position_embeddings;
-        if ids.len() > context {
-            let message = format!("{} tokens do not fit the model's context {context}", ids.len());
-            return Err(Error::PromptTooLong(message));
+    /// One chunk of the score that waits longest.
+    fn advance_scores(&mut self) {
+        let Some(score) = self.scores.front_mut() else { return };
+        let end = match catch(|| score.advance(&self.decoder, self.prefill_chunk)) {
+            Ok(false) => return,
+            Ok(true) => Event::Scores(std::mem::take(&mut score.log_probs)),
+            Err(error) => Event::Failed(error),
+        };
+        if let Some(Score { sink, cache, adapter, share, place, .. }) = self.scores.pop_front() {
+            drop((cache, adapter, share, place));
+            self.count();
+            sink.end(end);
         }
-        let bound = adapter.as_ref().map(|adapter| self.bind(adapter)).transpose()?;
-        let mut cache = self.decoder.kv_cache();
-        let mut log_probs = vec![];
-        let given = &ids[..ids.len() - 1];
-        for (index, chunk) in given.chunks(self.prefill_chunk).enumerate() {
-            let start = index * self.prefill_chunk;
-            let tokens: Vec<Token> = chunk.iter().map(|&id| Token::Id(id)).collect();
-            let rows: Vec<usize> = (0..chunk.len()).collect();
-            let segment = Segment { rows: 0..chunk.len(), start };
-            let part = Part { segment, cache: &mut cache, adapter: bound.as_deref() };
-            let logits = self.decoder.forward(&tokens, None, &mut [part], &rows)?;
-            let targets = &ids[start + 1..][..chunk.len()];
-            if let Some(logits) = logits {
-                log_probs.extend(self.decoder.backend.log_probs(&logits, targets)?);
-            }
-        }
-        Ok(log_probs)
     }
 
     fn count(&mut self) {
-        let caches = self.live.values().flat_map(|live| &live.cache);
-        let bytes = caches.map(|cache| self.decoder.backend.cache_bytes(cache)).sum();
-        self.kv_bytes.set(bytes);
+        let sequences = self.live.values().map(|live| &live.cache);
+        let caches = sequences.chain(self.scores.iter().map(|score| &score.cache)).flatten();
+        self.kv_bytes.set(caches.map(|cache| self.decoder.backend.cache_bytes(cache)).sum());
     }
-}
-
-impl<B: Backend> Drop for Worker<B> {
-    /// Every request gets an end, also where the engine ends first.
-    fn drop(&mut self) {
-        for (_, mut live) in self.live.drain() {
-            tell(&mut live.sink, Event::Failed(Error::Stopped));
-        }
-    }
-}
-
-/// What nobody may hear: whoever listens can be gone, and a fault of theirs is not the engine's.
-fn tell(sink: &mut Sink, event: Event) {
-    _ = catch(|| Ok(sink(event)));
 }
 
 /// What belongs to the sequences of these chunks, in their order.
@@ -340,17 +333,4 @@ fn lives<'a, B: Backend>(
         live.iter_mut().filter_map(|(id, live)| Some((*place.get(id)?, live))).collect();
     lives.sort_by_key(|(place, _)| *place);
     lives.into_iter().map(|(_, live)| live).collect()
-}
-
-fn encode(request: &Request) -> Result<Vec<u32>> {
-    let tokenizer = || {
-        request.tokenizer.as_ref().ok_or_else(|| {
-            Error::Request("without a tokenizer only :token_ids can be completed".into())
-        })
-    };
-    match &request.prompt {
-        Prompt::Ids(ids) => Ok(ids.clone()),
-        Prompt::Text(text) => tokenizer()?.encode(text),
-        Prompt::Chat { messages, options } => tokenizer()?.encode_chat(messages, options),
-    }
 }

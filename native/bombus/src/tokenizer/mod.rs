@@ -14,6 +14,7 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     chat_template: Option<ChatTemplate>,
     bos_token: Option<String>,
+    eos_token_id: Option<u32>,
 }
 
 impl Tokenizer {
@@ -24,8 +25,10 @@ impl Tokenizer {
             Error::Tokenizer(format!("`{}` is no valid tokenizer: {error}", path.display()))
         })?;
         let config = Config::open(folder)?;
+        let eos_token_id = config.token("eos_token").and_then(|token| inner.token_to_id(&token));
         Ok(Self {
             inner,
+            eos_token_id,
             chat_template: config.chat_template(folder)?,
             bos_token: config.token("bos_token"),
         })
@@ -33,6 +36,11 @@ impl Tokenizer {
 
     pub fn has_chat_template(&self) -> bool {
         self.chat_template.is_some()
+    }
+
+    /// As in mlx-lm, this token ends a text too, whatever `config.json` says.
+    pub fn eos_token_id(&self) -> Option<u32> {
+        self.eos_token_id
     }
 
     pub fn vocab_size(&self) -> usize {

@@ -32,6 +32,11 @@ impl TextStream {
         Self { tokenizer, stop, window: vec![], whole: 0, read: 0, held: String::new() }
     }
 
+    /// The token that ends a text, as the tokenizer says.
+    pub fn eos_token_id(&self) -> Option<u32> {
+        self.tokenizer.eos_token_id()
+    }
+
     pub fn push(&mut self, token: u32) -> Result<Text> {
         self.window.push(token);
         let text = self.decode()?;
@@ -51,7 +56,7 @@ impl TextStream {
     /// character whose rest follows, and waits.
     fn decode(&mut self) -> Result<String> {
         let text = self.tokenizer.decode(&self.window)?;
-        let sure = text.strip_suffix('\u{fffd}').unwrap_or(&text);
+        let sure = sure(&text);
         let new = sure.get(self.read..).unwrap_or_default().to_owned();
         self.read = self.read.max(sure.len());
         if sure.len() == text.len() {
@@ -73,6 +78,13 @@ impl TextStream {
         let held = self.held.split_off(self.held.len() - keep);
         Text { text: std::mem::replace(&mut self.held, held), stopped: false }
     }
+}
+
+/// The text without the replacement characters that may still become one character: there are at
+/// most three, one for each byte where a tokenizer falls back to bytes.
+fn sure(text: &str) -> &str {
+    let strip = |text, _| str::strip_suffix(text, '\u{fffd}').unwrap_or(text);
+    (0..3).fold(text, strip)
 }
 
 /// The length of the longest end of `text` that begins `stop`.

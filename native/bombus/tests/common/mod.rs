@@ -3,7 +3,7 @@
 
 use bombus::adapter::Adapter;
 use bombus::backend::mlx::Device;
-use bombus::engine::{Engine, Event, Generation, Prompt, Request};
+use bombus::engine::{Engine, Event, Generation, Prompt, Request, Sink};
 use bombus::error::{Error, Result};
 use bombus::sampler::Sampling;
 use bombus::scheduler::Limits;
@@ -43,6 +43,7 @@ pub fn ids_request(ids: &[u32], max_new_tokens: usize) -> Request {
         adapter: None,
         sampling: Sampling::default(),
         max_new_tokens,
+        max_context: None,
         stop: vec![],
     }
 }
@@ -61,8 +62,8 @@ pub struct Answer {
 
 pub fn start(engine: &Engine, request: Request) -> Result<Running> {
     let (sender, events) = channel();
-    let sink = move |event| sender.send(event).is_ok();
-    Ok(Running { generation: engine.generate(request, Box::new(sink))?, events })
+    let sink = Sink::new(move |event| sender.send(event).is_ok());
+    Ok(Running { generation: engine.generate(request, sink)?, events })
 }
 
 impl Running {
@@ -80,6 +81,7 @@ impl Running {
                     answer.reason = reason;
                     return Ok(answer);
                 }
+                Event::Scores(_) => panic!("scores of a request for text"),
             }
         }
         Err(Error::Stopped)
@@ -90,9 +92,16 @@ pub fn generate(engine: &Engine, request: Request) -> Result<Answer> {
     start(engine, request)?.wait()
 }
 
+pub fn start_score(engine: &Engine, ids: &[u32], adapter: Option<Arc<Adapter>>) -> Result<Running> {
+    let (sender, events) = channel();
+    let sink = Sink::new(move |event| sender.send(event).is_ok());
+    Ok(Running { generation: engine.score(ids.to_vec(), adapter, sink)?, events })
+}
+
 pub fn score(engine: &Engine, ids: &[u32], adapter: Option<Arc<Adapter>>) -> Result<Vec<f32>> {
-    let (sender, answer) = channel();
-    let sink = move |result| _ = sender.send(result);
-    engine.score(ids.to_vec(), adapter, Box::new(sink))?;
-    answer.recv().map_err(|_| Error::Stopped)?
+    match start_score(engine, ids, adapter)?.events.recv() {
+        Ok(Event::Scores(scores)) => Ok(scores),
+        Ok(Event::Failed(error)) => Err(error),
+        other => panic!("{other:?} for a score"),
+    }
 }

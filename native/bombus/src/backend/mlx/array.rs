@@ -7,7 +7,7 @@ use mlx_rs::{Array, Dtype};
 use safetensors::tensor::Dtype as FileDtype;
 use std::ops::Range;
 
-/// Copies a tensor out of its mapped file.
+/// Copies a tensor out of its file.
 #[allow(unsafe_code)]
 pub fn load(view: &TensorView) -> Result<Array> {
     let dtype = match view.dtype {
@@ -22,11 +22,12 @@ pub fn load(view: &TensorView) -> Result<Array> {
         .iter()
         .map(|&size| i32::try_from(size).map_err(|_| Error::Checkpoint(format!("{size} rows"))))
         .collect();
-    // SAFETY: the safetensors crate has checked that shape and dtype make up these bytes, and
+    let bytes = view.read()?;
+    // SAFETY: the safetensors crate has checked that dtype and shape make up these bytes, and
     // MLX copies them before it returns (it reads them as bytes, so they need no alignment).
-    let array = unsafe { Array::from_raw_data(view.bytes.as_ptr().cast(), &shape?, dtype) };
+    let array = unsafe { Array::from_raw_data(bytes.as_ptr().cast(), &shape?, dtype) };
     match array.as_ptr().ctx.is_null() {
-        true => Err(Error::OutOfMemory(format!("a tensor of {} bytes", view.bytes.len()))),
+        true => Err(Error::OutOfMemory(format!("a tensor of {} bytes", bytes.len()))),
         false => Ok(array),
     }
 }

@@ -2,20 +2,35 @@
 
 use crate::error::{Error, Result};
 use mlx_rs::{Device as MlxDevice, Stream};
+use std::cell::RefCell;
+use std::collections::HashMap;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Device {
     Cpu,
     Gpu,
 }
 
+thread_local! {
+    /// This thread's streams: MLX never gives one back.
+    static STREAMS: RefCell<HashMap<Device, Stream>> = RefCell::default();
+}
+
 impl Device {
     pub fn stream(self) -> Result<Stream> {
-        match self {
-            Device::Cpu => Ok(Stream::new_with_device(&MlxDevice::cpu())),
-            Device::Gpu if gpu_available() => Ok(Stream::new_with_device(&MlxDevice::gpu())),
-            Device::Gpu => Err(Error::NoGpu(NO_GPU.into())),
+        if self == Device::Gpu && !gpu_available() {
+            return Err(Error::NoGpu(NO_GPU.into()));
         }
+        STREAMS.with_borrow_mut(|streams| {
+            Ok(streams.entry(self).or_insert_with(|| self.make()).clone())
+        })
+    }
+
+    fn make(self) -> Stream {
+        Stream::new_with_device(&match self {
+            Device::Cpu => MlxDevice::cpu(),
+            Device::Gpu => MlxDevice::gpu(),
+        })
     }
 }
 

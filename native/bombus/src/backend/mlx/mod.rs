@@ -19,6 +19,7 @@ use attention::Cache;
 use linear::{Linear, Lora};
 use mlx_rs::ops::indexing::{take_along_axis, take_axis};
 use mlx_rs::{Array, Dtype, Stream, fast, ops, transforms};
+use sample::Samples;
 
 #[derive(Clone)]
 pub struct Mlx {
@@ -56,7 +57,7 @@ impl Backend for Mlx {
     type Embedding = Linear;
     type Lora = Lora;
     type Cache = Cache;
-    type Samples = Array;
+    type Samples = Samples;
 
     fn norm(&self, weight: &TensorView) -> Result<Array> {
         array::load(weight)
@@ -86,10 +87,10 @@ impl Backend for Mlx {
         &self,
         embedding: &Linear,
         tokens: &[Token],
-        previous: Option<&Array>,
+        previous: Option<&Samples>,
         loras: &[LoraRows<Self>],
     ) -> Result<Array> {
-        let ids = token_ids(tokens, previous)?;
+        let ids = token_ids(tokens, previous.map(|samples| &samples.ids))?;
         let embedded = embedding.take(&ids)?;
         linear::add_loras(embedded, 0, loras, |rows, lora| lora.embed(&array::rows(&ids, rows)?))
     }
@@ -140,7 +141,7 @@ impl Backend for Mlx {
         })
     }
 
-    fn sample(&self, logits: &Array, draws: &[Draw]) -> Result<Array> {
+    fn sample(&self, logits: &Array, draws: &[Draw]) -> Result<Samples> {
         sample::sample(logits, draws)
     }
 
@@ -153,14 +154,16 @@ impl Backend for Mlx {
         array::values(&log_probs)
     }
 
-    fn submit(&self, samples: Option<&Array>, caches: &[&Cache]) -> Result<()> {
-        let caches = caches.iter().flat_map(|cache| cache.arrays());
-        Ok(transforms::async_eval(samples.into_iter().chain(caches))?)
+    fn submit(&self, samples: &Samples) -> Result<()> {
+        Ok(transforms::async_eval([&samples.ids, &samples.broken])?)
     }
 
-    fn read(&self, samples: &Array) -> Result<Vec<u32>> {
-        samples.eval()?;
-        array::values(samples)
+    fn read(&self, samples: &Samples) -> Result<Vec<Option<u32>>> {
+        samples.ids.eval()?;
+        samples.broken.eval()?;
+        let ids = array::values::<u32>(&samples.ids)?;
+        let broken = array::values::<bool>(&samples.broken)?;
+        Ok(ids.into_iter().zip(broken).map(|(id, broken)| (!broken).then_some(id)).collect())
     }
 }
 

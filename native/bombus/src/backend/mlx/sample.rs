@@ -5,9 +5,21 @@ use crate::sampler::Draw;
 use mlx_rs::ops::indexing::{argmax_axis, take_along_axis};
 use mlx_rs::{Array, Dtype, ops};
 
-/// logits: `[rows, vocab]` -> ids `[rows]`
-pub fn sample(logits: &Array, draws: &[Draw]) -> Result<Array> {
-    let logits = penalize(logits.as_dtype(Dtype::Float32)?, draws)?;
+/// What is sampled, `[rows]` each, and may not have been computed yet.
+pub struct Samples {
+    pub ids: Array,
+    /// Whether the row's logits hold what is no number; its id then means nothing.
+    pub broken: Array,
+}
+
+/// logits: `[rows, vocab]`
+pub fn sample(logits: &Array, draws: &[Draw]) -> Result<Samples> {
+    let logits = logits.as_dtype(Dtype::Float32)?;
+    let broken = ops::is_nan(logits.sum_axis(-1, false)?)?;
+    Ok(Samples { ids: ids(penalize(logits, draws)?, draws)?, broken })
+}
+
+fn ids(logits: Array, draws: &[Draw]) -> Result<Array> {
     let greedy = argmax_axis(&logits, -1, true)?;
     if draws.iter().all(|draw| draw.sampling.greedy()) {
         return flat(greedy);
@@ -109,7 +121,8 @@ fn penalize(logits: Array, draws: &[Draw]) -> Result<Array> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::mlx::{Device, Mlx, array};
+    use crate::backend::Backend;
+    use crate::backend::mlx::{Device, Mlx};
     use crate::sampler::Sampling;
     use proptest::prelude::*;
 
@@ -150,9 +163,8 @@ mod tests {
         backend.scope(|| {
             let shape = [rows.len() as i32, rows[0].len() as i32];
             let logits = Array::from_slice(&rows.concat(), &shape);
-            let ids = sample(&logits, draws).unwrap();
-            ids.eval().unwrap();
-            array::values(&ids).unwrap()
+            let samples = sample(&logits, draws).unwrap();
+            backend.read(&samples).unwrap().into_iter().map(Option::unwrap).collect()
         })
     }
 
@@ -189,6 +201,17 @@ mod tests {
             let expected = weight / weights.iter().sum::<f64>();
             assert!((share / count as f64 - expected).abs() < 2e-3, "{id}");
         }
+    }
+
+    #[test]
+    fn logits_that_are_no_numbers_are_found() {
+        let backend = Mlx::new(Device::Cpu).unwrap();
+        backend.scope(|| {
+            let logits = [1.0, f32::NAN, 3.0, 1.0, f32::NEG_INFINITY, 3.0];
+            let logits = Array::from_slice(&logits, &[2, 3]);
+            let draws = [draw(Sampling::default(), 0.5, &[]), draw(Sampling::default(), 0.5, &[])];
+            assert_eq!(backend.read(&sample(&logits, &draws).unwrap()).unwrap(), [None, Some(2)]);
+        });
     }
 
     #[test]

@@ -1,0 +1,65 @@
+//! The end of the process while an engine works.
+//!
+//! `exit` runs the destructors of MLX's globals. A thread that computes meanwhile would crash, so
+//! the process waits, for a moment, until every engine has come to a stop.
+
+use std::sync::Once;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::time::Duration;
+
+static STOPPING: AtomicBool = AtomicBool::new(false);
+static BUSY: AtomicUsize = AtomicUsize::new(0);
+
+/// How long a process waits that exits: longer than a step takes, shorter than a person does.
+const PATIENCE: Duration = Duration::from_secs(5);
+const NAP: Duration = Duration::from_millis(1);
+
+/// Held while a thread uses MLX.
+pub struct Busy(());
+
+impl Busy {
+    /// Does not return where the process is exiting.
+    pub fn enter() -> Self {
+        BUSY.fetch_add(1, SeqCst);
+        let busy = Self(());
+        if stopping() {
+            busy.stop();
+        }
+        busy
+    }
+
+    /// Stays here until the process is gone.
+    pub fn stop(self) -> ! {
+        drop(self);
+        loop {
+            std::thread::park();
+        }
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        BUSY.fetch_sub(1, SeqCst);
+    }
+}
+
+pub fn stopping() -> bool {
+    STOPPING.load(SeqCst)
+}
+
+/// To be called once MLX's globals are there: what is registered last runs first.
+#[allow(unsafe_code)]
+pub fn register() {
+    static REGISTER: Once = Once::new();
+    // SAFETY: the function does not unwind, and this library stays loaded to the end.
+    REGISTER.call_once(|| _ = unsafe { libc::atexit(wait) });
+}
+
+extern "C" fn wait() {
+    STOPPING.store(true, SeqCst);
+    let mut waited = Duration::ZERO;
+    while BUSY.load(SeqCst) > 0 && waited < PATIENCE {
+        std::thread::sleep(NAP);
+        waited += NAP;
+    }
+}

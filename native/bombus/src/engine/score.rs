@@ -1,0 +1,50 @@
+//! Scoring: the log-probabilities of a given text, a chunk at a time between the steps of others.
+
+use super::Place;
+use super::sink::Sink;
+use super::worker::InUse;
+use crate::backend::{Backend, Segment, Token};
+use crate::decoder::{Decoder, KvCache, Part};
+use crate::error::{Error, Result};
+use crate::gauge;
+
+pub struct Score<B: Backend> {
+    pub id: u64,
+    pub ids: Vec<u32>,
+    pub adapter: Option<InUse<B>>,
+    pub cache: KvCache<B>,
+    pub log_probs: Vec<f32>,
+    pub sink: Sink,
+    pub share: gauge::Share,
+    pub place: Place,
+}
+
+impl<B: Backend> Score<B> {
+    /// Scores the next `rows` tokens, since the logits of a long text do not fit into memory at
+    /// once; true where they were the last.
+    pub fn advance(&mut self, decoder: &Decoder<B>, rows: usize) -> Result<bool> {
+        let start = self.log_probs.len();
+        let given = &self.ids[start..self.ids.len() - 1];
+        let given = &given[..given.len().min(rows)];
+        if given.is_empty() {
+            return Ok(true);
+        }
+        let tokens: Vec<Token> = given.iter().map(|&id| Token::Id(id)).collect();
+        let outputs: Vec<usize> = (0..given.len()).collect();
+        let part = Part {
+            segment: Segment { rows: 0..given.len(), start },
+            cache: &mut self.cache,
+            adapter: self.adapter.as_ref().map(|(_, bound)| bound.as_ref()),
+        };
+        let logits = decoder.forward(&tokens, None, &mut [part], &outputs)?;
+        let targets = &self.ids[start + 1..][..given.len()];
+        self.log_probs.extend(decoder.backend.log_probs(&logits, targets)?);
+        match self.log_probs.iter().position(|log_prob| !log_prob.is_finite()) {
+            Some(place) => Err(Error::Backend(format!(
+                "the log-probability of token {} is not a finite number",
+                place + 1
+            ))),
+            None => Ok(self.log_probs.len() + 1 == self.ids.len()),
+        }
+    }
+}
