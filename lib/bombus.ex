@@ -59,7 +59,7 @@ defmodule Bombus do
   """
   @spec load_model(source(), keyword()) :: {:ok, Model.t()} | {:error, Error.t()}
   def load_model(source, options \\ []) do
-    options = Keyword.validate!(options, @load_model_options)
+    options = options!(options, @load_model_options)
     wanted = quantization!(options[:quantization])
 
     native = %{
@@ -92,7 +92,7 @@ defmodule Bombus do
   """
   @spec load_adapter(source(), keyword()) :: {:ok, Adapter.t()} | {:error, Error.t()}
   def load_adapter(source, options \\ []) do
-    options = Keyword.validate!(options, [:scale])
+    options = options!(options, [:scale])
     scale = scale!(options[:scale])
 
     with {:ok, path} <- Source.resolve(source),
@@ -107,14 +107,17 @@ defmodule Bombus do
   def load_adapter!(source, options \\ []), do: Error.unwrap!(load_adapter(source, options))
 
   @doc """
-  Loads a tokenizer: a folder with `tokenizer.json`, and the chat template beside it.
+  Loads a tokenizer: a folder with `tokenizer.json`, and the chat template beside it. There are no
+  options yet.
 
   ## Examples
 
       {:ok, tokenizer} = Bombus.load_tokenizer({:local, "models/Qwen3-8B-MLX-4bit"})
   """
-  @spec load_tokenizer(source()) :: {:ok, Tokenizer.t()} | {:error, Error.t()}
-  def load_tokenizer(source) do
+  @spec load_tokenizer(source(), []) :: {:ok, Tokenizer.t()} | {:error, Error.t()}
+  def load_tokenizer(source, options \\ []) do
+    options!(options, [])
+
     with {:ok, path} <- Source.resolve(source),
          {:ok, loaded} <- Native.await(&Native.load_tokenizer(path, &1)) do
       {ref, vocab_size, chat_template?} = loaded
@@ -122,9 +125,9 @@ defmodule Bombus do
     end
   end
 
-  @doc "As `load_tokenizer/1`, but returns the tokenizer or raises."
-  @spec load_tokenizer!(source()) :: Tokenizer.t()
-  def load_tokenizer!(source), do: Error.unwrap!(load_tokenizer(source))
+  @doc "As `load_tokenizer/2`, but returns the tokenizer or raises."
+  @spec load_tokenizer!(source(), []) :: Tokenizer.t()
+  def load_tokenizer!(source, options \\ []), do: Error.unwrap!(load_tokenizer(source, options))
 
   @doc """
   The log-probabilities of a text, given as token ids: `ln p(token i | the tokens before it)`.
@@ -143,10 +146,11 @@ defmodule Bombus do
   def score(model, token_ids, options \\ [])
 
   def score(%Model{} = model, token_ids, options) do
-    options = Keyword.validate!(options, [:adapter])
+    options = options!(options, [:adapter])
     Bombus.Serving.Input.token_ids!(token_ids, model)
     adapter = Bombus.Serving.Options.adapter!(options[:adapter])
-    Native.await(&Native.score(model.ref, token_ids, adapter && adapter.ref, &1))
+    score = &Native.score(model.ref, token_ids, adapter && adapter.ref, &1)
+    with {:scores, log_probs} <- Native.await_request(score), do: {:ok, log_probs}
   end
 
   def score(other, _token_ids, _options) do
@@ -164,15 +168,16 @@ defmodule Bombus do
   @spec memory_info() :: %{atom() => non_neg_integer()}
   def memory_info, do: Native.memory_info() |> Error.from_native() |> Error.unwrap!()
 
-  defp device!(options) do
-    device =
-      case Keyword.get(options, :backend) do
-        nil -> :auto
-        module when is_atom(module) -> :auto
-        {module, backend} when is_atom(module) -> Keyword.get(backend, :device, :auto)
-      end
+  defp options!(options, known) do
+    if Keyword.keyword?(options) do
+      Keyword.validate!(options, known)
+    else
+      raise ArgumentError, "expected the options to be a keyword list, got: #{inspect(options)}"
+    end
+  end
 
-    case Keyword.get(options, :device) || device do
+  defp device!(options) do
+    case options[:device] || backend_device!(options[:backend]) do
       device when device in [:auto, :gpu, :cpu] ->
         device
 
@@ -185,21 +190,39 @@ defmodule Bombus do
     end
   end
 
+  defp backend_device!(module) when is_atom(module), do: :auto
+
+  defp backend_device!({module, [{_key, _value} | _] = options}) when is_atom(module) do
+    Keyword.get(options, :device, :auto)
+  end
+
+  defp backend_device!({module, []}) when is_atom(module), do: :auto
+
+  defp backend_device!(other) do
+    raise ArgumentError,
+          "expected :backend to be a module or {module, device: device}, got: #{inspect(other)}"
+  end
+
   defp positive!(options, key) do
     case Keyword.fetch!(options, key) do
-      value when is_integer(value) and value > 0 ->
+      value when is_integer(value) and value in 1..0x7FFFFFFF ->
         value
 
       other ->
-        raise ArgumentError, "expected #{inspect(key)} to be above 0, got: #{inspect(other)}"
+        raise ArgumentError,
+              "expected #{inspect(key)} to be a whole number above 0, got: #{inspect(other)}"
     end
   end
 
-  defp scale!(nil), do: nil
-  defp scale!(scale) when is_number(scale), do: scale * 1.0
+  # The engine computes in float32.
+  @largest 3.4e38
 
-  defp scale!(other),
-    do: raise(ArgumentError, "expected :scale to be a number, got: #{inspect(other)}")
+  defp scale!(nil), do: nil
+  defp scale!(scale) when is_number(scale) and abs(scale) <= @largest, do: scale * 1.0
+
+  defp scale!(other) do
+    raise ArgumentError, "expected :scale to be a number within float32, got: #{inspect(other)}"
+  end
 
   @bits %{int2: 2, int3: 3, int4: 4, int5: 5, int6: 6, int8: 8}
 

@@ -7,6 +7,8 @@ MLX_VERSION=0.32.2
 cd "$(dirname "$0")/.."
 root=$PWD
 tools=$root/.toolchain
+case $root in *[[:space:]]*) echo "setup: move this folder to a path without spaces: $root" >&2; exit 1 ;; esac
+mkdir -p "$tools"
 
 missing() {
   echo "setup: $1 is missing: $2" >&2
@@ -49,18 +51,21 @@ fi
 # MLX: the wheel that BOMBUS_MLX_DIR names, else the one for CPUs.
 mlx=
 if [ "$(uname)" != Darwin ]; then
-  mlx=${BOMBUS_MLX_DIR:-$tools/mlx-$MLX_VERSION}
+  wheel=$tools/mlx-$MLX_VERSION
+  mlx=${BOMBUS_MLX_DIR:-$wheel}
+  [ "$mlx" = "$wheel" ] || [ -e "$mlx/mlx/lib/libmlx.so" ] ||
+    missing "MLX in BOMBUS_MLX_DIR=$mlx" 'name the folder of an unpacked wheel, or unset it'
+  [ "$mlx" = "$wheel" ] || mlx=$(cd "$mlx" && pwd)
   pip='python3 -m pip --disable-pip-version-check -q'
   $pip --version >/dev/null 2>&1 || missing pip 'apt-get install python3-pip'
   work=$(mktemp -d)
   trap 'rm -rf "$work"' EXIT
-  if [ ! -e "$mlx/mlx/lib/libmlx.so" ]; then
+  if [ "$mlx" = "$wheel" ] && [ ! -e "$wheel/mlx/lib/libmlx.so" ]; then
     echo "setup: MLX $MLX_VERSION into .toolchain"
     $pip download --no-deps -d "$work" "mlx-cpu==$MLX_VERSION"
     python3 -m zipfile -e "$work"/mlx_cpu-*.whl "$work/mlx"
-    mkdir -p "$tools"
-    rm -rf "$mlx"
-    mv "$work/mlx" "$mlx"
+    rm -rf "$wheel"
+    mv "$work/mlx" "$wheel"
   fi
   # bindgen needs it, once, for MLX's C layer.
   if [ ! -e "$tools/libclang/libclang.so" ]; then
@@ -74,7 +79,7 @@ fi
 
 {
   echo "# Written by scripts/setup.sh: what Bombus is built and run with."
-  [ -z "$path" ] || echo "case \$PATH in $path:*) ;; *) export PATH=$path:\$PATH ;; esac"
-  [ -z "$mlx" ] || echo "export BOMBUS_MLX_DIR=$mlx LIBCLANG_PATH=$tools/libclang"
+  [ -z "$path" ] || echo "case \$PATH in '$path':*) ;; *) export PATH='$path':\"\$PATH\" ;; esac"
+  [ -z "$mlx" ] || echo "export BOMBUS_MLX_DIR='$mlx' LIBCLANG_PATH='$tools/libclang'"
 } > "$tools/env.new"
 mv "$tools/env.new" "$tools/env"

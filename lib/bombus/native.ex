@@ -33,5 +33,20 @@ defmodule Bombus.Native do
     |> Bombus.Error.from_native()
   end
 
+  @doc false
+  # As await/1, for a request: its handle is kept until the answer, since its end is the request's.
+  def await_request(nif) do
+    reference = make_ref()
+
+    with {:ok, handle} <- nif.(reference) do
+      receive do
+        {^reference, answer} ->
+          cancel(handle)
+          answer
+      end
+    end
+    |> Bombus.Error.from_native()
+  end
+
   defp nif, do: :erlang.nif_error(:not_loaded)
 end

@@ -5,7 +5,7 @@ defmodule Bombus.Serving do
       serving = Bombus.Serving.new(model, tokenizer, max_new_tokens: 100)
       Bombus.Serving.run(serving, "Write a post about coffee")
       #=> %{results: [%{text: "...", token_ids: [...], finish_reason: :stop,
-      #=>               token_summary: %{input: 17, output: 41, padding: 0}}]}
+      #=>               token_summary: %{input: 18, output: 47, padding: 0}}]}
 
       serving |> Bombus.Serving.stream("Write a post about coffee") |> Enum.each(&IO.write/1)
 
@@ -43,15 +43,17 @@ defmodule Bombus.Serving do
     * `:min_p` - only tokens with at least this share of the highest probability, in 0.0..1.0
     * `:repetition_penalty` - divides the positive logits of tokens that were there before, and
       multiplies the negative ones; 1.0 is none
-    * `:seed` - a whole number in 0..2**64-1: the same seed gives the same text, whatever else is
-      in the batch; random by default
+    * `:seed` - a whole number in 0..2**64-1: the same seed draws the same text, whatever else is
+      in the batch (as far as the device computes the same logits in a batch as alone: the CPU does);
+      random by default
     * `:stop` - a string or a list of strings that end the text, and are not part of it
     * `:adapter` - made by `Bombus.load_adapter/2`; `nil` is none
     * `:chat_template` - `false` completes a string as it stands
     * `:template_options` - what the chat template takes, such as `%{enable_thinking: false}`
-    * `:stream` - for a serving: `true` makes `run/2` and `batched_run/2` return a stream
+    * `:stream` - `true` makes `run/2` and `batched_run/2` return a stream
     * `:stream_done` - `true` ends a stream with `{:done, result}`
-    * `:compile` - accepted for Bumblebee's sake, and not needed
+    * `:compile` - as in Bumblebee, `[batch_size: n, sequence_length: n]`: `:sequence_length` bounds
+      prompt and text together, beside the model's context; nothing is compiled
 
   The filters apply in this order: repetition penalty, temperature, top_k, top_p, min_p. Defaults
   come from the repository's `generation_config.json`; its temperature, top_p, top_k and min_p
@@ -71,7 +73,7 @@ defmodule Bombus.Serving do
   """
 
   alias Bombus.{Error, Model, Tokenizer}
-  alias Bombus.Serving.{Options, Request, Server}
+  alias Bombus.Serving.{Input, Options, Request, Server}
 
   @type t :: %__MODULE__{model: Model.t(), tokenizer: Tokenizer.t() | nil, options: map()}
   @type input :: String.t() | map()
@@ -98,6 +100,10 @@ defmodule Bombus.Serving do
     }
   end
 
+  def new(%Model{}, _tokenizer, other) do
+    raise ArgumentError, "expected the options to be a keyword list, got: #{inspect(other)}"
+  end
+
   def new(other, _tokenizer, _options) do
     raise ArgumentError, "expected a model made by Bombus.load_model/2, got: #{inspect(other)}"
   end
@@ -109,11 +115,11 @@ defmodule Bombus.Serving do
   """
   @spec run(t(), input() | [input()]) ::
           result() | {:error, Error.t()} | [result() | {:error, Error.t()}] | Enumerable.t()
-  def run(%__MODULE__{} = serving, input), do: run_with(serving, input, nil)
+  def run(serving, input), do: run_with(serving!(serving, "batched_run/2"), input, nil)
 
   @doc "As `run/2`, but raises what goes wrong."
   @spec run!(t(), input() | [input()]) :: result() | [result()] | Enumerable.t()
-  def run!(%__MODULE__{} = serving, input), do: raise_errors(run(serving, input))
+  def run!(serving, input), do: raise_errors(run(serving, input))
 
   @doc """
   Runs an input as a stream of text chunks (of token ids where there is no tokenizer).
@@ -123,11 +129,12 @@ defmodule Bombus.Serving do
   `serving` is a serving, or the name of one in a supervision tree.
   """
   @spec stream(t() | GenServer.server(), input()) :: Enumerable.t()
-  def stream(%__MODULE__{} = serving, input), do: stream_with(serving, input, nil)
+  def stream(%__MODULE__{} = serving, input),
+    do: stream_with(serving, Input.normalize!(input, serving), nil)
 
   def stream(name, input) do
     {serving, server} = Server.checkout(name)
-    stream_with(serving, input, server)
+    stream_with(serving, Input.normalize!(input, serving), server)
   end
 
   @doc """
@@ -135,6 +142,10 @@ defmodule Bombus.Serving do
   """
   @spec batched_run(GenServer.server(), input() | [input()]) ::
           result() | {:error, Error.t()} | [result() | {:error, Error.t()}] | Enumerable.t()
+  def batched_run(%__MODULE__{}, _input) do
+    raise ArgumentError, "expected the name of a serving; a serving itself goes to run/2"
+  end
+
   def batched_run(name, input) do
     {serving, server} = Server.checkout(name)
     run_with(serving, input, server)
@@ -149,12 +160,18 @@ defmodule Bombus.Serving do
     * `:name` - the name to call it by, any that a `GenServer` takes; required
   """
   @spec child_spec(keyword()) :: Supervisor.child_spec()
+  def child_spec(options) when not is_list(options) do
+    raise ArgumentError, "expected serving: and name:, got: #{inspect(options)}"
+  end
+
   def child_spec(options) do
     options = Keyword.validate!(options, [:serving, :name])
 
     for key <- [:serving, :name], options[key] == nil do
       raise ArgumentError, "expected #{inspect(key)} among the options of Bombus.Serving"
     end
+
+    serving!(options[:serving], "new/3")
 
     %{id: options[:name], start: {Server, :start_link, [options]}}
   end
@@ -164,6 +181,14 @@ defmodule Bombus.Serving do
   def start_link(options) do
     %{start: {Server, :start_link, [options]}} = child_spec(options)
     Server.start_link(options)
+  end
+
+  defp serving!(%__MODULE__{} = serving, _other_function), do: serving
+
+  defp serving!(other, function) do
+    raise ArgumentError,
+          "expected a serving made by Bombus.Serving.new/3, got: #{inspect(other)} " <>
+            "(see also Bombus.Serving.#{function})"
   end
 
   defp tokenizer!(nil, _model), do: nil
@@ -182,20 +207,25 @@ defmodule Bombus.Serving do
           "expected a tokenizer made by Bombus.load_tokenizer/1, or nil, got: #{inspect(other)}"
   end
 
-  defp run_with(%{options: %{stream: true}} = serving, input, server) when not is_list(input) do
-    stream_with(serving, input, server)
-  end
-
   defp run_with(serving, inputs, server) when is_list(inputs) do
     # All inputs are checked before the first one starts.
-    Enum.each(inputs, &Bombus.Serving.Input.normalize!(&1, serving))
+    inputs = Enum.map(inputs, &Input.normalize!(&1, serving))
+
+    if Enum.any?(inputs, fn {_prompt, options} -> options.stream end) do
+      raise ArgumentError, "expected a single input, since a list cannot be streamed"
+    end
 
     inputs
     |> Enum.map(&Request.start(serving, &1, server))
     |> Enum.map(&collect/1)
   end
 
-  defp run_with(serving, input, server), do: serving |> Request.start(input, server) |> collect()
+  defp run_with(serving, input, server) do
+    case Input.normalize!(input, serving) do
+      {_prompt, %{stream: true}} = input -> stream_with(serving, input, server)
+      input -> serving |> Request.start(input, server) |> collect()
+    end
+  end
 
   defp collect({:ok, request}), do: unwrap(Request.collect(request))
   defp collect({:error, error}), do: {:error, error}
@@ -207,9 +237,7 @@ defmodule Bombus.Serving do
   defp raise_errors({:error, error}), do: raise(error)
   defp raise_errors(result), do: result
 
-  defp stream_with(serving, input, server) do
-    {_prompt, options} = Bombus.Serving.Input.normalize!(input, serving)
-
+  defp stream_with(serving, {_prompt, options} = input, server) do
     fn -> {Error.unwrap!(Request.start(serving, input, server)), [], []} end
     |> Stream.resource(&next(&1, options), &halt/1)
     # Raised behind the resource: a request that has ended must not be cancelled.

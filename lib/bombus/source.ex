@@ -41,7 +41,7 @@ defmodule Bombus.Source do
     cond do
       File.dir?(path) -> {:ok, path}
       File.exists?(path) -> Error.error(:not_found, "expected a folder, `#{path}` is a file")
-      true -> Error.error(:not_found, "there is no folder `#{path}`")
+      true -> Error.error(:not_found, "there is no folder `#{path}` (a string is a local folder)")
     end
   end
 

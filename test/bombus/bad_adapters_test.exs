@@ -19,8 +19,8 @@ defmodule Bombus.BadAdaptersTest do
     %{folder: Fixtures.copy(Fixtures.adapter("f32-tied", "last-qv"), dir)}
   end
 
-  defp assert_refused_at_load(folder, reason, words, options \\ []) do
-    assert {:error, %Error{} = error} = Bombus.load_adapter({:local, folder}, options)
+  defp assert_refused_at_load(folder, reason, words) do
+    assert {:error, %Error{} = error} = Bombus.load_adapter({:local, folder})
     assert error.reason == reason, Exception.message(error)
     for word <- List.wrap(words), do: assert(error.message =~ word)
   end
@@ -97,11 +97,20 @@ defmodule Bombus.BadAdaptersTest do
   end
 
   test "with a scale of the caller's that is no number", %{folder: folder} do
-    assert_refused_at_load(folder, :bad_adapter, "finite", scale: 1.0e300)
-
-    assert_raise ArgumentError, ~r/:scale to be a number/, fn ->
-      Bombus.load_adapter(folder, scale: :nan)
+    for scale <- [:nan, "20", 1.0e300, 10 ** 400] do
+      assert_raise ArgumentError, ~r/:scale to be a number/, fn ->
+        Bombus.load_adapter(folder, scale: scale)
+      end
     end
+  end
+
+  test "whose product is no number", %{model: model, before: before} do
+    adapter = Bombus.load_adapter!(Fixtures.adapter("f32-tied", "all-layers"), scale: 1.0e38)
+    assert {:error, %Error{reason: :backend} = error} = score(model, adapter)
+    assert error.message =~ "not a finite number"
+    serving = Serving.new(model, nil, adapter: adapter)
+    assert {:error, %Error{reason: :backend}} = Serving.run(serving, %{token_ids: [1, 2]})
+    assert Bombus.score(model, [1, 2, 3, 4]) == {:ok, before}
   end
 
   test "of DoRA, with and without m", %{tmp_dir: dir} do

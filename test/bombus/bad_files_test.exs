@@ -258,10 +258,13 @@ defmodule Bombus.BadFilesTest do
     assert_refused(context, Path.join(folder, "config.json"), :not_found, "is a file")
   end
 
-  test "a file that is cut off after it was loaded", %{folder: folder} do
-    model = Bombus.load_model!(folder)
-    {:ok, before} = Bombus.score(model, [1, 2, 3, 4])
-    File.write!(Path.join(folder, @tensors), "")
+  test "an adapter's file that is cut off before it is first used", context do
+    %{model: model, before: before, tmp_dir: dir} = context
+    folder = Fixtures.copy(Fixtures.adapter("f32-tied", "last-qv"), dir)
+    adapter = Bombus.load_adapter!(folder)
+    File.write!(Path.join(folder, "adapters.safetensors"), "")
+    assert {:error, %Error{reason: :io} = error} = Bombus.score(model, [1, 2], adapter: adapter)
+    assert error.message =~ "adapters.safetensors"
     assert Bombus.score(model, [1, 2, 3, 4]) == {:ok, before}
   end
 

@@ -44,6 +44,7 @@ defmodule Bombus.BadRequestsTest do
       {:chat_template, "no", "true or false"},
       {:template_options, 1, "a map or a keyword list"},
       {:template_options, %{a: self()}, "as in JSON"},
+      {:compile, [sequence_length: 0], "sequence_length: n"},
       {:temprature, 0.5, "unknown option :temprature"}
     ]
   end
@@ -66,6 +67,8 @@ defmodule Bombus.BadRequestsTest do
         {"a token id that is no number", %{token_ids: [1, :two]}},
         {"invalid UTF-8", <<"caf", 0xE9>>},
         {"invalid UTF-8 in a message", %{messages: [%{role: "user", content: <<0xFF>>}]}},
+        {"a token id that is nil", %{token_ids: [1, nil]}},
+        {"a message with what is not JSON", %{messages: [%{role: "user", content: "a", x: {1}}]}},
         {"text that is no string", %{text: 5}},
         {"nothing to begin with", %{temperature: 0.5}},
         {"two things to begin with", %{text: "a", token_ids: [1]}},
@@ -77,6 +80,7 @@ defmodule Bombus.BadRequestsTest do
       assert_raise ArgumentError, fn -> Serving.run(serving, ["Hello", input]) end
       assert_raise ArgumentError, fn -> Serving.stream(serving, input) end
       assert_still_answers(context)
+      assert Process.info(self(), :messages) == {:messages, []}
     end
   end
 
@@ -102,14 +106,24 @@ defmodule Bombus.BadRequestsTest do
     assert %{token_ids: [_one], finish_reason: :length} = run.(model.spec.context - 1)
   end
 
-  test "a chat template that refuses the messages" do
-    # The demo's template takes any role; one that does not is tested in the engine.
+  test "messages for a tokenizer without a chat template", context do
+    tokenizer = %{context.tokenizer | chat_template?: false}
+    serving = Serving.new(context.model, tokenizer)
+
     assert_raise ArgumentError, ~r/:messages need a chat template/, fn ->
-      model = Bombus.load_model!(:demo)
-      tokenizer = %{Bombus.load_tokenizer!(:demo) | chat_template?: false}
-      serving = Serving.new(model, tokenizer)
       Serving.run(serving, %{messages: [%{role: "user", content: "Hello"}]})
     end
+  end
+
+  @tag :tmp_dir
+  test "a chat template that refuses the messages", %{tmp_dir: dir, model: model} do
+    folder = Fixtures.copy(Application.app_dir(:bombus, "priv/models/demo"), dir)
+    template = "{{ raise_exception('roles must alternate') }}"
+    Fixtures.edit_json(folder, "tokenizer_config.json", &Map.put(&1, "chat_template", template))
+    serving = Serving.new(model, Bombus.load_tokenizer!(folder), max_new_tokens: 2)
+    assert {:error, %Error{reason: :bad_request} = error} = Serving.run(serving, "Hello")
+    assert error.message =~ "roles must alternate"
+    assert %{results: [_one]} = Serving.run(serving, %{text: "Hello", chat_template: false})
   end
 
   test "text for a serving without a tokenizer", %{model: model} do
@@ -124,6 +138,17 @@ defmodule Bombus.BadRequestsTest do
     assert_raise ArgumentError, ~r/expected a source/, fn -> Bombus.load_model(:dmeo) end
     assert_raise ArgumentError, ~r/unknown keys \[:devise\]/, fn -> load(devise: :gpu) end
     assert_raise ArgumentError, ~r/:device/, fn -> load(device: :tpu) end
+    assert_raise ArgumentError, ~r/:device/, fn -> load(backend: {EXLA, device: :tpu}) end
+    assert_raise ArgumentError, ~r/:backend/, fn -> load(backend: {EXLA, :cpu}) end
+    assert_raise ArgumentError, ~r/:backend/, fn -> load(backend: "EXLA") end
+    assert_raise ArgumentError, ~r/unknown keys/, fn -> Bombus.load_tokenizer(:demo, a: 1) end
+    assert_raise ArgumentError, ~r/keyword list/, fn -> Bombus.load_model(:demo, :cpu) end
+    assert_raise ArgumentError, ~r/keyword list/, fn -> Serving.new(model, nil, %{seed: 1}) end
+    assert_raise ArgumentError, ~r/a serving made by/, fn -> Serving.run(model, "Hello") end
+    assert_raise ArgumentError, ~r/batched_run/, fn -> Serving.run(MyLLM, "Hello") end
+    serving = Serving.new(model, nil)
+    assert_raise ArgumentError, ~r/run\/2/, fn -> Serving.batched_run(serving, "Hello") end
+    assert_raise ArgumentError, ~r/serving: and name:/, fn -> Serving.child_spec(serving) end
     assert_raise ArgumentError, ~r/:quantization/, fn -> load(quantization: :int7) end
     assert_raise ArgumentError, ~r/:max_queue/, fn -> load(max_queue: 0) end
     assert_raise ArgumentError, ~r/token ids in 0\.\./, fn -> Bombus.score(model, [1, -2]) end

@@ -76,10 +76,25 @@ defmodule Bombus.DependencyTest do
     ran = run(moved, Path.join(moved, "bin/posts"), ["eval", start_and_write()], env)
     assert ran =~ ~r/POST: .*coffee/i
     assert linked_outside(moved) == []
+
+    # What is loaded is the release's own, though the original is still there.
+    for [_line, library] <- Regex.scan(~r/LOADED: (\S+)/, ran) do
+      assert String.starts_with?(library, moved)
+    end
+
+    if match?({:unix, :linux}, :os.type()), do: assert(ran =~ ~r/LOADED: .*libmlx.so/)
   end
 
   defp start_and_write do
-    "{:ok, _} = Application.ensure_all_started(:posts); Posts.write(\"coffee\")"
+    """
+    {:ok, _} = Application.ensure_all_started(:posts)
+    Posts.write("coffee")
+    maps = if File.exists?("/proc/self/maps"), do: File.read!("/proc/self/maps"), else: ""
+
+    for [library] <- Enum.uniq(Regex.scan(~r"/\\S*(?:libmlx|bombus_nif)[^/\\s]*", maps)) do
+      IO.puts("LOADED: " <> library)
+    end
+    """
   end
 
   defp linked_outside(release) do

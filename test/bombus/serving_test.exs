@@ -54,6 +54,30 @@ defmodule Bombus.ServingTest do
     assert %{results: [%{finish_reason: :length, token_summary: %{output: 10}}]} = result
   end
 
+  test "a request may stream, a list may not", %{serving: serving} do
+    input = %{text: "Write a post about tea", stream: true, max_new_tokens: 5}
+    assert serving |> Serving.run(input) |> Enum.join() |> String.length() > 5
+    assert_raise ArgumentError, ~r/cannot be streamed/, fn -> Serving.run(serving, [input]) end
+  end
+
+  test "compile: [sequence_length: n] bounds prompt and text", %{model: model} do
+    serving = Serving.new(model, nil, compile: [batch_size: 1, sequence_length: 10])
+    result = Serving.run(serving, %{token_ids: [1, 2, 3, 4, 5, 6]})
+    assert %{results: [%{finish_reason: :length, token_ids: [_, _, _, _]}]} = result
+    long = %{token_ids: List.duplicate(1, 11)}
+    assert {:error, %Error{reason: :prompt_too_long}} = Serving.run(serving, long)
+  end
+
+  @tag :tmp_dir
+  test "the tokenizer's own end of text counts too", %{tmp_dir: dir} do
+    folder = Fixtures.copy(Application.app_dir(:bombus, "priv/models/demo"), dir)
+    File.rm!(Path.join(folder, "generation_config.json"))
+    Fixtures.edit_json(folder, "config.json", &Map.put(&1, "eos_token_id", 0))
+    serving = Serving.new(Bombus.load_model!(folder), Bombus.load_tokenizer!(folder))
+    result = Serving.run(serving, %{text: "Write a post about tea", max_new_tokens: 120})
+    assert %{results: [%{finish_reason: :stop}]} = result
+  end
+
   test "a list of inputs answers as each alone", %{serving: serving} do
     inputs = [
       "Write a post about coffee",
@@ -181,16 +205,25 @@ defmodule Bombus.ServingTest do
       assert free?()
     end
 
-    test "when its caller dies, in prefill and in mid-stream" do
+    test "when its caller dies in mid-stream" do
       {serving, input} = endless()
-      long = %{input | token_ids: List.duplicate(7, 100)}
+      test = self()
+      pid = spawn(fn -> serving |> Serving.stream(input) |> Enum.each(&send(test, &1)) end)
+      assert_receive id when is_integer(id)
+      Process.exit(pid, :kill)
+      assert_soon(&free?/0)
+    end
 
-      for input <- [input, long] do
-        test = self()
-        run = fn -> serving |> Serving.stream(input) |> Enum.each(&send(test, &1)) end
+    test "when its caller dies in prefill, of a request and of a score" do
+      {%{model: model} = serving, _input} = endless(prefill_chunk: 1)
+      ids = List.duplicate(7, 400)
+
+      for run <- [
+            fn -> Serving.run(serving, %{token_ids: ids}) end,
+            fn -> Bombus.score(model, ids) end
+          ] do
         pid = spawn(run)
-        assert_receive id when is_integer(id)
-        assert Bombus.memory_info().sequences == 1
+        assert_soon(fn -> Bombus.memory_info().sequences == 1 end)
         Process.exit(pid, :kill)
         assert_soon(&free?/0)
       end
@@ -213,23 +246,6 @@ defmodule Bombus.ServingTest do
     assert [first | _] = answered
     assert Enum.all?(answered, &(&1 == first))
     assert %{results: [_one]} = Serving.run(serving, input)
-  end
-
-  test "a model that is dropped while it generates still answers" do
-    {serving, input} = endless()
-    expected = ids(Serving.run(serving, input))
-    models = Bombus.memory_info().models
-
-    task =
-      Task.async(fn ->
-        stream = Serving.stream(elem(endless(), 0), input)
-        # From here on only the request holds the model.
-        :erlang.garbage_collect()
-        Enum.to_list(stream)
-      end)
-
-    assert Task.await(task, 30_000) == expected
-    assert_soon(fn -> Bombus.memory_info().models <= models end)
   end
 
   test "many processes generate at once", %{serving: serving} do

@@ -27,11 +27,11 @@ defmodule Bombus.Serving.Input do
 
   @doc "Raises where the ids are no token ids of the model."
   def token_ids!([_ | _] = ids, %Model{spec: %{vocab_size: vocab_size}}) do
-    case Enum.find(ids, &(not (is_integer(&1) and &1 >= 0 and &1 < vocab_size))) do
-      nil ->
+    case Enum.reject(ids, &(is_integer(&1) and &1 >= 0 and &1 < vocab_size)) do
+      [] ->
         ids
 
-      wrong ->
+      [wrong | _] ->
         raise ArgumentError,
               "expected token ids in 0..#{vocab_size - 1}, got: #{inspect(wrong)}"
     end
@@ -69,7 +69,13 @@ defmodule Bombus.Serving.Input do
   end
 
   defp chat(messages, options) do
-    {:chat, JSON.encode!(messages), JSON.encode!(options.template_options)}
+    {:chat, json!(messages), JSON.encode!(options.template_options)}
+  end
+
+  defp json!(messages) do
+    JSON.encode!(messages)
+  rescue
+    _error -> bad_message!(messages)
   end
 
   defp text!(text) do
@@ -112,12 +118,13 @@ defmodule Bombus.Serving.Input do
 
   defp bad_message!(message) do
     raise ArgumentError,
-          "expected a message to be %{role: \"user\", content: \"...\"}, in valid UTF-8, got: " <>
+          "expected a message to be %{role: \"user\", content: \"...\"}, strings in valid UTF-8, got: " <>
             inspect(message)
   end
 
   defp expected(input) do
-    "expected an input to be a string, or a map with one of :text, :messages and :token_ids, " <>
+    "expected an input to be a string, or a map with exactly one of :text, :messages and " <>
+      ":token_ids, " <>
       "got: #{inspect(input)}"
   end
 end

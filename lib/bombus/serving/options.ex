@@ -35,10 +35,8 @@ defmodule Bombus.Serving.Options do
     template_options: %{},
     stream: false,
     stream_done: false,
-    compile: nil
+    compile: []
   }
-
-  def keys, do: @keys
 
   @doc "A serving's options over the repository's over the defaults."
   def new!(options, %Model{generation_config: generation_config}) do
@@ -58,6 +56,7 @@ defmodule Bombus.Serving.Options do
   def to_native(options) do
     %{
       max_new_tokens: options.max_new_tokens,
+      max_context: options.compile[:sequence_length],
       temperature: options.temperature * 1.0,
       top_k: options.top_k,
       top_p: options.top_p * 1.0,
@@ -96,10 +95,12 @@ defmodule Bombus.Serving.Options do
 
   defp check!(key, _value) when key not in @keys do
     raise ArgumentError,
-          "unknown option #{inspect(key)}, expected one of #{Enum.map_join(@keys, ", ", &inspect/1)}"
+          "unknown option #{inspect(key)}, expected one of #{Enum.map_join(@keys, ", ", &inspect/1)}" <>
+            " (and for an input one of :text, :messages and :token_ids)"
   end
 
   defp check!(:adapter, value), do: adapter!(value)
+  defp check!(:compile, nil), do: []
   defp check!(:stop, value) when is_binary(value), do: check!(:stop, [value])
   defp check!(:template_options, value) when is_list(value), do: check_template_options!(value)
   defp check!(:template_options, value) when is_map(value), do: check_template_options!(value)
@@ -117,7 +118,7 @@ defmodule Bombus.Serving.Options do
     _json = JSON.encode!(Map.new(options))
     Map.new(options)
   rescue
-    _error in [ArgumentError, Protocol.UndefinedError, ErlangError] ->
+    _error ->
       raise ArgumentError,
             "expected :template_options to be names and values as in JSON, got: #{inspect(options)}"
   end
@@ -133,7 +134,14 @@ defmodule Bombus.Serving.Options do
   defp valid?(:chat_template, value), do: is_boolean(value)
   defp valid?(:stream, value), do: is_boolean(value)
   defp valid?(:stream_done, value), do: is_boolean(value)
-  defp valid?(:compile, _value), do: true
+
+  defp valid?(:compile, value) do
+    Keyword.keyword?(value) and
+      Enum.all?(value, fn {key, size} ->
+        key in [:batch_size, :sequence_length] and is_integer(size) and size > 0
+      end)
+  end
+
   defp valid?(:template_options, _value), do: false
 
   defp valid?(:stop, value) do
@@ -141,13 +149,14 @@ defmodule Bombus.Serving.Options do
   end
 
   defp expected(:max_new_tokens), do: "a whole number, 0 or above"
-  defp expected(:temperature), do: "a number, 0 (greedy) or above"
+  defp expected(:temperature), do: "a number, 0 (greedy) or above, below 1.0e6"
   defp expected(:top_p), do: "in 0.0..1.0"
   defp expected(:top_k), do: "a whole number, 0 (all tokens) or above"
   defp expected(:min_p), do: "in 0.0..1.0"
   defp expected(:repetition_penalty), do: "a number above 0"
   defp expected(:seed), do: "a whole number in 0..2**64-1, or nil"
   defp expected(:stop), do: "a string or a list of strings, none of them empty"
+  defp expected(:compile), do: "[batch_size: n, sequence_length: n]"
   defp expected(:template_options), do: "a map or a keyword list"
   defp expected(_flag), do: "true or false"
 end

@@ -3,7 +3,7 @@ defmodule Bombus.Serving.Request do
   # A request in the engine, owned by the process that started it: its events are messages to it.
 
   alias Bombus.{Error, Native, Serving}
-  alias Bombus.Serving.{Input, Options}
+  alias Bombus.Serving.Options
 
   @enforce_keys [:reference, :generation, :monitor, :tokenizer?]
   defstruct @enforce_keys
@@ -11,12 +11,7 @@ defmodule Bombus.Serving.Request do
   @doc """
   Starts a request. Where `server` is a process, its end is the request's.
   """
-  def start(%Serving{} = serving, input, server \\ nil) do
-    {prompt, options} = Input.normalize!(input, serving)
-    start_native(serving, prompt, options, server)
-  end
-
-  defp start_native(serving, prompt, options, server) do
+  def start(%Serving{} = serving, {prompt, options}, server) do
     reference = make_ref()
     adapter = options.adapter && options.adapter.ref
     tokenizer = serving.tokenizer && serving.tokenizer.ref

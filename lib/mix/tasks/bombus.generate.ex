@@ -84,6 +84,8 @@ defmodule Mix.Tasks.Bombus.Generate do
     end
   end
 
-  defp device(name) when name in ~w(auto gpu cpu), do: String.to_existing_atom(name)
+  defp device("auto"), do: :auto
+  defp device("gpu"), do: :gpu
+  defp device("cpu"), do: :cpu
   defp device(other), do: Mix.raise("expected --device to be auto, gpu or cpu, got: #{other}")
 end

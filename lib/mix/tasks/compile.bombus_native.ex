@@ -15,7 +15,7 @@ defmodule Mix.Tasks.Compile.BombusNative do
     native = Path.join(root, "native")
     target = Path.join(root, "priv/native")
     library = Path.join(target, "bombus_nif.so")
-    mlx = mlx_dir()
+    mlx = mlx_dir(target)
 
     if stale?(library, sources(native)) or linked_mlx(target) != mlx do
       File.mkdir_p!(target)
@@ -40,13 +40,20 @@ defmodule Mix.Tasks.Compile.BombusNative do
 
   defp stale?(library, sources), do: Mix.Utils.stale?(sources, [library])
 
-  # On a Mac mlx-rs builds MLX itself.
-  defp mlx_dir do
+  # On a Mac mlx-rs builds MLX itself. Where nothing is named, what is linked already stays.
+  defp mlx_dir(target) do
     unless match?({:unix, :darwin}, :os.type()) do
-      dir = System.get_env("BOMBUS_MLX_DIR") || Application.get_env(:bombus, :mlx_dir)
-      dir || Mix.raise(no_mlx())
-      Path.expand(dir)
+      named = [System.get_env("BOMBUS_MLX_DIR"), Application.get_env(:bombus, :mlx_dir)]
+      dir = Enum.find(named, &(&1 not in [nil, ""])) || linked_mlx(target) || Mix.raise(no_mlx())
+      dir = Path.expand(dir)
+      File.exists?(Path.join(dir, "mlx/lib/libmlx.so")) || Mix.raise(not_mlx(dir))
+      dir
     end
+  end
+
+  defp not_mlx(dir) do
+    "expected BOMBUS_MLX_DIR, or config :bombus, :mlx_dir, to be the folder of an unpacked MLX " <>
+      "wheel: there is no #{dir}/mlx/lib/libmlx.so"
   end
 
   defp no_mlx do

@@ -4,8 +4,8 @@ use crate::adapter::AdapterHandle;
 use crate::answer::{Address, error_term, result_term};
 use crate::model::ModelHandle;
 use crate::tokenizer::TokenizerHandle;
-use bombus::engine::{Event, Generation, Prompt, Request};
-use bombus::error::{Error, Result};
+use bombus::engine::{Event, Generation, Prompt, Request, Sink};
+use bombus::error::Result;
 use bombus::sampler::Sampling;
 use bombus::sequence::FinishReason;
 use rustler::{
@@ -25,7 +25,7 @@ impl Resource for GenerationHandle {
 }
 
 mod atoms {
-    rustler::atoms! { chunk, done, error, stop, length, cancelled }
+    rustler::atoms! { chunk, done, scores, error, stop, length, cancelled }
 }
 
 #[derive(NifTaggedEnum)]
@@ -39,6 +39,7 @@ enum PromptTerm {
 #[derive(NifMap)]
 struct RequestOptions {
     max_new_tokens: usize,
+    max_context: Option<usize>,
     temperature: f64,
     top_k: usize,
     top_p: f64,
@@ -60,18 +61,41 @@ fn generate<'a>(
     options: RequestOptions,
     reference: Term<'a>,
 ) -> Term<'a> {
+    let request = Request {
+        prompt: prompt.into(),
+        tokenizer: tokenizer.map(|handle| handle.0.clone()),
+        adapter: adapter.map(|handle| handle.0.clone()),
+        sampling: options.sampling(),
+        max_new_tokens: options.max_new_tokens,
+        max_context: options.max_context,
+        stop: options.stop,
+    };
+    let started = model.0.generate(request, sink(env, reference));
+    monitored(env, started)
+}
+
+/// `{:ok, handle}` at once, then one message `{reference, event}`: `{:scores, log_probs}` or
+/// `{:error, {reason, message}}`.
+#[rustler::nif]
+fn score<'a>(
+    env: Env<'a>,
+    model: ResourceArc<ModelHandle>,
+    ids: Vec<u32>,
+    adapter: Option<ResourceArc<AdapterHandle>>,
+    reference: Term<'a>,
+) -> Term<'a> {
+    let adapter = adapter.map(|handle| handle.0.clone());
+    let started = model.0.score(ids, adapter, sink(env, reference));
+    monitored(env, started)
+}
+
+fn sink(env: Env, reference: Term) -> Sink {
     let address = Address::caller(env, reference);
-    let started = prompt.decode().and_then(|prompt| {
-        let request = Request {
-            prompt,
-            tokenizer: tokenizer.map(|handle| handle.0.clone()),
-            adapter: adapter.map(|handle| handle.0.clone()),
-            sampling: options.sampling(),
-            max_new_tokens: options.max_new_tokens,
-            stop: options.stop,
-        };
-        model.0.generate(request, Box::new(move |event| address.send(|env| term(env, &event))))
-    });
+    Sink::new(move |event| address.send(|env| term(env, &event)))
+}
+
+/// A handle of the request, which ends with its caller.
+fn monitored(env: Env, started: Result<Generation>) -> Term {
     let handle = started.map(|generation| {
         let handle = ResourceArc::new(GenerationHandle(generation));
         env.monitor(&handle, &env.pid());
@@ -89,6 +113,8 @@ fn cancel(handle: ResourceArc<GenerationHandle>) -> rustler::Atom {
 fn term<'a>(env: Env<'a>, event: &Event) -> Term<'a> {
     match event {
         Event::Chunk { ids, text } => (atoms::chunk(), ids, text).encode(env),
+        // The engine answers with finite numbers only: another would be no term.
+        Event::Scores(log_probs) => (atoms::scores(), log_probs).encode(env),
         Event::Failed(error) => (atoms::error(), error_term(env, error)).encode(env),
         Event::Done { reason, prompt_tokens } => {
             let reason = match reason {
@@ -101,17 +127,13 @@ fn term<'a>(env: Env<'a>, event: &Event) -> Term<'a> {
     }
 }
 
-impl PromptTerm {
-    fn decode(self) -> Result<Prompt> {
-        let wrong = |error: serde_json::Error| Error::Request(format!("messages: {error}"));
-        Ok(match self {
+impl From<PromptTerm> for Prompt {
+    fn from(prompt: PromptTerm) -> Self {
+        match prompt {
             PromptTerm::Text(text) => Prompt::Text(text),
             PromptTerm::Ids(ids) => Prompt::Ids(ids),
-            PromptTerm::Chat(messages, options) => Prompt::Chat {
-                messages: serde_json::from_str(&messages).map_err(wrong)?,
-                options: serde_json::from_str(&options).map_err(wrong)?,
-            },
-        })
+            PromptTerm::Chat(messages, options) => Prompt::Chat { messages, options },
+        }
     }
 }
 

@@ -1,12 +1,11 @@
-//! Models: loading, what they are, scoring.
+//! Models: loading, and what they are.
 
-use crate::adapter::AdapterHandle;
 use crate::answer::{Address, result_term};
 use bombus::backend::mlx::{self, Device};
 use bombus::config::{Config, Quantization};
 use bombus::engine::Engine;
 use bombus::scheduler::Limits;
-use rustler::{Atom, Encoder, Env, NifMap, NifUnitEnum, Resource, ResourceArc, Term};
+use rustler::{Atom, Env, NifMap, NifUnitEnum, Resource, ResourceArc, Term};
 use std::path::PathBuf;
 
 pub struct ModelHandle(pub Engine);
@@ -107,20 +106,4 @@ fn quantization_spec(config: &Config, default: Quantization) -> QuantizationSpec
         mode: atoms::affine(),
         overrides: overrides.map(|(path, own)| (path.clone(), own.as_ref().map(pair))).collect(),
     }
-}
-
-/// Answers `{reference, {:ok, log_probs} | {:error, {reason, message}}}`.
-#[rustler::nif]
-fn score<'a>(
-    env: Env<'a>,
-    model: ResourceArc<ModelHandle>,
-    ids: Vec<u32>,
-    adapter: Option<ResourceArc<AdapterHandle>>,
-    reference: Term<'a>,
-) -> Term<'a> {
-    let address = Address::caller(env, reference);
-    let adapter = adapter.map(|handle| handle.0.clone());
-    let sink = move |result| _ = address.send(|env| result_term(env, &result));
-    let sent = model.0.score(ids, adapter, Box::new(sink));
-    result_term(env, &sent.map(|()| rustler::types::atom::ok().encode(env)))
 }

@@ -49,6 +49,16 @@ enum Command {
     },
 }
 
+impl Command {
+    /// A command that no engine takes: the caller learns of it at once.
+    fn discard(self) {
+        match self {
+            Command::Generate { sink, .. } | Command::Score { sink, .. } => sink.discard(),
+            Command::Cancel { .. } | Command::Forget { .. } => {}
+        }
+    }
+}
+
 /// The worker's end of the commands.
 struct Inbox {
     receiver: Receiver<Command>,
@@ -99,9 +109,9 @@ impl Engine {
     /// Puts a request into the queue and returns; fails at once where the queue is full. The
     /// sink gets chunks and one end: `Done` or `Failed`.
     pub fn generate(&self, request: Request, sink: Sink) -> Result<Generation> {
-        request.sampling.check()?;
         let request = Box::new(request);
-        self.start(|id, place| Command::Generate { id, request, sink, place })
+        let checked = request.sampling.check();
+        self.start(checked, sink, |id, sink, place| Command::Generate { id, request, sink, place })
     }
 
     /// ln p of every token but the first, given those before it: `ids.len() - 1` numbers. The
@@ -112,13 +122,28 @@ impl Engine {
         adapter: Option<Arc<Adapter>>,
         sink: Sink,
     ) -> Result<Generation> {
-        self.start(|id, place| Command::Score { id, ids, adapter, sink, place })
+        self.start(Ok(()), sink, |id, sink, place| Command::Score { id, ids, adapter, sink, place })
     }
 
-    fn start(&self, command: impl FnOnce(u64, Place) -> Command) -> Result<Generation> {
-        let place = self.place()?;
+    /// What is refused here does not reach the sink.
+    fn start(
+        &self,
+        checked: Result<()>,
+        sink: Sink,
+        command: impl FnOnce(u64, Sink, Place) -> Command,
+    ) -> Result<Generation> {
+        let place = match checked.and_then(|()| self.place()) {
+            Ok(place) => place,
+            Err(error) => {
+                sink.discard();
+                return Err(error);
+            }
+        };
         let id = self.next_id.fetch_add(1, Relaxed);
-        self.commands.send(command(id, place)).map_err(|_| Error::Stopped)?;
+        self.commands.send(command(id, sink, place)).map_err(|unsent| {
+            unsent.0.discard();
+            Error::Stopped
+        })?;
         Ok(Generation { id, commands: self.commands.clone() })
     }
 

@@ -30,6 +30,11 @@ impl Sink {
         self.0.as_mut().is_some_and(|listener| listener(Event::Chunk { ids, text }))
     }
 
+    /// For a request that is refused at once, by an answer of another kind.
+    pub(super) fn discard(mut self) {
+        self.0 = None;
+    }
+
     pub(super) fn end(mut self, event: Event) {
         self.tell(event);
     }

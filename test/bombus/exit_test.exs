@@ -1,0 +1,29 @@
+defmodule Bombus.ExitTest do
+  # A VM that ends while something is generated ends cleanly.
+  use ExUnit.Case, async: true
+
+  @moduletag timeout: 120_000
+  @ends ["System.halt(0)", "System.stop(0); Process.sleep(:infinity)", ":ok"]
+
+  test "in mid-generation, whichever way it ends" do
+    model = Bombus.Fixtures.checkpoint("f32-untied")
+
+    for ending <- @ends, _try <- 1..4 do
+      script = """
+      serving = Bombus.Serving.new(Bombus.load_model!(#{inspect(model)}), nil)
+
+      for _ <- 1..4 do
+        input = %{token_ids: [3, 1, 4, 1, 5], max_new_tokens: 500}
+        spawn(fn -> Enum.each(1..100, fn _ -> Bombus.Serving.run(serving, input) end) end)
+      end
+
+      Process.sleep(100)
+      #{ending}
+      """
+
+      arguments = ["-pa", Application.app_dir(:bombus, "ebin"), "-e", script]
+      {output, status} = System.cmd("elixir", arguments, stderr_to_stdout: true)
+      assert status == 0, "#{ending} ended with status #{status}: #{output}"
+    end
+  end
+end
