@@ -25,7 +25,7 @@ defmodule Bombus.BadRequestsTest do
 
   defp wrong_options do
     [
-      {:temperature, -0.1, "0 (greedy) or above, got: -0.1"},
+      {:temperature, -0.1, "a number, 0 (greedy) or above"},
       {:temperature, :nan, "got: :nan"},
       {:temperature, "hot", "got: \"hot\""},
       {:top_p, 2, "expected :top_p to be in 0.0..1.0, got: 2"},

@@ -1,0 +1,90 @@
+//! A JSON file's fields, read with errors that name file and field.
+
+use crate::error::{Error, Result};
+use serde_json::{Map, Value};
+use std::path::{Path, PathBuf};
+
+pub struct Fields {
+    pub path: PathBuf,
+    pub map: Map<String, Value>,
+}
+
+impl Fields {
+    pub fn open(path: &Path) -> Result<Self> {
+        let text = std::fs::read(path).map_err(|error| Error::io(path, &error))?;
+        let map = serde_json::from_slice(&text).map_err(|error| {
+            Error::Config(format!("`{}` is no valid JSON object: {error}", path.display()))
+        })?;
+        Ok(Self { path: path.to_owned(), map })
+    }
+
+    pub fn error(&self, field: &str, problem: impl std::fmt::Display) -> Error {
+        let value = self.value(field).map(|value| format!(", got: {value}")).unwrap_or_default();
+        Error::Config(format!("`{}`: `{field}`: {problem}{value}", self.path.display()))
+    }
+
+    /// A null is as good as nothing.
+    pub fn value(&self, field: &str) -> Option<&Value> {
+        self.map.get(field).filter(|value| !value.is_null())
+    }
+
+    pub fn required<T>(&self, field: &str, value: Option<T>) -> Result<T> {
+        value.ok_or_else(|| self.error(field, "it is missing"))
+    }
+
+    pub fn text(&self, field: &str) -> Result<String> {
+        let value = self.required(field, self.value(field))?;
+        value.as_str().map(str::to_owned).ok_or_else(|| self.error(field, "expected a string"))
+    }
+
+    pub fn size(&self, field: &str) -> Result<usize> {
+        let size = self.optional_size(field)?;
+        self.required(field, size)
+    }
+
+    pub fn size_or(&self, field: &str, default: usize) -> Result<usize> {
+        Ok(self.optional_size(field)?.unwrap_or(default))
+    }
+
+    /// MLX's shapes are of i32, so nothing larger can be a size.
+    pub fn optional_size(&self, field: &str) -> Result<Option<usize>> {
+        let Some(value) = self.value(field) else { return Ok(None) };
+        let size = value.as_u64().filter(|size| (1..=i32::MAX as u64).contains(size));
+        let size = size.ok_or_else(|| self.error(field, "expected a positive integer"))?;
+        Ok(Some(size as usize))
+    }
+
+    pub fn number_or(&self, field: &str, default: f64) -> Result<f64> {
+        let Some(value) = self.value(field) else { return Ok(default) };
+        value.as_f64().ok_or_else(|| self.error(field, "expected a number"))
+    }
+
+    pub fn flag_or(&self, field: &str, default: bool) -> Result<bool> {
+        let Some(value) = self.value(field) else { return Ok(default) };
+        value.as_bool().ok_or_else(|| self.error(field, "expected true or false"))
+    }
+
+    pub fn object(&self, field: &str) -> Result<Option<Self>> {
+        match self.value(field) {
+            None => Ok(None),
+            Some(Value::Object(map)) => {
+                Ok(Some(Self { path: self.path.join(field), map: map.clone() }))
+            }
+            Some(_) => Err(self.error(field, "expected an object")),
+        }
+    }
+
+    /// An id, a list of them, or nothing.
+    pub fn token_ids(&self, field: &str) -> Result<Vec<u32>> {
+        let ids = match self.value(field) {
+            None => return Ok(vec![]),
+            Some(Value::Array(ids)) => ids.iter().map(token_id).collect(),
+            Some(id) => token_id(id).map(|id| vec![id]),
+        };
+        ids.ok_or_else(|| self.error(field, "expected a token id or a list of them"))
+    }
+}
+
+fn token_id(value: &Value) -> Option<u32> {
+    u32::try_from(value.as_u64()?).ok()
+}
