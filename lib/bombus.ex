@@ -150,7 +150,7 @@ defmodule Bombus do
     Bombus.Serving.Input.token_ids!(token_ids, model)
     adapter = Bombus.Serving.Options.adapter!(options[:adapter])
     score = &Native.score(model.ref, token_ids, adapter && adapter.ref, &1)
-    with {:scores, log_probs} <- Native.await_request(score), do: {:ok, log_probs}
+    with {:scores, log_probs} <- Native.await(score, &Native.cancel/1), do: {:ok, log_probs}
   end
 
   def score(other, _token_ids, _options) do
@@ -192,15 +192,16 @@ defmodule Bombus do
 
   defp backend_device!(module) when is_atom(module), do: :auto
 
-  defp backend_device!({module, [{_key, _value} | _] = options}) when is_atom(module) do
-    Keyword.get(options, :device, :auto)
-  end
-
-  defp backend_device!({module, []}) when is_atom(module), do: :auto
-
-  defp backend_device!(other) do
-    raise ArgumentError,
-          "expected :backend to be a module or {module, device: device}, got: #{inspect(other)}"
+  defp backend_device!(backend) do
+    with {module, options} when is_atom(module) <- backend,
+         true <- Keyword.keyword?(options) do
+      Keyword.get(options, :device, :auto)
+    else
+      _other ->
+        raise ArgumentError,
+              "expected :backend to be a module or {module, device: device}, " <>
+                "got: #{inspect(backend)}"
+    end
   end
 
   defp positive!(options, key) do

@@ -52,15 +52,16 @@ fi
 mlx=
 if [ "$(uname)" != Darwin ]; then
   wheel=$tools/mlx-$MLX_VERSION
-  mlx=${BOMBUS_MLX_DIR:-$wheel}
-  [ "$mlx" = "$wheel" ] || [ -e "$mlx/mlx/lib/libmlx.so" ] ||
-    missing "MLX in BOMBUS_MLX_DIR=$mlx" 'name the folder of an unpacked wheel, or unset it'
-  [ "$mlx" = "$wheel" ] || mlx=$(cd "$mlx" && pwd)
   pip='python3 -m pip --disable-pip-version-check -q'
   $pip --version >/dev/null 2>&1 || missing pip 'apt-get install python3-pip'
   work=$(mktemp -d)
   trap 'rm -rf "$work"' EXIT
-  if [ "$mlx" = "$wheel" ] && [ ! -e "$wheel/mlx/lib/libmlx.so" ]; then
+  mlx=${BOMBUS_MLX_DIR:-$wheel}
+  if [ "$mlx" != "$wheel" ]; then
+    [ -e "$mlx/mlx/lib/libmlx.so" ] ||
+      missing "MLX in BOMBUS_MLX_DIR=$mlx" 'name the folder of an unpacked wheel, or unset it'
+    mlx=$(cd "$mlx" && pwd)
+  elif [ ! -e "$wheel/mlx/lib/libmlx.so" ]; then
     echo "setup: MLX $MLX_VERSION into .toolchain"
     $pip download --no-deps -d "$work" "mlx-cpu==$MLX_VERSION"
     python3 -m zipfile -e "$work"/mlx_cpu-*.whl "$work/mlx"

@@ -21,27 +21,15 @@ defmodule Bombus.Native do
   def memory_info, do: nif()
 
   @doc false
-  # Calls a NIF that answers later, and waits for its answer.
-  def await(nif) do
+  # Calls a NIF that answers later, and waits for its answer. What it started is kept until then,
+  # since the end of a request's handle is the request's.
+  def await(nif, release \\ fn _started -> :ok end) do
     reference = make_ref()
 
-    with {:ok, _started} <- nif.(reference) do
-      receive do
-        {^reference, answer} -> answer
-      end
-    end
-    |> Bombus.Error.from_native()
-  end
-
-  @doc false
-  # As await/1, for a request: its handle is kept until the answer, since its end is the request's.
-  def await_request(nif) do
-    reference = make_ref()
-
-    with {:ok, handle} <- nif.(reference) do
+    with {:ok, started} <- nif.(reference) do
       receive do
         {^reference, answer} ->
-          cancel(handle)
+          release.(started)
           answer
       end
     end

@@ -9,11 +9,7 @@ defmodule Bombus.BadAdaptersTest do
   @tensors "adapters.safetensors"
   @config "adapter_config.json"
 
-  setup_all do
-    model = Bombus.load_model!(Fixtures.checkpoint("f32-tied"))
-    {:ok, before} = Bombus.score(model, [1, 2, 3, 4])
-    %{model: model, before: before}
-  end
+  setup_all {Fixtures, :answering_model}
 
   setup %{tmp_dir: dir} do
     %{folder: Fixtures.copy(Fixtures.adapter("f32-tied", "last-qv"), dir)}

@@ -8,11 +8,7 @@ defmodule Bombus.BadFilesTest do
   @moduletag :tmp_dir
   @tensors "model.safetensors"
 
-  setup_all do
-    model = Bombus.load_model!(Fixtures.checkpoint("f32-tied"))
-    {:ok, before} = Bombus.score(model, [1, 2, 3, 4])
-    %{model: model, before: before}
-  end
+  setup_all {Fixtures, :answering_model}
 
   setup %{tmp_dir: dir} do
     %{folder: Fixtures.copy(Fixtures.checkpoint("f32-tied"), dir)}

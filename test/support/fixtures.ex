@@ -10,6 +10,13 @@ defmodule Bombus.Fixtures do
   def cases, do: @root |> File.ls!() |> Enum.sort()
   def expected(name), do: name |> checkpoint() |> Path.join("expected.json") |> read_json()
 
+  @doc "A set-up: a model, and what it scores before anything goes wrong."
+  def answering_model(_context) do
+    model = Bombus.load_model!(checkpoint("f32-tied"))
+    {:ok, before} = Bombus.score(model, [1, 2, 3, 4])
+    %{model: model, before: before}
+  end
+
   @doc "A copy of a checkpoint or an adapter that may be broken."
   def copy(folder, dir) do
     target = Path.join(dir, "copy-#{System.unique_integer([:positive])}")

@@ -4,24 +4,7 @@ defmodule Bombus.Serving.Options do
 
   alias Bombus.{Adapter, Model}
 
-  @keys [
-    :max_new_tokens,
-    :temperature,
-    :top_p,
-    :top_k,
-    :min_p,
-    :repetition_penalty,
-    :seed,
-    :stop,
-    :adapter,
-    :chat_template,
-    :template_options,
-    :stream,
-    :stream_done,
-    :compile
-  ]
-
-  @defaults %{
+  @defaults [
     max_new_tokens: 256,
     temperature: 0,
     top_p: 1.0,
@@ -36,11 +19,14 @@ defmodule Bombus.Serving.Options do
     stream: false,
     stream_done: false,
     compile: []
-  }
+  ]
+
+  @keys Keyword.keys(@defaults)
 
   @doc "A serving's options over the repository's over the defaults."
   def new!(options, %Model{generation_config: generation_config}) do
     @defaults
+    |> Map.new()
     |> Map.merge(from_repository(generation_config))
     |> merge!(options)
   end

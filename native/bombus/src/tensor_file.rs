@@ -43,7 +43,7 @@ impl TensorView<'_> {
     }
 }
 
-/// One mapped file.
+/// One open file, its header checked.
 #[derive(Debug)]
 pub struct TensorFile {
     path: PathBuf,

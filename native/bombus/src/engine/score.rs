@@ -38,13 +38,14 @@ impl<B: Backend> Score<B> {
         };
         let logits = decoder.forward(&tokens, None, &mut [part], &outputs)?;
         let targets = &self.ids[start + 1..][..given.len()];
-        self.log_probs.extend(decoder.backend.log_probs(&logits, targets)?);
-        match self.log_probs.iter().position(|log_prob| !log_prob.is_finite()) {
-            Some(place) => Err(Error::Backend(format!(
+        let log_probs = decoder.backend.log_probs(&logits, targets)?;
+        if let Some(place) = log_probs.iter().position(|log_prob| !log_prob.is_finite()) {
+            return Err(Error::Backend(format!(
                 "the log-probability of token {} is not a finite number",
-                place + 1
-            ))),
-            None => Ok(self.log_probs.len() + 1 == self.ids.len()),
+                start + place + 1
+            )));
         }
+        self.log_probs.extend(log_probs);
+        Ok(self.log_probs.len() + 1 == self.ids.len())
     }
 }

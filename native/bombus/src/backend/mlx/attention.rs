@@ -17,11 +17,7 @@ pub struct Cache {
 
 impl Cache {
     pub fn bytes(&self) -> usize {
-        self.arrays().map(Array::nbytes).sum()
-    }
-
-    pub fn arrays(&self) -> impl Iterator<Item = &Array> {
-        self.keys_values.iter().flatten()
+        self.keys_values.iter().flatten().map(Array::nbytes).sum()
     }
 
     /// Writes `new` at `start`; -> keys and values of all positions up to there.
