@@ -33,8 +33,9 @@ lint: compile
 	$(in_toolchain) cd native && cargo clippy --release --all-targets --quiet $(cargo_config) -- -D warnings
 
 ifneq ($(shell uname),Darwin)
-cargo_config := --config $(CURDIR)/$(mlx_c)
+mlx_c_config := --config $(CURDIR)/$(mlx_c)
 endif
+cargo_config := --features bombus/mlx,bombus_nif/mlx $(mlx_c_config)
 
 format: setup
 	$(in_toolchain) mix format && cd native && cargo fmt --all

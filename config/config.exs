@@ -1,6 +1,6 @@
 import Config
 
-# Nothing is required. On Linux the folder of an unpacked MLX wheel can be named here instead of
-# in the environment variable BOMBUS_MLX_DIR:
+# Nothing is required. On Linux, MLX is built in where the folder of an unpacked wheel is named
+# here, or in the environment variable BOMBUS_MLX_DIR:
 #
 #     config :bombus, mlx_dir: "/opt/mlx"

@@ -31,6 +31,7 @@ defmodule Bombus do
   @load_model_options [
     :device,
     :backend,
+    :threads,
     :quantization,
     max_batch_size: 32,
     max_queue: 1024,
@@ -42,8 +43,16 @@ defmodule Bombus do
 
   ## Options
 
-    * `:device` - `:auto` (default: the GPU where MLX finds one), `:gpu`, `:cpu`, or `{:mlx, :cpu}`,
-      MLX's CPU device (for now `:cpu` is the same)
+    * `:device` - what the model runs on:
+        * `:auto` (default) - the GPU where MLX finds one, else the CPU
+        * `:gpu` - MLX on Metal or CUDA, or `{:error, %Bombus.Error{reason: :no_gpu}}`
+        * `:cpu` - Bombus's own kernels for CPUs, on the mapped file. Activations are float32; where
+          they meet quantized weights they are written in 16 bits a number (24 in a float32
+          checkpoint) with a scale for every group, more exact than bfloat16; keys and values are
+          kept in float16 (float32 in a float32 checkpoint)
+        * `{:mlx, :cpu}` - MLX's CPU device, for comparison, where MLX is built in
+    * `:threads` - of `:cpu`: how many threads work on a step, the physical cores by default. All
+      models share one pool, and take turns at it step by step
     * `:backend` - as in Bumblebee: a module or `{module, device: device}`; only the device counts
     * `:quantization` - `:int2` to `:int8`: fails where the checkpoint is quantized otherwise
     * `:max_batch_size` - how many sequences run together, 32 by default
@@ -64,6 +73,7 @@ defmodule Bombus do
 
     native = %{
       device: device!(options),
+      threads: options[:threads] && positive!(options, :threads),
       max_batch_size: positive!(options, :max_batch_size),
       max_queue: positive!(options, :max_queue),
       prefill_chunk: positive!(options, :prefill_chunk)
@@ -161,7 +171,8 @@ defmodule Bombus do
   What is in use, in the whole VM.
 
     * `:active`, `:cached`, `:peak` - bytes that MLX holds for arrays, keeps for the next ones, and
-      has held at most
+      has held at most; with what the CPU backend holds in weights (mapped from their files),
+      adapters and caches
     * `:kv` - bytes in the KV caches of running sequences
     * `:models`, `:adapters`, `:sequences` - how many are alive
   """
@@ -182,7 +193,7 @@ defmodule Bombus do
         device
 
       {:mlx, :cpu} ->
-        :cpu
+        :mlx_cpu
 
       other ->
         raise ArgumentError,

@@ -5,7 +5,7 @@ defmodule Bombus.Model do
     * `:spec` - `%{family:, layers:, context:, hidden_size:, vocab_size:}`
     * `:quantization` - `%{bits:, group_size:, mode:, overrides:}`, or `nil` for a dense checkpoint;
       `:overrides` maps module paths to `%{bits:, group_size:}`, or to `nil` where one is dense
-    * `:device` - `:cpu` or `:gpu`
+    * `:device` - `:cpu`, `:gpu` or `{:mlx, :cpu}`
     * `:generation_config` - the repository's `generation_config.json`
 
   The struct is a handle. The weights live on the model's own thread, and are freed once no process
@@ -15,7 +15,7 @@ defmodule Bombus.Model do
   @type t :: %__MODULE__{
           spec: map(),
           quantization: map() | nil,
-          device: :cpu | :gpu,
+          device: :cpu | :gpu | {:mlx, :cpu},
           generation_config: map(),
           ref: reference()
         }
@@ -30,7 +30,7 @@ defmodule Bombus.Model do
       ref: ref,
       spec: Map.take(native, [:family, :layers, :context, :hidden_size, :vocab_size]),
       quantization: native.quantization && quantization(native.quantization),
-      device: native.device,
+      device: if(native.device == :mlx_cpu, do: {:mlx, :cpu}, else: native.device),
       generation_config: JSON.decode!(native.generation_config)
     }
   end

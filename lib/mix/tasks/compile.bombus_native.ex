@@ -2,9 +2,11 @@ defmodule Mix.Tasks.Compile.BombusNative do
   @moduledoc """
   Builds the engine with cargo and puts it into `priv/native`.
 
-  On a Mac, MLX is built with it. On Linux it is linked against an unpacked MLX wheel, the folder
-  named by the environment variable `BOMBUS_MLX_DIR` or by `config :bombus, mlx_dir: "..."`; its C
-  layer is built once by `native/xtask`. The engine is always optimized, in every `MIX_ENV`.
+  On a Mac, MLX is built with it. On Linux nothing but cargo is needed, and the engine runs on the
+  CPU alone; with MLX where an unpacked wheel of it is named, by the environment variable
+  `BOMBUS_MLX_DIR` or by `config :bombus, mlx_dir: "..."`. What is linked already stays until
+  `mix clean`. MLX's C layer is built once by `native/xtask`. The engine is always optimized, in
+  every `MIX_ENV`.
   """
 
   use Mix.Task.Compiler
@@ -40,11 +42,14 @@ defmodule Mix.Tasks.Compile.BombusNative do
 
   defp stale?(library, sources), do: Mix.Utils.stale?(sources, [library])
 
+  defp mac?, do: match?({:unix, :darwin}, :os.type())
+
   # On a Mac mlx-rs builds MLX itself. Where nothing is named, what is linked already stays.
   defp mlx_dir(target) do
-    unless match?({:unix, :darwin}, :os.type()) do
-      named = [System.get_env("BOMBUS_MLX_DIR"), Application.get_env(:bombus, :mlx_dir)]
-      dir = Enum.find(named, &(&1 not in [nil, ""])) || linked_mlx(target) || Mix.raise(no_mlx())
+    named = [System.get_env("BOMBUS_MLX_DIR"), Application.get_env(:bombus, :mlx_dir)]
+    dir = Enum.find(named, &(&1 not in [nil, ""])) || linked_mlx(target)
+
+    if dir && not mac?() do
       dir = Path.expand(dir)
       File.exists?(Path.join(dir, "mlx/lib/libmlx.so")) || Mix.raise(not_mlx(dir))
       dir
@@ -56,24 +61,12 @@ defmodule Mix.Tasks.Compile.BombusNative do
       "wheel: there is no #{dir}/mlx/lib/libmlx.so"
   end
 
-  defp no_mlx do
-    """
-    Bombus needs MLX, and does not know where it is. Unpack its wheel and name the folder:
-
-        pip download --no-deps mlx-cpu==0.32.2 && python3 -m zipfile -e mlx_cpu-*.whl mlx
-        export BOMBUS_MLX_DIR=$PWD/mlx
-
-    (mlx-cuda-13 instead of mlx-cpu for an NVIDIA card), or: config :bombus, mlx_dir: "/path/to/mlx".
-    In Bombus's own repository `make setup` does this, and `. .toolchain/env` names it.
-    """
-  end
-
-  defp mlx_arguments(_native, nil), do: []
+  defp mlx_arguments(_native, nil), do: if(mac?(), do: ~w(--features mlx), else: [])
 
   defp mlx_arguments(native, mlx) do
     out = Path.join(native, "target/mlx-c")
     cargo(native, ~w(run --quiet -p xtask -- mlx-c --mlx) ++ [mlx, "--out", out])
-    ["--config", Path.join(out, "config.toml")]
+    ["--features", "mlx", "--config", Path.join(out, "config.toml")]
   end
 
   defp build(native, arguments) do

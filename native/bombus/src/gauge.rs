@@ -6,6 +6,15 @@ pub static MODELS: AtomicUsize = AtomicUsize::new(0);
 pub static ADAPTERS: AtomicUsize = AtomicUsize::new(0);
 pub static SEQUENCES: AtomicUsize = AtomicUsize::new(0);
 pub static KV_BYTES: AtomicUsize = AtomicUsize::new(0);
+/// What the CPU backend holds: weights, adapters, caches.
+pub static CPU_BYTES: AtomicUsize = AtomicUsize::new(0);
+
+static CPU_PEAK: AtomicUsize = AtomicUsize::new(0);
+
+/// What the CPU backend holds, and has held at most.
+pub fn cpu_bytes() -> [usize; 2] {
+    [CPU_BYTES.load(Relaxed), CPU_PEAK.load(Relaxed)]
+}
 
 /// A share in a gauge, given back when it is dropped.
 #[derive(Debug)]
@@ -26,8 +35,12 @@ impl Share {
     }
 
     pub fn set(&mut self, amount: usize) {
-        self.gauge.fetch_add(amount, Relaxed);
-        self.gauge.fetch_sub(std::mem::replace(&mut self.amount, amount), Relaxed);
+        let total = self.gauge.fetch_add(amount, Relaxed) + amount;
+        let before = std::mem::replace(&mut self.amount, amount);
+        self.gauge.fetch_sub(before, Relaxed);
+        if std::ptr::eq(self.gauge, &CPU_BYTES) {
+            CPU_PEAK.fetch_max(total - before, Relaxed);
+        }
     }
 }
 

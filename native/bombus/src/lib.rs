@@ -1,7 +1,7 @@
 //! The engine of Bombus: quantized decoder-only transformers with LoRA adapters.
 //!
 //! In the order in which data flows; each module may use those above it:
-//! a checkpoint's files (`tensor_file`, `config`), where its tensors belong (`modules`), text
+//! a checkpoint's files (`mapped_file`, `tensor_file`, `config`), where its tensors belong (`modules`), text
 //! (`tokenizer`), what a token is drawn with (`sampler`), the operations (`backend`), the
 //! transformer over them (`decoder`), adapters (`adapter`), from files to a decoder
 //! (`checkpoint`), one request (`sequence`), which rows go into a step (`scheduler`), and the
@@ -15,6 +15,7 @@ pub mod decoder;
 pub mod engine;
 pub mod error;
 pub mod gauge;
+pub mod mapped_file;
 pub mod modules;
 pub mod sampler;
 pub mod scheduler;

@@ -1,74 +1,59 @@
 //! Safetensors files: one file, or the shards of a checkpoint.
 //!
 //! The safetensors crate checks the mapped file's header (length, UTF-8, dtypes, offsets without
-//! holes or overlaps) before any tensor is read. Two things it lets pass are checked here: a name
-//! that stands twice, and a file that changes meanwhile. Tensors are read, not taken from the map:
-//! MLX copies them anyway, and a page of a file that has shrunk would end the process.
+//! holes or overlaps) before any tensor is read. A name that stands twice, which it lets pass, is
+//! found here.
 //! Format: <https://huggingface.co/docs/safetensors>.
 
 use crate::error::{Error, Result};
-use memmap2::Mmap;
+use crate::mapped_file::{Mapped, MappedFile};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata};
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use std::collections::{BTreeMap, HashSet};
-use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
-use std::time::SystemTime;
+use std::sync::Arc;
 
 /// A tensor in a file, before it is read.
 #[derive(Clone, Debug)]
 pub struct TensorView<'a> {
     pub dtype: Dtype,
     pub shape: &'a [usize],
-    file: &'a TensorFile,
+    file: &'a Arc<MappedFile>,
     /// Where its bytes lie in the file.
     range: Range<usize>,
 }
 
 impl TensorView<'_> {
-    /// Its bytes, as many as dtype and shape say. Fails where the file was written to since it was
-    /// opened: they would then be of both versions.
+    /// A copy of its bytes, as many as dtype and shape say. Fails where the file was written to
+    /// since it was opened: they would then be of both versions.
     pub fn read(&self) -> Result<Vec<u8>> {
-        let TensorFile { path, file, stamp, .. } = self.file;
-        let mut bytes = vec![0; self.range.len()];
-        let read = file.read_exact_at(&mut bytes, self.range.start as u64);
-        if self::stamp(file, path)? != *stamp {
-            return Err(Error::Io(format!("`{}` changed while it was loaded", path.display())));
-        }
-        read.map_err(|error| Error::io(path, &error))?;
-        Ok(bytes)
+        self.file.read(self.range.clone())
+    }
+
+    /// Its bytes where the file is mapped; whoever uses them asks the file's `check`.
+    pub fn map(&self) -> Mapped {
+        self.file.map(self.range.clone())
     }
 }
 
 /// One open file, its header checked.
 #[derive(Debug)]
 pub struct TensorFile {
-    path: PathBuf,
-    file: File,
+    file: Arc<MappedFile>,
     metadata: Metadata,
     data_start: usize,
-    stamp: Stamp,
 }
-
-/// What tells a file that was written to from one that was not.
-type Stamp = (u64, Option<SystemTime>);
 
 impl TensorFile {
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|error| Error::io(path, &error))?;
-        let stamp = stamp(&file, path)?;
-        if stamp.0 < 8 {
-            return Err(corrupt(path, "it is too short to hold a header"));
-        }
-        let map = map(&file, path)?;
+        let file = MappedFile::open(path, 8)?;
         let (header_len, metadata) =
-            SafeTensors::read_metadata(&map).map_err(|error| corrupt(path, error))?;
+            SafeTensors::read_metadata(file.bytes()).map_err(|error| corrupt(path, error))?;
         let data_start = 8 + header_len;
-        check_names(&map[8..data_start]).map_err(|error| corrupt(path, error))?;
-        Ok(Self { path: path.to_owned(), file, metadata, data_start, stamp })
+        check_names(&file.bytes()[8..data_start]).map_err(|error| corrupt(path, error))?;
+        Ok(Self { file: Arc::new(file), metadata, data_start })
     }
 
     pub fn names(&self) -> Vec<String> {
@@ -79,23 +64,8 @@ impl TensorFile {
         let info = self.metadata.info(name)?;
         let (start, end) = info.data_offsets;
         let range = self.data_start + start..self.data_start + end;
-        Some(TensorView { dtype: info.dtype, shape: &info.shape, file: self, range })
+        Some(TensorView { dtype: info.dtype, shape: &info.shape, file: &self.file, range })
     }
-}
-
-fn stamp(file: &File, path: &Path) -> Result<Stamp> {
-    let metadata = file.metadata().map_err(|error| Error::io(path, &error))?;
-    if metadata.is_dir() {
-        return Err(Error::Io(format!("`{}` is a folder", path.display())));
-    }
-    Ok((metadata.len(), metadata.modified().ok()))
-}
-
-#[allow(unsafe_code)]
-fn map(file: &File, path: &Path) -> Result<Mmap> {
-    // SAFETY: the map is read-only and lives only while the header is checked, a moment after the
-    // file's length was asked for. A file that shrinks in that moment is not caught.
-    unsafe { Mmap::map(file) }.map_err(|error| Error::io(path, &error))
 }
 
 fn corrupt(path: &Path, reason: impl std::fmt::Display) -> Error {
@@ -204,8 +174,10 @@ impl TensorFiles {
     /// Where the tensors are, for messages.
     pub fn place(&self) -> String {
         match &self.files[..] {
-            [one] => one.path.display().to_string(),
-            [first, ..] => first.path.parent().unwrap_or(Path::new("")).display().to_string(),
+            [one] => one.file.path().display().to_string(),
+            [first, ..] => {
+                first.file.path().parent().unwrap_or(Path::new("")).display().to_string()
+            }
             [] => "no file".into(),
         }
     }

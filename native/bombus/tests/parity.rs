@@ -76,13 +76,16 @@ fn fault(name: &str, dtype: &str, scored: &[f64], run: &Value) -> Option<String>
 #[test]
 fn log_probabilities_are_mlx_lms() {
     let mut faults = vec![];
-    for case in cases() {
+    for (device, case) in
+        all_devices().into_iter().flat_map(|d| cases().into_iter().map(move |c| (d, c)))
+    {
         let expected = expected(&case);
-        let engine = load(&case);
+        let engine = load_on(device, &case);
         for (name, adapter, run) in runs(&case, &expected) {
             let scored = score(&engine, &ids(&expected["token_ids"]), adapter).unwrap();
             let scored: Vec<f64> = scored.into_iter().map(f64::from).collect();
-            faults.extend(fault(&name, expected["dtype"].as_str().unwrap(), &scored, &run));
+            let dtype = expected["dtype"].as_str().unwrap();
+            faults.extend(fault(&format!("{device:?} {name}"), dtype, &scored, &run));
         }
     }
     assert!(faults.is_empty(), "{}", faults.join("\n"));
@@ -90,9 +93,11 @@ fn log_probabilities_are_mlx_lms() {
 
 #[test]
 fn greedy_tokens_are_mlx_lms_all_runs_in_one_batch() {
-    for case in cases() {
+    for (device, case) in
+        all_devices().into_iter().flat_map(|d| cases().into_iter().map(move |c| (d, c)))
+    {
         let expected = expected(&case);
-        let engine = load(&case);
+        let engine = load_on(device, &case);
         let prompt = ids(&expected["greedy_prompt"]);
         let runs = runs(&case, &expected);
         let request = |adapter: &Option<Arc<Adapter>>| {

@@ -1,8 +1,8 @@
 //! What is in use in the whole process.
 
 use crate::answer::result_term;
-use bombus::backend::mlx;
-use bombus::gauge::{ADAPTERS, KV_BYTES, MODELS, SEQUENCES};
+use bombus::error::Result;
+use bombus::gauge::{self, ADAPTERS, KV_BYTES, MODELS, SEQUENCES};
 use rustler::{Env, NifMap, Term};
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -19,7 +19,7 @@ struct MemoryInfo {
 
 #[rustler::nif]
 fn memory_info(env: Env) -> Term {
-    let info = mlx::memory().map(|[active, cached, peak]| MemoryInfo {
+    let info = memory().map(|[active, cached, peak]| MemoryInfo {
         active,
         cached,
         peak,
@@ -29,4 +29,16 @@ fn memory_info(env: Env) -> Term {
         sequences: SEQUENCES.load(Relaxed),
     });
     result_term(env, &info)
+}
+
+/// Bytes: active, cached, peak. Those of MLX, if it is built in, and of the CPU backend together.
+fn memory() -> Result<[usize; 3]> {
+    let [active, peak] = gauge::cpu_bytes();
+    #[cfg(feature = "mlx")]
+    {
+        let mlx = bombus::backend::mlx::memory()?;
+        Ok([active + mlx[0], mlx[1], peak + mlx[2]])
+    }
+    #[cfg(not(feature = "mlx"))]
+    Ok([active, 0, peak])
 }

@@ -1,9 +1,14 @@
 //! Models: loading, and what they are.
 
 use crate::answer::{Address, result_term};
-use bombus::backend::mlx::{self, Device};
+use bombus::backend::cpu;
+#[cfg(feature = "mlx")]
+use bombus::backend::mlx;
 use bombus::config::{Config, Quantization};
-use bombus::engine::Engine;
+use bombus::engine::{Device, Engine};
+#[cfg(not(feature = "mlx"))]
+use bombus::error::Error;
+use bombus::error::Result;
 use bombus::scheduler::Limits;
 use rustler::{Atom, Env, NifMap, NifUnitEnum, Resource, ResourceArc, Term};
 use std::path::PathBuf;
@@ -18,11 +23,14 @@ enum DeviceOption {
     Auto,
     Gpu,
     Cpu,
+    MlxCpu,
 }
 
 #[derive(NifMap)]
 struct LoadOptions {
     device: DeviceOption,
+    /// of the CPU backend
+    threads: Option<usize>,
     max_batch_size: usize,
     max_queue: usize,
     prefill_chunk: usize,
@@ -64,11 +72,7 @@ fn load_model<'a>(
     reference: Term<'a>,
 ) -> Term<'a> {
     let started = Address::caller(env, reference).answer_later(move || {
-        let device = match options.device {
-            DeviceOption::Gpu => Device::Gpu,
-            DeviceOption::Auto if mlx::gpu_available() => Device::Gpu,
-            DeviceOption::Auto | DeviceOption::Cpu => Device::Cpu,
-        };
+        let device = options.device()?;
         let limits = Limits {
             max_batch_size: options.max_batch_size,
             max_queue: options.max_queue,
@@ -81,6 +85,37 @@ fn load_model<'a>(
     result_term(env, &started.map(|()| rustler::types::atom::ok()))
 }
 
+impl LoadOptions {
+    #[cfg(feature = "mlx")]
+    fn device(&self) -> Result<Device> {
+        Ok(match self.device {
+            DeviceOption::Gpu => Device::Mlx(mlx::Device::Gpu),
+            DeviceOption::MlxCpu => Device::Mlx(mlx::Device::Cpu),
+            DeviceOption::Auto if mlx::gpu_available() => Device::Mlx(mlx::Device::Gpu),
+            DeviceOption::Auto | DeviceOption::Cpu => self.cpu(),
+        })
+    }
+
+    #[cfg(not(feature = "mlx"))]
+    fn device(&self) -> Result<Device> {
+        match self.device {
+            DeviceOption::Gpu => Err(Error::NoGpu(NO_MLX.into())),
+            DeviceOption::MlxCpu => Err(Error::Unsupported(NO_MLX.into())),
+            DeviceOption::Auto | DeviceOption::Cpu => Ok(self.cpu()),
+        }
+    }
+
+    fn cpu(&self) -> Device {
+        let default = cpu::Options::default();
+        Device::Cpu(cpu::Options { threads: self.threads.unwrap_or(default.threads), ..default })
+    }
+}
+
+#[cfg(not(feature = "mlx"))]
+const NO_MLX: &str = "this build of Bombus has no MLX: on Linux, unpack one of its wheels \
+     (pip download mlx-cuda-13 for an NVIDIA card), name the folder by BOMBUS_MLX_DIR or \
+     `config :bombus, mlx_dir: \"...\"`, and compile again; `device: :cpu` works everywhere";
+
 fn spec(config: &Config, device: Device) -> Spec {
     Spec {
         family: config.model_type.clone(),
@@ -90,8 +125,11 @@ fn spec(config: &Config, device: Device) -> Spec {
         vocab_size: config.vocab_size,
         quantization: config.quantization.map(|default| quantization_spec(config, default)),
         device: match device {
-            Device::Gpu => DeviceOption::Gpu,
-            Device::Cpu => DeviceOption::Cpu,
+            Device::Cpu(_) => DeviceOption::Cpu,
+            #[cfg(feature = "mlx")]
+            Device::Mlx(mlx::Device::Gpu) => DeviceOption::Gpu,
+            #[cfg(feature = "mlx")]
+            Device::Mlx(mlx::Device::Cpu) => DeviceOption::MlxCpu,
         },
         generation_config: serde_json::Value::Object(config.generation.clone()).to_string(),
     }

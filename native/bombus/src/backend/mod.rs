@@ -4,6 +4,8 @@
 //! Tokens are rows: an activation is `[rows, width]`, the rows of all scheduled sequences one
 //! after another, without padding. Weights are immutable; caches and adapters are arguments.
 
+pub mod cpu;
+#[cfg(feature = "mlx")]
 pub mod mlx;
 
 use crate::config::Quantization;
@@ -72,6 +74,19 @@ pub trait Backend {
     type Cache;
     /// Token ids that may not have been computed yet, `[rows]`.
     type Samples;
+    /// Held while the operations of a step are called.
+    type Turn;
+
+    /// Whether samples are promises: then the next step is submitted before they are read.
+    const DEFERS: bool;
+
+    /// Runs a thread's whole work: for what a backend binds to its thread.
+    fn scope<T>(&self, work: impl FnOnce() -> T) -> T {
+        work()
+    }
+
+    /// Waits for this model's turn at what it shares with others.
+    fn turn(&self) -> Self::Turn;
 
     fn norm(&self, weight: &TensorView) -> Result<Self::Norm>;
     fn linear(&self, parts: &[LinearWeights]) -> Result<Self::Linear>;

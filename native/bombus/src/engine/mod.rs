@@ -14,7 +14,10 @@ pub use request::{Prompt, Request};
 pub use sink::{Event, Sink};
 
 use crate::adapter::Adapter;
-use crate::backend::mlx::{Device, Mlx};
+use crate::backend::Backend;
+use crate::backend::cpu::{self, Cpu};
+#[cfg(feature = "mlx")]
+use crate::backend::mlx::{self, Mlx};
 use crate::checkpoint;
 use crate::config::Config;
 use crate::error::{Error, Result, catch};
@@ -25,6 +28,14 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Weak};
 use worker::Worker;
+
+/// What a model runs on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Device {
+    Cpu(cpu::Options),
+    #[cfg(feature = "mlx")]
+    Mlx(mlx::Device),
+}
 
 enum Command {
     Generate {
@@ -186,25 +197,37 @@ fn serve(
     inbox: Inbox,
 ) {
     let loading = exit::Busy::enter();
-    let served = catch(|| Mlx::new(device)).and_then(|backend| {
-        backend.clone().scope(|| {
-            let decoder = catch(|| checkpoint::load(folder, config, backend))?;
-            exit::register();
-            drop(loading);
-            let _share = gauge::Share::one(&gauge::MODELS);
-            // Nobody may wait any more; then there are no commands either.
-            _ = ready.send(Ok(()));
-            let mut worker = Worker::new(decoder, config.clone(), limits, inbox);
-            let served = catch(|| {
-                worker.run();
-                Ok(())
-            });
-            let _busy = exit::Busy::enter();
-            drop(worker);
-            served
-        })
-    });
+    let work = (folder, config, limits, ready, inbox);
+    let served = match device {
+        Device::Cpu(options) => {
+            catch(|| Cpu::new(options)).and_then(|cpu| live(cpu, work, loading))
+        }
+        #[cfg(feature = "mlx")]
+        Device::Mlx(device) => catch(|| Mlx::new(device)).and_then(|mlx| live(mlx, work, loading)),
+    };
     if let Err(error) = served {
         _ = ready.send(Err(error));
     }
+}
+
+type Work<'a> = (&'a Path, &'a Arc<Config>, Limits, &'a Sender<Result<()>>, Inbox);
+
+fn live<B: Backend + Clone>(backend: B, work: Work, loading: exit::Busy) -> Result<()> {
+    let (folder, config, limits, ready, inbox) = work;
+    backend.clone().scope(|| {
+        let decoder = catch(|| checkpoint::load(folder, config, backend))?;
+        exit::register();
+        drop(loading);
+        let _share = gauge::Share::one(&gauge::MODELS);
+        // Nobody may wait any more; then there are no commands either.
+        _ = ready.send(Ok(()));
+        let mut worker = Worker::new(decoder, config.clone(), limits, inbox);
+        let served = catch(|| {
+            worker.run();
+            Ok(())
+        });
+        let _busy = exit::Busy::enter();
+        drop(worker);
+        served
+    })
 }

@@ -36,6 +36,7 @@ impl<B: Backend> Score<B> {
             cache: &mut self.cache,
             adapter: self.adapter.as_ref().map(|(_, bound)| bound.as_ref()),
         };
+        let _turn = decoder.backend.turn();
         let logits = decoder.forward(&tokens, None, &mut [part], &outputs)?;
         let targets = &self.ids[start + 1..][..given.len()];
         let log_probs = decoder.backend.log_probs(&logits, targets)?;

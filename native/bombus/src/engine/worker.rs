@@ -92,6 +92,11 @@ impl<B: Backend> Worker<B> {
             if !self.take_commands() {
                 return;
             }
+            if !B::DEFERS
+                && let Some(step) = in_flight.take()
+            {
+                self.read(step);
+            }
             let next = self.submit(in_flight.as_ref());
             if let Some(step) = in_flight {
                 self.read(step);
@@ -251,6 +256,7 @@ impl<B: Backend> Worker<B> {
             parts.push(Part { segment, cache: &mut live.cache, adapter });
         }
         let previous = previous.map(|step| &step.samples);
+        let _turn = self.decoder.backend.turn();
         let logits = self.decoder.forward(&tokens, previous, &mut parts, &outputs)?;
         let draws: Vec<_> =
             chunks.iter().map(|chunk| chunk.draw.clone().unwrap_or_default()).collect();

@@ -2,8 +2,8 @@
 #![allow(dead_code)]
 
 use bombus::adapter::Adapter;
-use bombus::backend::mlx::Device;
-use bombus::engine::{Engine, Event, Generation, Prompt, Request, Sink};
+use bombus::backend::cpu::{Level, Options};
+use bombus::engine::{Device, Engine, Event, Generation, Prompt, Request, Sink};
 use bombus::error::{Error, Result};
 use bombus::sampler::Sampling;
 use bombus::scheduler::Limits;
@@ -20,16 +20,34 @@ pub fn parity(case: &str) -> PathBuf {
     repository().join("test/fixtures/parity").join(case)
 }
 
-/// The CPU, or what BOMBUS_TEST_DEVICE names: on a machine with a GPU the same tests run there.
-pub fn device() -> Device {
-    match std::env::var("BOMBUS_TEST_DEVICE").as_deref() {
-        Ok("gpu") => Device::Gpu,
-        _ => Device::Cpu,
+/// Where the tests of the engine run: the CPU backend, and MLX's CPU device where it is built in;
+/// on a machine with a GPU, BOMBUS_TEST_DEVICE=gpu is that instead.
+pub fn devices() -> Vec<Device> {
+    #[cfg(feature = "mlx")]
+    {
+        use bombus::backend::mlx;
+        if std::env::var("BOMBUS_TEST_DEVICE").as_deref() == Ok("gpu") {
+            return vec![Device::Mlx(mlx::Device::Gpu)];
+        }
+        return vec![Device::Cpu(Options::default()), Device::Mlx(mlx::Device::Cpu)];
     }
+    #[cfg(not(feature = "mlx"))]
+    vec![Device::Cpu(Options::default())]
 }
 
-pub fn load(case: &str) -> Engine {
-    Engine::load(&parity(case), device(), Limits::default()).unwrap()
+/// Those, and every instruction set that the CPU backend can use here.
+pub fn all_devices() -> Vec<Device> {
+    let mut devices = devices();
+    if devices.contains(&Device::Cpu(Options::default())) {
+        devices.retain(|device| !matches!(device, Device::Cpu(_)));
+        let options = |level| Options { level, ..Options::default() };
+        devices.extend(Level::all().into_iter().map(|level| Device::Cpu(options(level))));
+    }
+    devices
+}
+
+pub fn load_on(device: Device, case: &str) -> Engine {
+    Engine::load(&parity(case), device, Limits::default()).unwrap()
 }
 
 pub fn adapter(case: &str, name: &str) -> Arc<Adapter> {

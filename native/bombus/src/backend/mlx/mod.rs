@@ -43,11 +43,6 @@ impl Mlx {
         device::init()?;
         Ok(Self { stream: device.stream()? })
     }
-
-    /// Runs `work` with this backend's stream as the thread's default.
-    pub fn scope<T>(&self, work: impl FnOnce() -> T) -> T {
-        mlx_rs::with_stream(&self.stream, work)
-    }
 }
 
 impl Backend for Mlx {
@@ -58,6 +53,16 @@ impl Backend for Mlx {
     type Lora = Lora;
     type Cache = Cache;
     type Samples = Samples;
+    type Turn = ();
+
+    const DEFERS: bool = true;
+
+    /// This backend's stream is the thread's default.
+    fn scope<T>(&self, work: impl FnOnce() -> T) -> T {
+        mlx_rs::with_stream(&self.stream, work)
+    }
+
+    fn turn(&self) {}
 
     fn norm(&self, weight: &TensorView) -> Result<Array> {
         array::load(weight)

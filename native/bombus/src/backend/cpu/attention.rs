@@ -1,0 +1,531 @@
+//! Attention over the caches of the sequences in a step.
+//!
+//! Keys and values are kept in f16 (f32 in an f32 checkpoint), in pages of 64 positions. Sixteen
+//! positions of a key lie side by side, so that their scores come out in one vector's lanes. The
+//! queries of one key head share every key and value that is read; the softmax is made on the
+//! way, page by page (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
+
+use super::float::Float;
+use super::rows::{Norm, norm_factor, part};
+use super::simd::{Kernel, LANES, Simd};
+use super::tensor::{Shared, Tensor};
+use super::{AttentionShape, Cpu, Segment, lock};
+use crate::gauge;
+use std::ops::Range;
+
+/// The positions of a page.
+const PAGE: usize = 64;
+/// The rows of a prefill that are one piece of work.
+const ROWS: usize = 16;
+
+/// Keys and values of one sequence in one layer.
+pub struct Cache {
+    pages: Vec<Vec<u8>>,
+    share: gauge::Share,
+}
+
+impl Default for Cache {
+    fn default() -> Self {
+        Self { pages: vec![], share: gauge::Share::of(&gauge::CPU_BYTES) }
+    }
+}
+
+impl Cache {
+    pub fn bytes(&self) -> usize {
+        self.pages.iter().map(Vec::len).sum()
+    }
+
+    /// Makes room for positions up to `end`.
+    fn grow(&mut self, end: usize, layout: &Layout) {
+        while self.pages.len() * PAGE < end {
+            self.pages.push(vec![0; layout.page_bytes()]);
+        }
+        self.share.set(self.bytes());
+    }
+}
+
+/// A page: keys `[head][16 positions][dim][position]`, then values `[head][position][dim]`, the
+/// latter with room for whole vectors.
+#[derive(Clone, Copy)]
+struct Layout {
+    heads: usize,
+    dim: usize,
+    float: Float,
+}
+
+impl Layout {
+    fn value_dim(&self) -> usize {
+        self.dim.next_multiple_of(LANES)
+    }
+
+    fn page_bytes(&self) -> usize {
+        self.heads * PAGE * (self.dim + self.value_dim()) * self.float.bytes()
+    }
+
+    /// Where, in numbers, the keys of a head begin.
+    fn keys(&self, head: usize) -> usize {
+        head * PAGE * self.dim
+    }
+
+    fn values(&self, head: usize) -> usize {
+        (self.heads * self.dim + head * self.value_dim()) * PAGE
+    }
+}
+
+/// The pages of a segment, for threads that write to different positions.
+struct Pages(Vec<*mut u8>);
+
+// SAFETY: a position is written by one thread, and read only once all are written.
+unsafe impl Sync for Pages {}
+
+/// cos and sin of every row of a step: `[rows, dim / 2]` each. Layers of a step share them.
+#[derive(Default)]
+pub struct Rope {
+    positions: Vec<usize>,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl Rope {
+    /// Source: Su et al., "RoFormer" (2021); the halves of a head are rotated together.
+    fn turn_to(&mut self, positions: Vec<usize>, shape: &AttentionShape) {
+        let half = shape.head_dim / 2;
+        if self.positions == positions && self.cos.len() == positions.len() * half {
+            return;
+        }
+        let frequency = |pair: usize| {
+            f64::from(shape.rope_theta).powf(-2.0 * pair as f64 / shape.head_dim as f64)
+        };
+        let frequencies: Vec<f64> = (0..half).map(frequency).collect();
+        self.cos.clear();
+        self.sin.clear();
+        for &position in &positions {
+            for frequency in &frequencies {
+                let (sin, cos) = (position as f64 * frequency).sin_cos();
+                self.cos.push(cos as f32);
+                self.sin.push(sin as f32);
+            }
+        }
+        self.positions = positions;
+    }
+}
+
+pub fn attend(
+    cpu: &Cpu,
+    shape: &AttentionShape,
+    [mut q, k, v]: [Tensor; 3],
+    [q_norm, k_norm]: [&Norm; 2],
+    segments: &[Segment],
+    caches: &mut [&mut Cache],
+) -> Tensor {
+    let layout = Layout {
+        heads: shape.num_key_value_heads,
+        dim: shape.head_dim,
+        float: if k_norm.float == Float::F32 { Float::F32 } else { Float::F16 },
+    };
+    let mut rope = lock(&cpu.rope);
+    let positions = |segment: &Segment| segment.start..segment.start + segment.rows.len();
+    rope.turn_to(segments.iter().flat_map(positions).collect(), shape);
+    let pages: Vec<Pages> = segments
+        .iter()
+        .zip(caches)
+        .map(|(segment, cache)| {
+            cache.grow(segment.start + segment.rows.len(), &layout);
+            Pages(cache.pages.iter_mut().map(Vec::as_mut_ptr).collect())
+        })
+        .collect();
+    let step = Step {
+        shape,
+        layout,
+        rope: &rope,
+        norms: [&q_norm.weight, &k_norm.weight],
+        q: Shared(q.data_mut().as_mut_ptr()),
+        width: q.width,
+        k: &k,
+        v: &v,
+        segments,
+        pages: &pages,
+    };
+    cpu.rows(q.rows, q.width, |rows| {
+        // SAFETY: each row is written by one thread, to places of its own.
+        unsafe { cpu.level.run(Prepare { step: &step, rows }) };
+    });
+    let mut out = cpu.spare.tensor(q.rows, q.width);
+    let target = Shared(out.data_mut().as_mut_ptr());
+    let pieces = step.pieces();
+    cpu.pool.each(pieces.len(), |piece| {
+        // SAFETY: a piece's heads and rows are its own.
+        unsafe { cpu.level.run(Attend { step: &step, piece: &pieces[piece], out: target }) };
+    });
+    out
+}
+
+/// What all pieces of a step share.
+struct Step<'a> {
+    shape: &'a AttentionShape,
+    layout: Layout,
+    rope: &'a Rope,
+    norms: [&'a [f32]; 2],
+    /// `[rows, width]`, normed and rotated in place
+    q: Shared,
+    width: usize,
+    k: &'a Tensor,
+    v: &'a Tensor,
+    segments: &'a [Segment],
+    pages: &'a [Pages],
+}
+
+/// One key head's share in some rows of a segment.
+struct Piece {
+    segment: usize,
+    head: usize,
+    /// counted from the segment's first
+    rows: Range<usize>,
+}
+
+impl Step<'_> {
+    fn pieces(&self) -> Vec<Piece> {
+        let mut pieces = vec![];
+        for (segment, Segment { rows, .. }) in self.segments.iter().enumerate() {
+            for first in (0..rows.len()).step_by(ROWS) {
+                for head in 0..self.layout.heads {
+                    let rows = first..rows.len().min(first + ROWS);
+                    pieces.push(Piece { segment, head, rows });
+                }
+            }
+        }
+        // The longest first: what is left at the end is short.
+        pieces.sort_by_key(|piece| std::cmp::Reverse(self.reach(piece)));
+        pieces
+    }
+
+    fn reach(&self, piece: &Piece) -> usize {
+        self.segments[piece.segment].start + piece.rows.end
+    }
+}
+
+/// Norms and rotates the heads of q and k in `rows`, and puts k and v into the cache.
+struct Prepare<'a> {
+    step: &'a Step<'a>,
+    rows: Range<usize>,
+}
+
+impl Kernel for Prepare<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let step = self.step;
+        for (index, segment) in step.segments.iter().enumerate() {
+            let rows = self.rows.start.max(segment.rows.start)..self.rows.end.min(segment.rows.end);
+            for row in rows {
+                let position = segment.start + row - segment.rows.start;
+                let page = step.pages[index].0[position / PAGE];
+                self.queries::<S>(row);
+                self.keys_values::<S>(row, page, position % PAGE);
+            }
+        }
+    }
+}
+
+impl Prepare<'_> {
+    #[inline(always)]
+    unsafe fn queries<S: Simd>(&self, row: usize) {
+        let dim = self.step.layout.dim;
+        let scale = (dim as f32).powf(-0.5);
+        let mut turned = vec![0.0; dim];
+        for head in 0..self.step.shape.num_attention_heads {
+            let q = self.step.q.at(row * self.step.width + head * dim);
+            let q = std::slice::from_raw_parts_mut(q, dim);
+            self.turn::<S>(row, q, self.step.norms[0], scale, &mut turned);
+            q.copy_from_slice(&turned);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn keys_values<S: Simd>(&self, row: usize, page: *mut u8, place: usize) {
+        let Layout { heads, dim, float } = self.step.layout;
+        let wide = self.step.layout.value_dim();
+        let mut turned = vec![0.0; wide];
+        for head in 0..heads {
+            let k = &self.step.k.row(row)[head * dim..][..dim];
+            let v = &self.step.v.row(row)[head * dim..][..dim];
+            self.turn::<S>(row, k, self.step.norms[1], 1.0, &mut turned[..dim]);
+            let first = self.step.layout.keys(head) + place / LANES * LANES * dim + place % LANES;
+            put::<S>(float, page, first, LANES, &turned, dim);
+            turned[..dim].copy_from_slice(v);
+            turned[dim..].fill(0.0);
+            let first = self.step.layout.values(head) + place * wide;
+            put::<S>(float, page, first, 1, &turned, dim);
+        }
+    }
+
+    /// The norm of a head, rotated by the row's position, times `scale`.
+    #[inline(always)]
+    unsafe fn turn<S: Simd>(
+        &self,
+        row: usize,
+        x: &[f32],
+        weight: &[f32],
+        scale: f32,
+        out: &mut [f32],
+    ) {
+        let half = x.len() / 2;
+        let (cos, sin) = (&self.step.rope.cos[row * half..], &self.step.rope.sin[row * half..]);
+        let factor = norm_factor::<S>(x, self.step.shape.rms_norm_eps) * scale;
+        let factor = S::splat(factor);
+        for place in (0..half).step_by(LANES) {
+            let lanes = LANES.min(half - place);
+            let low = S::mul(part::<S>(x, place, lanes), part::<S>(weight, place, lanes));
+            let high = half + place;
+            let high = S::mul(part::<S>(x, high, lanes), part::<S>(weight, high, lanes));
+            let (low, high) = (S::mul(factor, low), S::mul(factor, high));
+            let (cos, sin) = (part::<S>(cos, place, lanes), part::<S>(sin, place, lanes));
+            let turned =
+                [S::sub(S::mul(low, cos), S::mul(high, sin)), S::fma(low, sin, S::mul(high, cos))];
+            S::store_part(out.as_mut_ptr().add(place), turned[0], lanes);
+            S::store_part(out.as_mut_ptr().add(half + place), turned[1], lanes);
+        }
+    }
+}
+
+/// Writes x to numbers `first`, `first + step`, ... of a page.
+#[inline(always)]
+unsafe fn put<S: Simd>(
+    float: Float,
+    page: *mut u8,
+    first: usize,
+    step: usize,
+    x: &[f32],
+    count: usize,
+) {
+    for start in (0..count).step_by(LANES) {
+        let lanes = LANES.min(count - start);
+        let x = part::<S>(x, start, lanes);
+        let mut halves = [0u16; LANES];
+        let mut floats = [0f32; LANES];
+        match float {
+            Float::F32 => S::store(floats.as_mut_ptr(), x),
+            _ => {
+                // The largest of f16; beyond it lies infinity.
+                let limit = S::splat(65504.0);
+                let low = S::sub(S::splat(0.0), limit);
+                S::store_f16(halves.as_mut_ptr(), S::min(limit, S::max(low, x)));
+            }
+        }
+        for lane in 0..lanes {
+            let place = first + (start + lane) * step;
+            match float {
+                Float::F32 => page.cast::<f32>().add(place).write_unaligned(floats[lane]),
+                _ => page.cast::<u16>().add(place).write_unaligned(halves[lane]),
+            }
+        }
+    }
+}
+
+struct Attend<'a> {
+    step: &'a Step<'a>,
+    piece: &'a Piece,
+    out: Shared,
+}
+
+impl Kernel for Attend<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        match self.step.layout.float {
+            Float::F32 => self.queries::<S, false>(),
+            _ => self.queries::<S, true>(),
+        }
+    }
+}
+
+impl Attend<'_> {
+    /// Some queries at a time: each has a row, and a head that reads the piece's key head.
+    #[inline(always)]
+    unsafe fn queries<S: Simd, const HALF: bool>(&self) {
+        let shape = self.step.shape;
+        let shared_by = shape.num_attention_heads / shape.num_key_value_heads;
+        let Piece { head, ref rows, .. } = *self.piece;
+        let query =
+            |index: usize| (rows.start + index / shared_by, head * shared_by + index % shared_by);
+        let count = rows.len() * shared_by;
+        let mut done = 0;
+        while done < count {
+            let four = std::array::from_fn(|place| query((done + place).min(count - 1)));
+            done += match count - done {
+                1 => self.some::<S, HALF, 1>([four[0]]),
+                2 | 3 => self.some::<S, HALF, 2>([four[0], four[1]]),
+                _ => self.some::<S, HALF, 4>(four),
+            };
+        }
+    }
+
+    /// -> how many there were
+    #[inline(always)]
+    unsafe fn some<S: Simd, const HALF: bool, const Q: usize>(
+        &self,
+        queries: [(usize, usize); Q],
+    ) -> usize {
+        let step = self.step;
+        let segment = &step.segments[self.piece.segment];
+        let Layout { dim, .. } = step.layout;
+        let mut q = [std::ptr::null::<f32>(); Q];
+        let mut limits = [0; Q];
+        for (place, (row, head)) in queries.into_iter().enumerate() {
+            q[place] = unsafe { step.q.at((segment.rows.start + row) * step.width + head * dim) };
+            limits[place] = segment.start + row + 1;
+        }
+        // The rows ascend, so the last query sees the most.
+        let end = limits[Q - 1];
+        let mut state = State::<Q> {
+            highest: [f32::NEG_INFINITY; Q],
+            total: [0.0; Q],
+            acc: vec![0.0; Q * step.layout.value_dim()],
+            scores: [[0.0; PAGE]; Q],
+        };
+        for page in 0..end.div_ceil(PAGE) {
+            let base = step.pages[self.piece.segment].0[page];
+            let first = page * PAGE;
+            let count = PAGE.min(end - first);
+            unsafe {
+                self.score::<S, HALF, Q>(base, count, &q, &mut state);
+                for (scores, limit) in state.scores.iter_mut().zip(limits) {
+                    let seen = limit.saturating_sub(first).min(PAGE);
+                    scores[seen..count.next_multiple_of(LANES)].fill(f32::NEG_INFINITY);
+                }
+                state.soften::<S>(count, step.layout.value_dim());
+                self.mix::<S, HALF, Q>(base, count, &mut state);
+            }
+        }
+        for (place, (row, head)) in queries.into_iter().enumerate() {
+            let acc = &state.acc[place * step.layout.value_dim()..][..dim];
+            let factor = 1.0 / state.total[place];
+            for (d, acc) in acc.iter().enumerate() {
+                let at = (segment.rows.start + row) * step.width + head * dim + d;
+                unsafe { *self.out.at(at) = acc * factor };
+            }
+        }
+        Q
+    }
+
+    /// `scores[query][position] = q . k`
+    #[inline(always)]
+    unsafe fn score<S: Simd, const HALF: bool, const Q: usize>(
+        &self,
+        page: *const u8,
+        count: usize,
+        q: &[*const f32; Q],
+        state: &mut State<Q>,
+    ) {
+        let dim = self.step.layout.dim;
+        let keys = self.step.layout.keys(self.piece.head);
+        for block in 0..count.div_ceil(LANES) {
+            unsafe {
+                // Two sums a query: the next addition need not wait for the last.
+                let mut acc = [[S::splat(0.0); 2]; Q];
+                for d in (0..dim).step_by(2) {
+                    for odd in 0..2 {
+                        let place = keys + (block * dim + d + odd) * LANES;
+                        let key = number::<S, HALF>(page, place);
+                        for query in 0..Q {
+                            let x = S::splat(*q[query].add(d + odd));
+                            acc[query][odd] = S::fma(key, x, acc[query][odd]);
+                        }
+                    }
+                }
+                for query in 0..Q {
+                    let sum = S::add(acc[query][0], acc[query][1]);
+                    S::store(state.scores[query].as_mut_ptr().add(block * LANES), sum);
+                }
+            }
+        }
+    }
+
+    /// `acc[query] += scores[query][position] * v[position]`
+    #[inline(always)]
+    unsafe fn mix<S: Simd, const HALF: bool, const Q: usize>(
+        &self,
+        page: *const u8,
+        count: usize,
+        state: &mut State<Q>,
+    ) {
+        let wide = self.step.layout.value_dim();
+        let values = self.step.layout.values(self.piece.head);
+        for d in (0..wide).step_by(2 * LANES) {
+            let both = d + LANES < wide;
+            let second = if both { d + LANES } else { d };
+            let mut acc = [[S::splat(0.0); 2]; Q];
+            for query in 0..Q {
+                let from = state.acc.as_ptr().add(query * wide);
+                acc[query] = [S::load(from.add(d)), S::load(from.add(second))];
+            }
+            for position in 0..count {
+                let row = values + position * wide;
+                let value =
+                    [number::<S, HALF>(page, row + d), number::<S, HALF>(page, row + second)];
+                for query in 0..Q {
+                    let weight = S::splat(state.scores[query][position]);
+                    acc[query][0] = S::fma(value[0], weight, acc[query][0]);
+                    acc[query][1] = S::fma(value[1], weight, acc[query][1]);
+                }
+            }
+            for query in 0..Q {
+                let to = state.acc.as_mut_ptr().add(query * wide);
+                S::store(to.add(d), acc[query][0]);
+                S::store(to.add(second), acc[query][1]);
+            }
+        }
+    }
+}
+
+/// 16 numbers of a page.
+#[inline(always)]
+unsafe fn number<S: Simd, const HALF: bool>(page: *const u8, place: usize) -> S::F {
+    match HALF {
+        true => S::load_f16(page.cast::<u16>().add(place)),
+        false => S::load(page.cast::<f32>().add(place)),
+    }
+}
+
+/// The softmax so far, and what it has weighed.
+struct State<const Q: usize> {
+    highest: [f32; Q],
+    total: [f32; Q],
+    /// `[query][dim]`
+    acc: Vec<f32>,
+    scores: [[f32; PAGE]; Q],
+}
+
+impl<const Q: usize> State<Q> {
+    /// Turns the scores of a page into weights beside those of the pages before.
+    #[inline(always)]
+    unsafe fn soften<S: Simd>(&mut self, count: usize, wide: usize) {
+        for query in 0..Q {
+            let scores = self.scores[query].as_mut_ptr();
+            let mut peak = S::splat(f32::NEG_INFINITY);
+            for place in (0..count).step_by(LANES) {
+                peak = S::max(peak, S::load(scores.add(place)));
+            }
+            let before = self.highest[query];
+            let highest = before.max(S::largest(peak));
+            if highest > before {
+                let fade = (before - highest).exp();
+                self.highest[query] = highest;
+                self.total[query] *= fade;
+                for acc in &mut self.acc[query * wide..][..wide] {
+                    *acc *= fade;
+                }
+            }
+            let highest = S::splat(highest);
+            let mut total = S::splat(0.0);
+            for place in (0..count).step_by(LANES) {
+                let weight = S::exp(S::sub(S::load(scores.add(place)), highest));
+                S::store(scores.add(place), weight);
+                total = S::add(total, weight);
+            }
+            self.total[query] += S::sum(total);
+        }
+    }
+}

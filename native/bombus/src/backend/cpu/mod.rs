@@ -1,0 +1,263 @@
+//! The backend for plain CPUs, in Rust: kernels of our own on the mapped checkpoint.
+//!
+//! Every operation is done when it returns. Activations are f32 throughout; where they meet
+//! quantized weights they are written as whole numbers, more exact than bf16 (`digits`), so that
+//! the same row comes out alike in a prefill, alone and in a batch but for the order of sums.
+
+// The kernels are unsafe from end to end: what they ask of a caller stands at `simd::Kernel` and
+// `simd::Simd`, and every call from safe code says why it holds.
+#![allow(unsafe_code, unsafe_op_in_unsafe_fn)]
+
+mod affine;
+mod attention;
+mod codes;
+mod dense;
+mod digits;
+mod float;
+mod linear;
+mod pool;
+mod rows;
+mod sample;
+mod simd;
+mod tensor;
+
+pub use pool::{Turn, default_threads};
+pub use simd::Level;
+
+use super::{AttentionShape, Backend, LinearWeights, LoraRows, Segment, Token};
+use crate::error::{Error, Result};
+use crate::mapped_file::MappedFile;
+use crate::sampler::Draw;
+use crate::tensor_file::TensorView;
+use attention::{Cache, Rope};
+use digits::{Digits, Format, SERIAL};
+use float::Float;
+use linear::{Delta, Linear, Lora};
+use pool::Pool;
+use rows::{Gated, Norm, RmsNorm, Sum};
+use sample::Samples;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tensor::{Shared, Spare, Tensor};
+
+/// How to use the CPU.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Options {
+    /// at least 1
+    pub threads: usize,
+    /// One of `Level::all`: another is refused.
+    pub level: Level,
+}
+
+impl Default for Options {
+    /// All physical cores, and the best instructions that are there.
+    fn default() -> Self {
+        Self { threads: default_threads(), level: Level::detect() }
+    }
+}
+
+#[derive(Clone)]
+pub struct Cpu {
+    pool: Pool,
+    level: Level,
+    spare: Spare,
+    digits: Arc<Mutex<Vec<(Format, Digits)>>>,
+    rope: Arc<Mutex<Rope>>,
+    /// Where the weights are: an answer counts only if none of these has changed.
+    files: Arc<Mutex<Vec<Arc<MappedFile>>>>,
+}
+
+/// What is inside is whole at every moment, even where a panic has let go of it.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Cpu {
+    pub fn new(options: Options) -> Result<Self> {
+        let Options { threads, level } = options;
+        if threads == 0 || !Level::all().contains(&level) {
+            return Err(Error::Unsupported(format!("this machine has no {options:?}")));
+        }
+        let pool = Pool::new(threads)
+            .map_err(|error| Error::OutOfMemory(format!("no thread for the kernels: {error}")))?;
+        Ok(Self {
+            pool,
+            level,
+            spare: Spare::default(),
+            digits: Arc::default(),
+            rope: Arc::default(),
+            files: Arc::default(),
+        })
+    }
+
+    fn load(&self, parts: &[LinearWeights]) -> Result<Linear> {
+        let linear = Linear::load(parts)?;
+        let mut files = lock(&self.files);
+        for file in linear.files() {
+            if !files.iter().any(|known| Arc::ptr_eq(known, file)) {
+                files.push(file.clone());
+            }
+        }
+        Ok(linear)
+    }
+
+    /// Fails where the weights are no longer what was loaded.
+    fn check(&self) -> Result<()> {
+        lock(&self.files).iter().try_for_each(|file| file.check())
+    }
+
+    /// Spreads rows over the threads, where they are worth it.
+    fn rows(&self, rows: usize, width: usize, work: impl Fn(Range<usize>) + Sync) {
+        match rows > 1 && rows * width > SERIAL {
+            true => self.pool.split(rows, 1, work),
+            false => work(0..rows),
+        }
+    }
+
+    /// `[rows, width]` from what `work` writes into each row.
+    fn map(&self, rows: usize, width: usize, work: impl Fn(usize, &mut [f32]) + Sync) -> Tensor {
+        let mut out = self.spare.tensor(rows, width);
+        let target = Shared(out.data_mut().as_mut_ptr());
+        self.rows(rows, width, |range| {
+            for row in range {
+                // SAFETY: each row is written by one thread.
+                let out = unsafe { std::slice::from_raw_parts_mut(target.at(row * width), width) };
+                work(row, out);
+            }
+        });
+        out
+    }
+}
+
+impl Backend for Cpu {
+    type Tensor = Tensor;
+    type Norm = Norm;
+    type Linear = Linear;
+    type Embedding = Linear;
+    type Lora = Lora;
+    type Cache = Cache;
+    type Samples = Samples;
+    type Turn = Turn;
+
+    const DEFERS: bool = false;
+
+    fn turn(&self) -> Turn {
+        self.pool.turn()
+    }
+
+    fn norm(&self, weight: &TensorView) -> Result<Norm> {
+        Ok(Norm { weight: Float::read(weight)?, float: Float::of(weight.dtype)? })
+    }
+
+    fn linear(&self, parts: &[LinearWeights]) -> Result<Linear> {
+        self.load(parts)
+    }
+
+    fn embedding(&self, weights: &LinearWeights) -> Result<Linear> {
+        self.load(std::slice::from_ref(weights))
+    }
+
+    fn lora(&self, a: &TensorView, b: &TensorView, scale: f32) -> Result<Lora> {
+        Lora::load(a, b, scale)
+    }
+
+    fn cache(&self) -> Cache {
+        Cache::default()
+    }
+
+    fn cache_bytes(&self, cache: &Cache) -> usize {
+        cache.bytes()
+    }
+
+    fn embed(
+        &self,
+        embedding: &Linear,
+        tokens: &[Token],
+        previous: Option<&Samples>,
+        loras: &[LoraRows<Self>],
+    ) -> Result<Tensor> {
+        let id = |token: &Token| match *token {
+            Token::Id(id) => id as usize,
+            Token::Sampled(row) => previous.map_or(0, |samples| samples.id(row)),
+        };
+        Ok(self.map(tokens.len(), embedding.width, |row, out| {
+            let id = id(&tokens[row]);
+            embedding.row(id, out);
+            for LoraRows { lora, .. } in loras.iter().filter(|lora| lora.rows.contains(&row)) {
+                lora.embed(id, out);
+            }
+        }))
+    }
+
+    fn project(
+        &self,
+        linear: &Linear,
+        x: &Tensor,
+        loras: &[LoraRows<Self>],
+    ) -> Result<Vec<Tensor>> {
+        let deltas: Vec<Delta> =
+            loras.iter().map(|lora| Delta::new(self, x, lora, false)).collect();
+        Ok(linear.apply(self, x, &deltas))
+    }
+
+    fn rms_norm(&self, x: &Tensor, norm: &Norm, eps: f32) -> Result<Tensor> {
+        Ok(self.map(x.rows, x.width, |row, y| {
+            let kernel = RmsNorm { x: x.row(row), weight: &norm.weight, eps, y };
+            // SAFETY: x, y and the weight are of one width.
+            unsafe { self.level.run(kernel) };
+        }))
+    }
+
+    fn attention(
+        &self,
+        shape: &AttentionShape,
+        qkv: [Tensor; 3],
+        head_norms: [&Norm; 2],
+        segments: &[Segment],
+        caches: &mut [&mut Cache],
+    ) -> Result<Tensor> {
+        Ok(attention::attend(self, shape, qkv, head_norms, segments, caches))
+    }
+
+    fn gated(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+        Ok(self.map(gate.rows, gate.width, |row, out| {
+            // SAFETY: all three are of one width.
+            unsafe { self.level.run(Gated { gate: gate.row(row), up: up.row(row), out }) };
+        }))
+    }
+
+    fn add(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+        Ok(self.map(x.rows, x.width, |row, out| {
+            // SAFETY: all three are of one width.
+            unsafe { self.level.run(Sum { x: x.row(row), y: y.row(row), out }) };
+        }))
+    }
+
+    fn select(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
+        Ok(self.map(rows.len(), x.width, |row, out| out.copy_from_slice(x.row(rows[row]))))
+    }
+
+    fn unembed(&self, embedding: &Linear, x: &Tensor, loras: &[LoraRows<Self>]) -> Result<Tensor> {
+        let deltas: Vec<Delta> = loras.iter().map(|lora| Delta::new(self, x, lora, true)).collect();
+        let mut logits = embedding.apply(self, x, &deltas);
+        logits.pop().ok_or_else(|| Error::Backend("an embedding is one part".into()))
+    }
+
+    fn sample(&self, logits: &Tensor, draws: &[Draw]) -> Result<Samples> {
+        self.check()?;
+        Ok(sample::sample(self, logits, draws))
+    }
+
+    fn log_probs(&self, logits: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
+        self.check()?;
+        Ok(sample::log_probs(self, logits, targets))
+    }
+
+    fn submit(&self, _samples: &Samples) -> Result<()> {
+        Ok(())
+    }
+
+    fn read(&self, samples: &Samples) -> Result<Vec<Option<u32>>> {
+        Ok(samples.ids())
+    }
+}

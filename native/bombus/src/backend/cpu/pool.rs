@@ -1,0 +1,293 @@
+//! The threads that a step's work is spread over: one pool for the process, so that several
+//! models do not ask for more cores than there are.
+//!
+//! A step is some hundred short regions, a few microseconds to a millisecond each. Between them
+//! the threads spin; soon after the last one they sleep, and cost nothing.
+
+use std::cell::UnsafeCell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock};
+use std::thread::Thread;
+use std::time::{Duration, Instant};
+
+/// How long a thread without work waits for more before it sleeps: longer than it takes to hand
+/// out a token, shorter than anybody notices.
+const PATIENCE: Duration = Duration::from_micros(300);
+/// Looks at the clock once in so many turns.
+const SPINS: u32 = 200;
+
+/// The number of threads where nobody says otherwise: physical cores, as far as this process may
+/// use them.
+pub fn default_threads() -> usize {
+    let allowed = std::thread::available_parallelism().map_or(1, usize::from);
+    num_cpus::get_physical().clamp(1, allowed)
+}
+
+/// A share of the process's pool.
+#[derive(Clone)]
+pub struct Pool {
+    threads: usize,
+    shared: &'static Shared,
+}
+
+struct Shared {
+    turns: Turns,
+    workers: RwLock<Vec<Arc<Worker>>>,
+}
+
+/// Whoever holds it runs its steps; others wait in the order in which they came.
+#[derive(Default)]
+struct Turns {
+    /// the next ticket, and the one whose turn it is
+    tickets: Mutex<(u64, u64)>,
+    changed: Condvar,
+}
+
+/// A turn at the cores, given back when it is dropped.
+pub struct Turn(&'static Turns);
+
+struct Worker {
+    /// Counts the regions that this worker was given, and those that it is done with.
+    posted: AtomicUsize,
+    done: AtomicUsize,
+    asleep: AtomicBool,
+    job: UnsafeCell<Option<Job>>,
+    thread: OnceLock<Thread>,
+}
+
+#[derive(Clone, Copy)]
+struct Job {
+    work: *const (dyn Fn(usize) + Sync),
+    thread: usize,
+    panicked: *const AtomicBool,
+}
+
+// SAFETY: `job` is written before `posted` grows and read after; the writer waits for `done`.
+unsafe impl Sync for Worker {}
+// SAFETY: as above; what a job points to outlives the region.
+unsafe impl Send for Worker {}
+
+impl Pool {
+    pub fn new(threads: usize) -> std::io::Result<Self> {
+        static SHARED: OnceLock<Shared> = OnceLock::new();
+        let shared =
+            SHARED.get_or_init(|| Shared { turns: Turns::default(), workers: RwLock::default() });
+        let mut workers = shared.workers.write().unwrap_or_else(PoisonError::into_inner);
+        while workers.len() + 1 < threads {
+            let index = workers.len() + 1;
+            workers.push(Worker::spawn(index)?);
+        }
+        drop(workers);
+        Ok(Self { threads, shared })
+    }
+
+    /// Waits until no other model has the cores. `run` is only for whoever holds a turn.
+    pub fn turn(&self) -> Turn {
+        self.shared.turns.take()
+    }
+
+    /// Calls `work` once for each thread number, at once, and returns when all are done.
+    pub fn run(&self, work: &(dyn Fn(usize) + Sync)) {
+        if self.threads == 1 {
+            return work(0);
+        }
+        let panicked = AtomicBool::new(false);
+        let workers = self.shared.workers.read().unwrap_or_else(PoisonError::into_inner);
+        let workers = &workers[..self.threads - 1];
+        // SAFETY: the lifetime is forgotten, but nothing returns from here before every worker
+        // is done with it: `Wait` waits even where `work` panics on this thread.
+        let work: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(work) };
+        let wait = Wait(workers);
+        for (index, worker) in workers.iter().enumerate() {
+            worker.post(Job { work, thread: index + 1, panicked: &panicked });
+        }
+        work(0);
+        drop(wait);
+        assert!(!panicked.load(Ordering::Relaxed), "a thread of the pool panicked");
+    }
+
+    /// As `run`, with a range of `0..items` for each thread, equal but for multiples of `grain`.
+    pub fn split(&self, items: usize, grain: usize, work: impl Fn(std::ops::Range<usize>) + Sync) {
+        let grains = items.div_ceil(grain);
+        let share = |thread: usize| (grains * thread / self.threads * grain).min(items);
+        self.run(&|thread| {
+            let range = share(thread)..share(thread + 1);
+            if !range.is_empty() {
+                work(range);
+            }
+        });
+    }
+
+    /// Calls `work` for each of `0..items`; a thread that is done with one takes the next.
+    pub fn each(&self, items: usize, work: impl Fn(usize) + Sync) {
+        let next = AtomicUsize::new(0);
+        let take = |_thread| loop {
+            let item = next.fetch_add(1, Ordering::Relaxed);
+            if item >= items {
+                return;
+            }
+            work(item);
+        };
+        match items {
+            1 => take(0),
+            _ => self.run(&take),
+        }
+    }
+}
+
+struct Wait<'a>(&'a [Arc<Worker>]);
+
+impl Drop for Wait<'_> {
+    fn drop(&mut self) {
+        for worker in self.0 {
+            let posted = worker.posted.load(Ordering::Relaxed);
+            let mut spins = 0u32;
+            while worker.done.load(Ordering::Acquire) != posted {
+                spins += 1;
+                // More threads than cores: the one that is waited for needs this one.
+                if spins.is_multiple_of(10_000) {
+                    std::thread::yield_now();
+                }
+                std::hint::spin_loop();
+            }
+        }
+    }
+}
+
+impl Worker {
+    fn spawn(index: usize) -> std::io::Result<Arc<Self>> {
+        let worker = Arc::new(Self {
+            posted: AtomicUsize::new(0),
+            done: AtomicUsize::new(0),
+            asleep: AtomicBool::new(false),
+            job: UnsafeCell::new(None),
+            thread: OnceLock::new(),
+        });
+        let own = worker.clone();
+        let handle = std::thread::Builder::new()
+            .name(format!("bombus-cpu-{index}"))
+            .spawn(move || own.serve())?;
+        _ = worker.thread.set(handle.thread().clone());
+        Ok(worker)
+    }
+
+    fn post(&self, job: Job) {
+        // SAFETY: the last job is done, so the worker does not look here before `posted` grows.
+        unsafe { *self.job.get() = Some(job) };
+        self.posted.fetch_add(1, Ordering::SeqCst);
+        if self.asleep.load(Ordering::SeqCst)
+            && let Some(thread) = self.thread.get()
+        {
+            thread.unpark();
+        }
+    }
+
+    fn serve(&self) {
+        let mut seen = 0;
+        loop {
+            seen = self.wait(seen);
+            // SAFETY: `posted` has grown, so the job is there, and stays until `done` has too.
+            if let Some(job) = unsafe { *self.job.get() } {
+                // SAFETY: as above.
+                let (work, panicked) = unsafe { (&*job.work, &*job.panicked) };
+                if catch_unwind(AssertUnwindSafe(|| work(job.thread))).is_err() {
+                    panicked.store(true, Ordering::Relaxed);
+                }
+            }
+            self.done.store(seen, Ordering::Release);
+        }
+    }
+
+    /// Waits for a region after number `seen`; -> its number
+    fn wait(&self, seen: usize) -> usize {
+        loop {
+            let started = Instant::now();
+            while started.elapsed() < PATIENCE {
+                for _ in 0..SPINS {
+                    let posted = self.posted.load(Ordering::Acquire);
+                    if posted != seen {
+                        return posted;
+                    }
+                    std::hint::spin_loop();
+                }
+            }
+            self.asleep.store(true, Ordering::SeqCst);
+            while self.posted.load(Ordering::SeqCst) == seen {
+                std::thread::park();
+            }
+            self.asleep.store(false, Ordering::SeqCst);
+        }
+    }
+}
+
+impl Turns {
+    fn take(&'static self) -> Turn {
+        let mut tickets = self.tickets.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = tickets.0;
+        tickets.0 += 1;
+        while tickets.1 != own {
+            tickets = self.changed.wait(tickets).unwrap_or_else(PoisonError::into_inner);
+        }
+        Turn(self)
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.0.tickets.lock().unwrap_or_else(PoisonError::into_inner).1 += 1;
+        self.0.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_thread_and_every_item_has_its_turn() {
+        let pool = Pool::new(3).unwrap();
+        let _turn = pool.turn();
+        for items in [0, 1, 2, 7, 100] {
+            let counts: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
+            pool.split(items, 4, |range| {
+                range.for_each(|item| _ = counts[item].fetch_add(1, Ordering::Relaxed));
+            });
+            pool.each(items, |item| _ = counts[item].fetch_add(1, Ordering::Relaxed));
+            assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 2));
+        }
+    }
+
+    #[test]
+    fn a_panic_comes_back_and_the_pool_serves_on() {
+        let pool = Pool::new(2).unwrap();
+        for bad in [0, 1] {
+            let _turn = pool.turn();
+            let caught = catch_unwind(AssertUnwindSafe(|| {
+                pool.run(&|thread| assert!(thread != bad, "thread {bad}"));
+            }));
+            assert!(caught.is_err());
+            let ran = AtomicUsize::new(0);
+            pool.run(&|_| _ = ran.fetch_add(1, Ordering::Relaxed));
+            assert_eq!(ran.into_inner(), 2);
+        }
+    }
+
+    #[test]
+    fn turns_come_one_after_another() {
+        let holders = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    let pool = Pool::new(2).unwrap();
+                    for _ in 0..200 {
+                        let _turn = pool.turn();
+                        assert_eq!(holders.fetch_add(1, Ordering::SeqCst), 0);
+                        pool.run(&|_| {});
+                        holders.fetch_sub(1, Ordering::SeqCst);
+                    }
+                });
+            }
+        });
+    }
+}

@@ -1,0 +1,191 @@
+//! AVX2 with FMA and F16C: a vector is two halves.
+
+use super::{Kernel, LANES, Simd};
+use std::arch::x86_64::*;
+
+#[derive(Clone, Copy)]
+pub struct Avx2;
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run::<Avx2>()
+}
+
+type F = [__m256; 2];
+
+macro_rules! halves {
+    ($name:ident, $intrinsic:ident) => {
+        #[inline(always)]
+        unsafe fn $name(a: F, b: F) -> F {
+            [$intrinsic(a[0], b[0]), $intrinsic(a[1], b[1])]
+        }
+    };
+}
+
+#[inline(always)]
+unsafe fn reduce(a: F, op: unsafe fn(__m128, __m128) -> __m128, both: __m256) -> f32 {
+    let _ = a;
+    let quarter = op(_mm256_castps256_ps128(both), _mm256_extractf128_ps::<1>(both));
+    let pair = op(quarter, _mm_movehl_ps(quarter, quarter));
+    _mm_cvtss_f32(op(pair, _mm_movehdup_ps(pair)))
+}
+
+impl Simd for Avx2 {
+    type F = F;
+    type I = [__m256i; 2];
+    type B = [__m256i; 2];
+    type Table = [f32; LANES];
+
+    // vpmaddubsw adds two products in 16 bits: 2 * 255 * 64 fits.
+    const DIGIT: u8 = 63;
+    const ACCUMULATORS: usize = 6;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> F {
+        [_mm256_set1_ps(x); 2]
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> F {
+        [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))]
+    }
+    #[inline(always)]
+    unsafe fn load_part(p: *const f32, n: usize) -> F {
+        let mut part = [0.0; LANES];
+        std::ptr::copy_nonoverlapping(p, part.as_mut_ptr(), n);
+        Self::load(part.as_ptr())
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> F {
+        let half = |p: *const u16| _mm256_cvtph_ps(_mm_loadu_si128(p.cast()));
+        [half(p), half(p.add(8))]
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> F {
+        let half = |p: *const u16| {
+            let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+        };
+        [half(p), half(p.add(8))]
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, x: F) {
+        _mm256_storeu_ps(p, x[0]);
+        _mm256_storeu_ps(p.add(8), x[1]);
+    }
+    #[inline(always)]
+    unsafe fn store_part(p: *mut f32, x: F, n: usize) {
+        let mut part = [0.0; LANES];
+        Self::store(part.as_mut_ptr(), x);
+        std::ptr::copy_nonoverlapping(part.as_ptr(), p, n);
+    }
+    #[inline(always)]
+    unsafe fn store_f16(p: *mut u16, x: F) {
+        _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x[0]));
+        _mm_storeu_si128(p.add(8).cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x[1]));
+    }
+    #[inline(always)]
+    unsafe fn store_i8(p: *mut i8, x: F) {
+        let words = _mm256_packs_epi32(_mm256_cvtps_epi32(x[0]), _mm256_cvtps_epi32(x[1]));
+        let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+        let low = _mm256_castsi256_si128(words);
+        _mm_storeu_si128(p.cast(), _mm_packs_epi16(low, _mm256_extracti128_si256::<1>(words)));
+    }
+    halves!(add, _mm256_add_ps);
+    halves!(sub, _mm256_sub_ps);
+    halves!(mul, _mm256_mul_ps);
+    halves!(div, _mm256_div_ps);
+    halves!(max, _mm256_max_ps);
+    halves!(min, _mm256_min_ps);
+    #[inline(always)]
+    unsafe fn fma(a: F, b: F, c: F) -> F {
+        [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])]
+    }
+    #[inline(always)]
+    unsafe fn abs(a: F) -> F {
+        let sign = _mm256_set1_ps(-0.0);
+        [_mm256_andnot_ps(sign, a[0]), _mm256_andnot_ps(sign, a[1])]
+    }
+    #[inline(always)]
+    unsafe fn round(a: F) -> F {
+        [_mm256_round_ps::<0>(a[0]), _mm256_round_ps::<0>(a[1])]
+    }
+    #[inline(always)]
+    unsafe fn power_of_two(n: F) -> F {
+        let bias = _mm256_set1_epi32(127);
+        let half = |n| {
+            let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), bias);
+            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
+        };
+        [half(n[0]), half(n[1])]
+    }
+    #[inline(always)]
+    unsafe fn sum(a: F) -> f32 {
+        let both = _mm256_add_ps(a[0], a[1]);
+        reduce(a, |a, b| _mm_add_ps(a, b), both)
+    }
+    #[inline(always)]
+    unsafe fn largest(a: F) -> f32 {
+        let both = _mm256_max_ps(a[0], a[1]);
+        reduce(a, |a, b| _mm_max_ps(a, b), both)
+    }
+
+    #[inline(always)]
+    unsafe fn izero() -> [__m256i; 2] {
+        [_mm256_setzero_si256(); 2]
+    }
+    #[inline(always)]
+    unsafe fn float(a: [__m256i; 2]) -> F {
+        [_mm256_cvtepi32_ps(a[0]), _mm256_cvtepi32_ps(a[1])]
+    }
+    #[inline(always)]
+    unsafe fn bytes(p: *const u8) -> [__m256i; 2] {
+        [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())]
+    }
+    #[inline(always)]
+    unsafe fn bytes_part(p: *const u8, n: usize) -> [__m256i; 2] {
+        let mut part = [0u8; 64];
+        std::ptr::copy_nonoverlapping(p, part.as_mut_ptr(), n);
+        Self::bytes(part.as_ptr())
+    }
+    #[inline(always)]
+    unsafe fn bytes_splat(p: *const u8) -> [__m256i; 2] {
+        [_mm256_set1_epi32(p.cast::<i32>().read_unaligned()); 2]
+    }
+    #[inline(always)]
+    unsafe fn nibbles(a: [__m256i; 2]) -> [[__m256i; 2]; 2] {
+        let low = _mm256_set1_epi8(15);
+        let shifted = [_mm256_srli_epi16::<4>(a[0]), _mm256_srli_epi16::<4>(a[1])];
+        [
+            [_mm256_and_si256(a[0], low), _mm256_and_si256(a[1], low)],
+            [_mm256_and_si256(shifted[0], low), _mm256_and_si256(shifted[1], low)],
+        ]
+    }
+    #[inline(always)]
+    unsafe fn dot(acc: [__m256i; 2], codes: [__m256i; 2], digits: [__m256i; 2]) -> [__m256i; 2] {
+        let one = _mm256_set1_epi16(1);
+        let half = |acc, codes, digits| unsafe {
+            let pairs = _mm256_maddubs_epi16(codes, digits);
+            _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, one))
+        };
+        [half(acc[0], codes[0], digits[0]), half(acc[1], codes[1], digits[1])]
+    }
+
+    #[inline(always)]
+    unsafe fn table(a: F) -> [f32; LANES] {
+        let mut table = [0.0; LANES];
+        Self::store(table.as_mut_ptr(), a);
+        table
+    }
+    #[inline(always)]
+    unsafe fn expand(table: &[f32; LANES], block: usize, shift: u32) -> F {
+        let entry = |lane: usize| unsafe { table.get_unchecked((block * LANES + lane) >> shift) };
+        if shift >= 3 {
+            return [_mm256_broadcast_ss(entry(0)), _mm256_broadcast_ss(entry(8))];
+        }
+        let half = |lane| unsafe {
+            let quarters = (_mm_broadcast_ss(entry(lane)), _mm_broadcast_ss(entry(lane + 4)));
+            _mm256_set_m128(quarters.1, quarters.0)
+        };
+        [half(0), half(8)]
+    }
+}
