@@ -2,11 +2,11 @@
 //!
 //! Few rows of x: each row of weights is read once and multiplied with all of them, its codes
 //! never leaving registers. Many rows: the codes of some rows of weights are unpacked once, and
-//! multiplied with sixteen rows of x at a time, one in each lane. The weights are read where the
+//! multiplied with as many rows of x as a vector's lanes hold. The weights are read where the
 //! file is mapped; nothing is repacked.
 
 use super::codes;
-use super::digits::{Digits, Format, largest_digit};
+use super::digits::{Digits, Format, Shape, digit_bits};
 use super::float::Float;
 use super::simd::{BYTES, Kernel, LANES, Simd, prefetch};
 use super::tensor::Shared;
@@ -20,7 +20,7 @@ use std::ops::Range;
 /// How far ahead of its use a row's codes are asked for. Measured: bench/README.md.
 const AHEAD: usize = 8192;
 /// Up to this many rows of x are multiplied one by one.
-pub const FEW: usize = 3;
+const FEW: usize = 2;
 /// The bytes of x that one pass over the weights may take: they shall stay in the L2 cache.
 const BLOCK: usize = 384 * 1024;
 
@@ -49,27 +49,21 @@ impl Affine {
         })
     }
 
-    /// How `rows` rows of x must be written for `product`.
+    /// How `rows` rows of x must be written for `Product`.
     pub fn format(&self, rows: usize) -> Format {
-        Format {
-            group_size: self.layout.group_size,
-            nibbles: self.layout.bits == 4,
-            planes: if self.float == Float::F32 { 3 } else { 2 },
-            tiled: rows > FEW,
-        }
+        let planes = if self.float == Float::F32 { 3 } else { 2 };
+        let shape = match (rows, planes) {
+            (..=FEW, _) => Shape::Rows,
+            (..=4, 2) => Shape::Fours,
+            (..=8, 2) => Shape::Pairs,
+            _ => Shape::Tile,
+        };
+        let Quantization { group_size, bits } = self.layout;
+        Format { group_size, nibbles: bits == 4, planes, shape }
     }
 
     pub fn tensors(&self) -> [&Mapped; 3] {
         [&self.codes, &self.scales, &self.biases]
-    }
-
-    fn groups(&self) -> usize {
-        self.columns / self.layout.group_size
-    }
-
-    /// The bytes of a row of codes.
-    fn row_bytes(&self) -> usize {
-        self.columns * self.layout.bits / 8
     }
 
     /// Row n as floats.
@@ -87,9 +81,13 @@ impl Affine {
         }
     }
 
+    fn groups(&self) -> usize {
+        self.columns / self.layout.group_size
+    }
+
     #[inline(always)]
     unsafe fn row(&self, n: usize) -> &[u8] {
-        let bytes = self.row_bytes();
+        let bytes = self.columns * self.layout.bits / 8;
         std::slice::from_raw_parts(self.codes.as_ptr().add(n * bytes), bytes)
     }
 
@@ -97,16 +95,14 @@ impl Affine {
     #[inline(always)]
     unsafe fn numbers<S: Simd>(&self, n: usize, group: usize, count: usize) -> [S::F; 2] {
         let place = n * self.groups() + group;
-        unsafe {
-            [
-                self.float.load::<S>(self.scales.as_ptr(), place, count),
-                self.float.load::<S>(self.biases.as_ptr(), place, count),
-            ]
-        }
+        [
+            self.float.load::<S>(self.scales.as_ptr(), place, count),
+            self.float.load::<S>(self.biases.as_ptr(), place, count),
+        ]
     }
 }
 
-/// Columns `range` of y: `[x.rows, stride]`.
+/// Columns `range` of y, whose rows are `stride` numbers apart.
 pub struct Product<'a> {
     pub affine: &'a Affine,
     pub x: &'a Digits,
@@ -116,9 +112,11 @@ pub struct Product<'a> {
     pub stride: usize,
 }
 
+/// Unpacked codes, and the scales and biases of some rows of weights.
+type Scratch = (Vec<u8>, Vec<f32>);
+
 thread_local! {
-    /// Unpacked codes and numbers of some rows of weights.
-    static SCRATCH: RefCell<(Vec<u8>, Vec<f32>)> = RefCell::default();
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
 impl Kernel for Product<'_> {
@@ -126,18 +124,25 @@ impl Kernel for Product<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        SCRATCH.with_borrow_mut(|(codes, numbers)| {
-            match (self.format.tiled, self.format.planes, S::ACCUMULATORS) {
-                (false, 2, _) => self.few::<S, 2>(codes),
-                (false, _, _) => self.few::<S, 3>(codes),
-                (true, 2, 24..) => self.many::<S, 2, 12>(codes, numbers),
-                (true, 2, 6..) => self.many::<S, 2, 3>(codes, numbers),
-                (true, 2, _) => self.many::<S, 2, 2>(codes, numbers),
-                (true, _, 24..) => self.many::<S, 3, 8>(codes, numbers),
-                (true, _, 6..) => self.many::<S, 3, 2>(codes, numbers),
-                (true, _, _) => self.many::<S, 3, 1>(codes, numbers),
-            }
-        });
+        // Taken, not borrowed in a closure: that would be compiled without the extension.
+        let mut scratch = SCRATCH.take();
+        match (self.format.shape, self.format.planes, S::ACCUMULATORS) {
+            (Shape::Rows, 2, _) => self.few::<S, 2>(&mut scratch.0),
+            (Shape::Rows, ..) => self.few::<S, 3>(&mut scratch.0),
+            (Shape::Fours, _, 24..) => self.many::<S, 1, 24, 2>(&mut scratch),
+            (Shape::Fours, _, 6..) => self.many::<S, 1, 6, 2>(&mut scratch),
+            (Shape::Fours, ..) => self.many::<S, 1, 4, 2>(&mut scratch),
+            (Shape::Pairs, _, 24..) => self.many::<S, 1, 24, 1>(&mut scratch),
+            (Shape::Pairs, _, 6..) => self.many::<S, 1, 6, 1>(&mut scratch),
+            (Shape::Pairs, ..) => self.many::<S, 1, 4, 1>(&mut scratch),
+            (Shape::Tile, 2, 24..) => self.many::<S, 2, 12, 1>(&mut scratch),
+            (Shape::Tile, 2, 6..) => self.many::<S, 2, 3, 1>(&mut scratch),
+            (Shape::Tile, 2, _) => self.many::<S, 2, 2, 1>(&mut scratch),
+            (Shape::Tile, _, 24..) => self.many::<S, 3, 8, 1>(&mut scratch),
+            (Shape::Tile, _, 6..) => self.many::<S, 3, 2, 1>(&mut scratch),
+            (Shape::Tile, ..) => self.many::<S, 3, 1, 1>(&mut scratch),
+        }
+        SCRATCH.set(scratch);
     }
 }
 
@@ -146,11 +151,9 @@ impl Product<'_> {
     unsafe fn few<S: Simd, const P: usize>(&self, codes: &mut Vec<u8>) {
         match (self.format.nibbles, self.x.rows) {
             (true, 1) => self.row_by_row::<S, P, 1, true>(codes),
-            (true, 2) => self.row_by_row::<S, P, 2, true>(codes),
-            (true, _) => self.row_by_row::<S, P, 3, true>(codes),
+            (true, _) => self.row_by_row::<S, P, FEW, true>(codes),
             (false, 1) => self.row_by_row::<S, P, 1, false>(codes),
-            (false, 2) => self.row_by_row::<S, P, 2, false>(codes),
-            (false, _) => self.row_by_row::<S, P, 3, false>(codes),
+            (false, _) => self.row_by_row::<S, P, FEW, false>(codes),
         }
     }
 
@@ -164,15 +167,16 @@ impl Product<'_> {
         scratch.resize(affine.columns, 0);
         for n in self.range.clone() {
             let row = affine.row(n);
-            let y = match as_they_are {
-                true => self.dot_row::<S, P, M, NIBBLES>(n, row.as_ptr()),
+            let codes = match as_they_are {
+                true => row.as_ptr(),
                 false => {
                     codes::unpack(row, affine.layout.bits, scratch);
-                    self.dot_row::<S, P, M, NIBBLES>(n, scratch.as_ptr())
+                    scratch.as_ptr()
                 }
             };
-            for (m, y) in y.into_iter().enumerate() {
-                *self.y.at(m * self.stride + n) = y;
+            let y = self.dot_row::<S, P, M, NIBBLES>(n, codes);
+            for m in 0..M {
+                *self.y.at(m * self.stride + n) = y[m];
             }
         }
     }
@@ -185,85 +189,86 @@ impl Product<'_> {
         codes: *const u8,
     ) -> [f32; M] {
         let affine = self.affine;
-        let group_size = self.format.group_size;
         let (groups, in_vector) = (affine.groups(), if NIBBLES { 2 * BYTES } else { BYTES });
-        let step = LANES * group_size / in_vector;
+        // A table has the scales of 16 groups, which are `step` vectors of codes.
+        let step = LANES * self.format.group_size / in_vector;
         let bytes = affine.columns * BYTES / in_vector;
         let whole = bytes / BYTES;
-        let row = Row::<M, P> {
-            digits: std::array::from_fn(|m| unsafe { self.x.row(m, P) }),
-            plane: self.x.plane,
-            shift: step.trailing_zeros(),
-            base: 1.0 / (2.0 * f32::from(largest_digit::<S>(NIBBLES))),
-        };
-        unsafe {
-            let mut acc = [S::splat(0.0); M];
-            let mut offset = [S::splat(0.0); M];
-            for chunk in 0..groups.div_ceil(LANES) {
-                let first = chunk * LANES;
-                let [scales, biases] = affine.numbers::<S>(n, first, LANES.min(groups - first));
-                let float = affine.float.bytes();
-                let ahead = (n * groups + first) * float + AHEAD / 16;
-                prefetch(affine.scales.as_ptr().wrapping_add(ahead));
-                prefetch(affine.biases.as_ptr().wrapping_add(ahead));
-                let mut tables = [S::table(scales); M];
-                for m in 0..M {
-                    let [scale, sum] = self.x.row_numbers(m, first);
-                    tables[m] = S::table(S::mul(scales, S::load(scale)));
-                    offset[m] = S::fma(biases, S::load(sum), offset[m]);
-                }
-                let end = (chunk + 1) * step;
-                for block in chunk * step..end.min(whole) {
-                    let codes = codes.add(block * BYTES);
-                    prefetch(codes.wrapping_add(AHEAD));
-                    let codes = S::bytes(codes);
-                    row.block::<S, NIBBLES>(codes, block, block % step, &tables, &mut acc);
-                }
-                if end > whole && whole * BYTES < bytes && whole >= chunk * step {
-                    let codes = S::bytes_part(codes.add(whole * BYTES), bytes % BYTES);
-                    row.block::<S, NIBBLES>(codes, whole, whole % step, &tables, &mut acc);
-                }
-            }
-            let mut y = [0.0; M];
+        let row = Row { x: self.x, shift: step.trailing_zeros(), bits: digit_bits::<S>(NIBBLES) };
+        let mut acc = [S::splat(0.0); M];
+        let mut offset = [S::splat(0.0); M];
+        for chunk in 0..groups.div_ceil(LANES) {
+            let first = chunk * LANES;
+            let [scales, biases] = affine.numbers::<S>(n, first, LANES.min(groups - first));
+            let ahead = (n * groups + first) * affine.float.bytes() + AHEAD / 16;
+            prefetch(affine.scales.as_ptr().wrapping_add(ahead));
+            prefetch(affine.biases.as_ptr().wrapping_add(ahead));
+            let mut tables = [S::table(scales); M];
             for m in 0..M {
-                y[m] = S::sum(S::add(acc[m], offset[m]));
+                let [scale, sum] = self.x.row_numbers(m, first);
+                tables[m] = S::table(S::mul(scales, S::load(scale)));
+                offset[m] = S::fma(biases, S::load(sum), offset[m]);
             }
-            y
+            let start = chunk * step;
+            let here = step.min(whole.saturating_sub(start));
+            for local in 0..here {
+                let codes = codes.add((start + local) * BYTES);
+                prefetch(codes.wrapping_add(AHEAD));
+                let codes = S::bytes(codes);
+                row.block::<S, P, M, NIBBLES>(codes, start + local, local, &tables, &mut acc);
+            }
+            if here < step && bytes % BYTES > 0 && start + here == whole {
+                let codes = S::bytes_part(codes.add(whole * BYTES), bytes % BYTES);
+                row.block::<S, P, M, NIBBLES>(codes, whole, here, &tables, &mut acc);
+            }
         }
+        let mut y = [0.0; M];
+        for m in 0..M {
+            y[m] = S::sum(S::add(acc[m], offset[m]));
+        }
+        y
     }
 
-    /// Tiles of N rows of weights and 16 rows of x.
+    /// Tiles of N rows of weights and 16 lanes of x; a lane has V digits and Q quads at a time.
     #[inline(always)]
-    unsafe fn many<S: Simd, const P: usize, const N: usize>(
+    unsafe fn many<S: Simd, const V: usize, const N: usize, const Q: usize>(
         &self,
-        codes: &mut Vec<u8>,
-        numbers: &mut Vec<f32>,
+        (codes, numbers): &mut Scratch,
     ) {
-        let (columns, groups) = (self.affine.columns, self.affine.groups());
+        let columns = self.affine.columns;
+        let stride = self.affine.groups().next_multiple_of(LANES);
         codes.resize(N * columns, 0);
-        numbers.resize(2 * N * groups, 0.0);
-        let tiles = self.x.rows.div_ceil(LANES);
-        let block = (BLOCK / (columns * P * LANES)).max(1);
+        numbers.resize(2 * N * stride, 0.0);
+        let tile_rows = self.format.shape.rows();
+        let tiles = self.x.rows.div_ceil(tile_rows);
+        let block = (BLOCK / (columns * V * LANES / Q)).max(1);
         for first_tile in (0..tiles).step_by(block) {
             for first in self.range.clone().step_by(N) {
                 let count = N.min(self.range.end - first);
                 self.unpack::<S>(first, count, codes, numbers);
                 for tile in first_tile..tiles.min(first_tile + block) {
                     let mut out = [[0.0; LANES]; N];
-                    self.tile::<S, P, N>(codes, numbers, tile, &mut out);
-                    let rows = LANES.min(self.x.rows - tile * LANES);
-                    for lane in 0..rows {
-                        let y = (tile * LANES + lane) * self.stride + first;
-                        for (n, out) in out.iter().enumerate().take(count) {
-                            *self.y.at(y + n) = out[lane];
-                        }
-                    }
+                    self.tile::<S, V, N, Q>(codes, numbers, tile, &mut out);
+                    let rows = tile_rows.min(self.x.rows - tile * tile_rows);
+                    self.store(tile * tile_rows, rows, first, &out[..count]);
                 }
             }
         }
     }
 
-    /// Rows `first..first + count`: `codes` is `[row][column]`, `numbers` `[row][group][2]`.
+    /// Columns `first..` of some rows of y, from lanes.
+    #[inline(always)]
+    unsafe fn store(&self, row: usize, rows: usize, first: usize, out: &[[f32; LANES]]) {
+        let lanes = LANES / self.format.shape.rows();
+        for place in 0..rows {
+            let y = self.y.at((row + place) * self.stride + first);
+            for (n, out) in out.iter().enumerate() {
+                *y.add(n) = out[place * lanes..][..lanes].iter().sum();
+            }
+        }
+    }
+
+    /// Rows `first..first + count`: `codes` is `[row][column]`, `numbers` `[row][2][group]`.
     #[inline(always)]
     unsafe fn unpack<S: Simd>(
         &self,
@@ -274,33 +279,30 @@ impl Product<'_> {
     ) {
         let Affine { layout, columns, .. } = *self.affine;
         let groups = self.affine.groups();
-        for (place, codes) in codes.chunks_exact_mut(columns).enumerate().take(count) {
+        let stride = groups.next_multiple_of(LANES);
+        for place in 0..count {
             let row = self.affine.row(first + place);
             for line in (0..row.len()).step_by(BYTES) {
                 prefetch(row.as_ptr().wrapping_add(line + AHEAD));
             }
+            let codes = &mut codes[place * columns..][..columns];
             match layout.bits {
-                4 => codes::unpack_nibbles::<S>(row, layout.group_size, codes),
+                4 => codes::unpack_nibbles::<S>(row, layout.group_size, codes.as_mut_ptr()),
                 8 => codes.copy_from_slice(row),
                 bits => codes::unpack(row, bits, codes),
             }
-            let numbers = &mut numbers[2 * place * groups..][..2 * groups];
+            let numbers = numbers[2 * place * stride..][..2 * stride].as_mut_ptr();
             for group in (0..groups).step_by(LANES) {
                 let count = LANES.min(groups - group);
-                let both = self.affine.numbers::<S>(first + place, group, count);
-                let mut pair = [[0.0; LANES]; 2];
-                S::store(pair[0].as_mut_ptr(), both[0]);
-                S::store(pair[1].as_mut_ptr(), both[1]);
-                for lane in 0..count {
-                    numbers[2 * (group + lane)] = pair[0][lane];
-                    numbers[2 * (group + lane) + 1] = pair[1][lane];
-                }
+                let [scales, biases] = self.affine.numbers::<S>(first + place, group, count);
+                S::store(numbers.add(group), scales);
+                S::store(numbers.add(stride + group), biases);
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn tile<S: Simd, const P: usize, const N: usize>(
+    unsafe fn tile<S: Simd, const V: usize, const N: usize, const Q: usize>(
         &self,
         codes: &[u8],
         numbers: &[f32],
@@ -308,56 +310,65 @@ impl Product<'_> {
         out: &mut [[f32; LANES]; N],
     ) {
         let (columns, groups) = (self.affine.columns, self.affine.groups());
+        let stride = groups.next_multiple_of(LANES);
         let group_size = self.format.group_size;
-        let base = 1.0 / (2.0 * f32::from(largest_digit::<S>(self.format.nibbles)));
-        unsafe {
-            let base = S::splat(base);
-            for group in 0..groups {
-                let mut acc = [[S::izero(); P]; N];
-                let digits = self.x.tile(tile, group, group_size, P);
-                let codes = codes.as_ptr().add(group * group_size);
-                for quad in 0..group_size / 4 {
-                    let mut x = [S::bytes(digits); P];
-                    for p in 0..P {
-                        x[p] = S::bytes(digits.add((quad * P + p) * BYTES));
-                    }
-                    for n in 0..N {
-                        let four = S::bytes_splat(codes.add(n * columns + 4 * quad));
-                        for p in 0..P {
-                            acc[n][p] = S::dot(acc[n][p], four, x[p]);
-                        }
-                    }
+        let steps = group_size / 4 / Q;
+        let bits = digit_bits::<S>(self.format.nibbles);
+        for group in 0..groups {
+            let mut acc = [[S::izero(); V]; N];
+            let digits = self.x.tile(tile, group, steps * V);
+            let codes = codes.as_ptr().add(group * group_size);
+            for step in 0..steps {
+                let mut x = [S::bytes(digits); V];
+                for v in 0..V {
+                    x[v] = S::bytes(digits.add((step * V + v) * BYTES));
                 }
-                let [scale, sum] = self.x.tile_numbers(tile, group);
-                let (scale, sum) = (S::load(scale), S::load(sum));
                 for n in 0..N {
-                    let mut product = S::float(acc[n][P - 1]);
-                    for p in (0..P - 1).rev() {
-                        product = S::fma(product, base, S::float(acc[n][p]));
+                    let codes = codes.add(n * columns + 4 * Q * step);
+                    let codes = if Q == 2 { S::bytes_splat8(codes) } else { S::bytes_splat(codes) };
+                    for v in 0..V {
+                        acc[n][v] = S::dot(acc[n][v], codes, x[v]);
                     }
-                    let number = numbers.as_ptr().add(2 * (n * groups + group));
-                    let y = out[n].as_mut_ptr();
-                    let offset = S::fma(S::splat(*number.add(1)), sum, S::load(y));
-                    S::store(y, S::fma(product, S::mul(S::splat(*number), scale), offset));
                 }
+            }
+            let [scale, sum] = self.x.tile_numbers(tile, group);
+            let (scale, sum) = (S::load(scale), S::load(sum));
+            for n in 0..N {
+                let product = joined::<S, V>(acc[n], bits);
+                let number = numbers.as_ptr().add(2 * n * stride + group);
+                let y = out[n].as_mut_ptr();
+                let offset = S::fma(S::splat(*number.add(stride)), sum, S::load(y));
+                S::store(y, S::fma(product, S::mul(S::splat(*number), scale), offset));
             }
         }
     }
 }
 
-/// What a row of weights meets.
-struct Row<const M: usize, const P: usize> {
-    digits: [*const u8; M],
-    plane: usize,
-    shift: u32,
-    /// What a digit is worth in units of the one before.
-    base: f32,
+/// The sums of V digits' products, in units of the last.
+#[inline(always)]
+unsafe fn joined<S: Simd, const V: usize>(acc: [S::I; V], bits: u32) -> S::F {
+    if V == 1 {
+        return S::float(acc[0]);
+    }
+    let first = S::iadd(S::shift(acc[0], bits), acc[1]);
+    if V == 2 {
+        return S::float(first);
+    }
+    S::fma(S::float(first), S::splat((1u32 << bits) as f32), S::float(acc[V - 1]))
 }
 
-impl<const M: usize, const P: usize> Row<M, P> {
+/// What a row of weights meets.
+struct Row<'a> {
+    x: &'a Digits,
+    shift: u32,
+    /// of a digit
+    bits: u32,
+}
+
+impl Row<'_> {
     /// Vector number `block` of the row, the `local`th of its tables.
     #[inline(always)]
-    unsafe fn block<S: Simd, const NIBBLES: bool>(
+    unsafe fn block<S: Simd, const P: usize, const M: usize, const NIBBLES: bool>(
         &self,
         codes: S::B,
         block: usize,
@@ -365,27 +376,27 @@ impl<const M: usize, const P: usize> Row<M, P> {
         tables: &[S::Table; M],
         acc: &mut [S::F; M],
     ) {
-        unsafe {
-            let nibbles = S::nibbles(codes);
-            for m in 0..M {
-                let mut product = S::splat(0.0);
-                for p in (0..P).rev() {
-                    let digits = self.digits[m].add(p * self.plane);
-                    let dot = if NIBBLES {
-                        let digits = digits.add(block * 2 * BYTES);
-                        let even = S::dot(S::izero(), nibbles[0], S::bytes(digits));
-                        S::dot(even, nibbles[1], S::bytes(digits.add(BYTES)))
-                    } else {
-                        S::dot(S::izero(), codes, S::bytes(digits.add(block * BYTES)))
-                    };
-                    product = match p == P - 1 {
-                        true => S::float(dot),
-                        false => S::fma(product, S::splat(self.base), S::float(dot)),
-                    };
-                }
-                let scale = S::expand(&tables[m], local, self.shift);
-                acc[m] = S::fma(product, scale, acc[m]);
+        let nibbles = S::nibbles(codes);
+        for m in 0..M {
+            let mut dots = [S::izero(); P];
+            for p in 0..P {
+                // The second digit's products are added to the first's, in its units.
+                let before = if p == 1 { S::shift(dots[0], self.bits) } else { S::izero() };
+                let digits = self.x.row(m, P).add(p * self.x.plane);
+                dots[p] = if NIBBLES {
+                    let digits = digits.add(block * 2 * BYTES);
+                    let even = S::dot(before, nibbles[0], S::bytes(digits));
+                    S::dot(even, nibbles[1], S::bytes(digits.add(BYTES)))
+                } else {
+                    S::dot(before, codes, S::bytes(digits.add(block * BYTES)))
+                };
             }
+            let mut product = S::float(dots[1]);
+            if P == 3 {
+                let base = S::splat((1u32 << self.bits) as f32);
+                product = S::fma(product, base, S::float(dots[P - 1]));
+            }
+            acc[m] = S::fma(product, S::expand(&tables[m], local, self.shift), acc[m]);
         }
     }
 }

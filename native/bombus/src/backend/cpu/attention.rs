@@ -140,7 +140,7 @@ pub fn attend(
         rope: &rope,
         norms: [&q_norm.weight, &k_norm.weight],
         q: Shared(q.data_mut().as_mut_ptr()),
-        width: q.width,
+        stride: q.stride,
         k: &k,
         v: &v,
         segments,
@@ -166,9 +166,9 @@ struct Step<'a> {
     layout: Layout,
     rope: &'a Rope,
     norms: [&'a [f32]; 2],
-    /// `[rows, width]`, normed and rotated in place
+    /// Normed and rotated in place; what comes out has rows as far apart.
     q: Shared,
-    width: usize,
+    stride: usize,
     k: &'a Tensor,
     v: &'a Tensor,
     segments: &'a [Segment],
@@ -235,7 +235,7 @@ impl Prepare<'_> {
         let scale = (dim as f32).powf(-0.5);
         let mut turned = vec![0.0; dim];
         for head in 0..self.step.shape.num_attention_heads {
-            let q = self.step.q.at(row * self.step.width + head * dim);
+            let q = self.step.q.at(row * self.step.stride + head * dim);
             let q = std::slice::from_raw_parts_mut(q, dim);
             self.turn::<S>(row, q, self.step.norms[0], scale, &mut turned);
             q.copy_from_slice(&turned);
@@ -374,7 +374,7 @@ impl Attend<'_> {
         let mut q = [std::ptr::null::<f32>(); Q];
         let mut limits = [0; Q];
         for (place, (row, head)) in queries.into_iter().enumerate() {
-            q[place] = unsafe { step.q.at((segment.rows.start + row) * step.width + head * dim) };
+            q[place] = unsafe { step.q.at((segment.rows.start + row) * step.stride + head * dim) };
             limits[place] = segment.start + row + 1;
         }
         // The rows ascend, so the last query sees the most.
@@ -403,7 +403,7 @@ impl Attend<'_> {
             let acc = &state.acc[place * step.layout.value_dim()..][..dim];
             let factor = 1.0 / state.total[place];
             for (d, acc) in acc.iter().enumerate() {
-                let at = (segment.rows.start + row) * step.width + head * dim + d;
+                let at = (segment.rows.start + row) * step.stride + head * dim + d;
                 unsafe { *self.out.at(at) = acc * factor };
             }
         }

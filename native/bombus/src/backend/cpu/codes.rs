@@ -1,7 +1,7 @@
 //! The codes of a quantized row: `bits` each, packed from the low bits on.
 //! Format: MLX's `quantize` (mlx/ops.cpp): a row is one stream of bits.
 
-use super::simd::Simd;
+use super::simd::{BYTES, Simd};
 
 /// Writes a row's codes as bytes, in their order; `codes.len()` is a multiple of 32.
 #[inline(always)]
@@ -20,15 +20,33 @@ pub fn unpack(packed: &[u8], bits: usize, codes: &mut [u8]) {
 
 /// Codes of 4 bits as bytes: for each group those at even places, then the others.
 #[inline(always)]
-pub fn unpack_nibbles<S: Simd>(packed: &[u8], group_size: usize, codes: &mut [u8]) {
+pub unsafe fn unpack_nibbles<S: Simd>(packed: &[u8], group_size: usize, codes: *mut u8) {
     let half = group_size / 2;
-    for (group, packed) in codes.chunks_exact_mut(group_size).zip(packed.chunks_exact(half)) {
-        let (even, odd) = group.split_at_mut(half);
-        for ((even, odd), packed) in even.iter_mut().zip(odd).zip(packed) {
-            *even = packed & 15;
-            *odd = packed >> 4;
+    let mut nibbles = [[0u8; BYTES]; 2];
+    for place in (0..packed.len()).step_by(BYTES) {
+        let bytes = BYTES.min(packed.len() - place);
+        let line = packed.as_ptr().add(place);
+        let line = if bytes == BYTES { S::bytes(line) } else { S::bytes_part(line, bytes) };
+        let [even, odd] = S::nibbles(line);
+        S::bytes_store(nibbles[0].as_mut_ptr(), even);
+        S::bytes_store(nibbles[1].as_mut_ptr(), odd);
+        for first in (0..bytes).step_by(half) {
+            let to = codes.add(2 * (place + first));
+            let [even, odd] = [nibbles[0].as_ptr().add(first), nibbles[1].as_ptr().add(first)];
+            // Known sizes are copied by vectors.
+            match half {
+                16 => copy::<16>(even, odd, to),
+                32 => copy::<32>(even, odd, to),
+                _ => copy::<64>(even, odd, to),
+            }
         }
     }
+}
+
+#[inline(always)]
+unsafe fn copy<const HALF: usize>(even: *const u8, odd: *const u8, to: *mut u8) {
+    std::ptr::copy_nonoverlapping(even, to, HALF);
+    std::ptr::copy_nonoverlapping(odd, to.add(HALF), HALF);
 }
 
 #[cfg(test)]

@@ -1,26 +1,61 @@
 //! Activations as whole numbers, for exact products with quantized weights.
 //!
 //! For each group of weights that share a scale, x is written with signed digits of 8 bits:
-//! `x = scale * (d0 + d1 / base + d2 / base^2)`, where the largest |x| of the group makes d0 the
-//! largest digit. One digit is "int8 activations", two are more exact than bf16 (an error of
-//! 2^-16 of the group's largest, where bf16 has 2^-9 of x), three are f32 (2^-24). A dot product
-//! of codes and digits is exact, and `sum` is of the digits themselves, so that an error of x
-//! meets the weight and not the code, which is further from zero.
+//! `x = scale * (256 * d0 + d1)`, where the largest |x| of the group makes d0 the largest digit.
+//! Two digits are more exact than bf16 (an error of 2^-16 of the group's largest, where bf16 has
+//! 2^-9 of x), three are f32 (2^-24). A dot product of codes and digits is exact, and `sum` is of
+//! the digits themselves, so that an error of x meets the weight, and not the code, which is
+//! further from zero.
 
 use super::pool::Pool;
 use super::simd::{BYTES, Kernel, LANES, Level, Simd};
 use super::tensor::Tensor;
 use std::ops::Range;
 
-/// In which order the digits of a row lie, so that they meet the codes.
+/// How the digits of some rows lie, so that they meet the codes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Format {
     pub group_size: usize,
     /// Codes of 4 bits, two in a byte: the digits at even places are met first, then the others.
     pub nibbles: bool,
     pub planes: usize,
-    /// Sixteen rows side by side (many rows), or one after another (few).
-    pub tiled: bool,
+    pub shape: Shape,
+}
+
+/// What the lanes of a vector are.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Shape {
+    /// Quads of one digit of one row. `[row][digit][k]`
+    Rows,
+    /// One quad of one digit of 16 rows. `[tile][group][quad][digit][row][4]`
+    Tile,
+    /// One quad of both digits of 8 rows. `[tile][group][quad][row][digit][4]`
+    Pairs,
+    /// Two quads of both digits of 4 rows. `[tile][group][half of the quads][row][digit][2][4]`
+    Fours,
+}
+
+impl Shape {
+    /// The rows of a tile.
+    pub fn rows(self) -> usize {
+        match self {
+            Shape::Rows => 1,
+            Shape::Tile => 16,
+            Shape::Pairs => 8,
+            Shape::Fours => 4,
+        }
+    }
+
+    /// The quads that a vector holds.
+    pub fn quads(self) -> usize {
+        if self == Shape::Fours { 2 } else { 1 }
+    }
+}
+
+/// The bits of a digit beside codes of this kind.
+#[inline(always)]
+pub fn digit_bits<S: Simd>(nibbles: bool) -> u32 {
+    if nibbles { 8 } else { S::DIGIT_BITS }
 }
 
 /// The digits of x: `[rows, width]`.
@@ -28,49 +63,49 @@ pub struct Format {
 pub struct Digits {
     pub rows: usize,
     pub groups: usize,
-    /// The bytes from one digit's plane to the next (not tiled).
+    /// The bytes from one digit's plane to the next, in the shape of rows.
     pub plane: usize,
-    /// tiled: `[tile][group][quad of k][digit][row of tile][4]`, else `[row][digit][k]`
-    digits: Vec<i8>,
-    /// tiled: `[tile][group][row of tile]`, else `[row][group]`
+    digits: Vec<Line>,
+    /// What the last digit is worth. Rows: `[row][group]`, else `[tile][group][lane]`
     scales: Vec<f32>,
     /// The sum of each group of x, as the digits have it.
     sums: Vec<f32>,
-    /// The groups of a row in `scales`, with room for a whole vector at the last.
+    /// Rows: the groups of a row in `scales`, with room for a whole vector at the last.
     stride: usize,
 }
 
-/// The largest digit beside codes of this kind; a digit is worth twice as many of the next.
-#[inline(always)]
-pub fn largest_digit<S: Simd>(nibbles: bool) -> u8 {
-    if nibbles { 127 } else { S::DIGIT }
-}
+/// 64 digits, which one load takes without crossing a cache line.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Line([i8; BYTES]);
+
+/// Fewer numbers than this are done before a second thread has begun.
+pub const SERIAL: usize = 16 * 1024;
 
 impl Digits {
     pub fn fill(&mut self, level: Level, pool: &Pool, x: &Tensor, format: Format) {
-        let Format { group_size, planes, tiled, .. } = format;
+        let Format { group_size, planes, shape, .. } = format;
         self.rows = x.rows;
         self.groups = x.width / group_size;
         self.plane = x.width.next_multiple_of(2 * BYTES);
         self.stride = self.groups.next_multiple_of(LANES);
-        let (digits, numbers) = match tiled {
-            true => {
-                let rows = x.rows.next_multiple_of(LANES);
-                (rows * x.width * planes, rows * self.groups)
-            }
-            false => (x.rows * planes * self.plane, x.rows * self.stride),
+        let tiles = x.rows.div_ceil(shape.rows());
+        let (digits, numbers) = match shape {
+            Shape::Rows => (x.rows * planes * self.plane, x.rows * self.stride),
+            Shape::Tile => (tiles * LANES * planes * x.width, tiles * LANES * self.groups),
+            _ => (tiles * LANES * x.width / shape.quads(), tiles * LANES * self.groups),
         };
-        self.digits.resize(digits, 0);
-        if !tiled {
+        self.digits.resize(digits / BYTES, Line([0; BYTES]));
+        if shape == Shape::Rows {
             // The places behind the last group must be zero in whatever the vectors read.
-            self.digits.fill(0);
+            self.digits.fill(Line([0; BYTES]));
             self.scales.clear();
             self.sums.clear();
         }
         self.scales.resize(numbers, 0.0);
         self.sums.resize(numbers, 0.0);
         let out = Out {
-            digits: self.digits.as_mut_ptr(),
+            digits: self.digits.as_mut_ptr().cast(),
             scales: self.scales.as_mut_ptr(),
             sums: self.sums.as_mut_ptr(),
         };
@@ -80,48 +115,38 @@ impl Digits {
             // SAFETY: `out` has room for all rows, and each is written by one thread.
             unsafe { level.run(kernel) }
         };
-        match x.rows * x.width > SERIAL {
+        match x.rows > 1 && x.rows * x.width > SERIAL {
             true => pool.split(x.rows, 1, work),
             false => work(0..x.rows),
         }
     }
 
-    /// The digits of `row`, plane after plane (not tiled).
+    /// The digits of `row`, plane after plane (rows).
     #[inline(always)]
     pub unsafe fn row(&self, row: usize, planes: usize) -> *const u8 {
-        self.digits.as_ptr().add(row * planes * self.plane).cast()
+        self.digits.as_ptr().cast::<u8>().add(row * planes * self.plane)
     }
 
-    /// Scales and sums of a row, from a group on (not tiled).
+    /// Scales and sums of a row, from a group on (rows).
     #[inline(always)]
     pub unsafe fn row_numbers(&self, row: usize, group: usize) -> [*const f32; 2] {
         let place = row * self.stride + group;
-        unsafe { [self.scales.as_ptr().add(place), self.sums.as_ptr().add(place)] }
+        [self.scales.as_ptr().add(place), self.sums.as_ptr().add(place)]
     }
 
-    /// The digits of a group in a tile: `[quad][digit][row of tile][4]`.
+    /// The digits of a group in a tile, which are `vectors` vectors.
     #[inline(always)]
-    pub unsafe fn tile(
-        &self,
-        tile: usize,
-        group: usize,
-        group_size: usize,
-        planes: usize,
-    ) -> *const u8 {
-        let place = (tile * self.groups + group) * group_size * planes * LANES;
-        self.digits.as_ptr().add(place).cast()
+    pub unsafe fn tile(&self, tile: usize, group: usize, vectors: usize) -> *const u8 {
+        self.digits.as_ptr().add((tile * self.groups + group) * vectors).cast()
     }
 
     /// Scales and sums of a group in a tile.
     #[inline(always)]
     pub unsafe fn tile_numbers(&self, tile: usize, group: usize) -> [*const f32; 2] {
         let place = (tile * self.groups + group) * LANES;
-        unsafe { [self.scales.as_ptr().add(place), self.sums.as_ptr().add(place)] }
+        [self.scales.as_ptr().add(place), self.sums.as_ptr().add(place)]
     }
 }
-
-/// Fewer numbers than this are done before a second thread has begun.
-pub const SERIAL: usize = 16 * 1024;
 
 #[derive(Clone, Copy)]
 struct Out {
@@ -153,104 +178,140 @@ impl Kernel for Fill<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Format { group_size, nibbles, planes, tiled } = self.format;
+        let Format { group_size, nibbles, planes, shape } = self.format;
+        let bits = digit_bits::<S>(nibbles);
         let mut group = [[0; 128]; 3];
         for row in self.rows.clone() {
             let x = self.x.row(row).as_ptr();
             for index in 0..self.groups {
-                let x = x.add(index * group_size);
-                let largest = largest_digit::<S>(nibbles);
-                let [scale, sum] = digits::<S>(x, group_size, planes, largest, &mut group);
-                let number = match tiled {
-                    true => (row / LANES * self.groups + index) * LANES + row % LANES,
-                    false => row * self.stride + index,
-                };
-                *self.out.scales.add(number) = scale;
-                *self.out.sums.add(number) = sum;
-                match tiled {
-                    true => self.place_in_tile(row, index, &group),
-                    false => self.place_in_row(row, index, &group),
+                let [scale, sum] =
+                    digits::<S>(x.add(index * group_size), group_size, planes, bits, &mut group);
+                if nibbles {
+                    // In a row, one vector of codes holds 128.
+                    let half = if shape == Shape::Rows { BYTES } else { group_size / 2 };
+                    even_first(&mut group, group_size, planes, half);
+                }
+                match shape {
+                    Shape::Rows => self.place_in_row(row, index, &group, [scale, sum]),
+                    _ => self.place_in_tile(row, index, &group, [scale, sum], bits),
                 }
             }
         }
     }
 }
 
+/// The digits at even places go first, those at odd ones `half` behind them.
+#[inline(always)]
+fn even_first(group: &mut Group, group_size: usize, planes: usize, half: usize) {
+    for digits in group.iter_mut().take(planes) {
+        let mixed = *digits;
+        for pair in 0..group_size / 2 {
+            digits[pair] = mixed[2 * pair];
+            digits[half + pair] = mixed[2 * pair + 1];
+        }
+    }
+}
+
 impl Fill<'_> {
     #[inline(always)]
-    unsafe fn place_in_row(&self, row: usize, index: usize, group: &Group) {
+    unsafe fn place_in_row(&self, row: usize, index: usize, group: &Group, numbers: [f32; 2]) {
         let Format { group_size, nibbles, planes, .. } = self.format;
+        let number = row * self.stride + index;
+        *self.out.scales.add(number) = numbers[0];
+        *self.out.sums.add(number) = numbers[1];
         let first = index * group_size;
         for (plane, digits) in group.iter().enumerate().take(planes) {
             let out = self.out.digits.add((row * planes + plane) * self.plane);
+            let digits = digits.as_ptr();
             if !nibbles {
-                std::ptr::copy_nonoverlapping(digits.as_ptr(), out.add(first), group_size);
+                std::ptr::copy_nonoverlapping(digits, out.add(first), group_size);
                 continue;
             }
-            // A vector of codes holds 128: 64 at even places, then 64 at odd ones.
-            let block = first / 128 * 128;
-            let even = out.add(block + first % 128 / 2);
-            for pair in 0..group_size / 2 {
-                *even.add(pair) = digits[2 * pair];
-                *even.add(64 + pair) = digits[2 * pair + 1];
-            }
+            let even = out.add(first / 128 * 128 + first % 128 / 2);
+            std::ptr::copy_nonoverlapping(digits, even, group_size / 2);
+            std::ptr::copy_nonoverlapping(digits.add(BYTES), even.add(BYTES), group_size / 2);
         }
     }
 
     #[inline(always)]
-    unsafe fn place_in_tile(&self, row: usize, index: usize, group: &Group) {
-        let Format { group_size, nibbles, planes, .. } = self.format;
-        let tile = (row / LANES * self.groups + index) * group_size * planes * LANES;
+    unsafe fn place_in_tile(
+        &self,
+        row: usize,
+        index: usize,
+        group: &Group,
+        [scale, sum]: [f32; 2],
+        bits: u32,
+    ) {
+        let Format { group_size, planes, shape, .. } = self.format;
+        let (rows, quads) = (shape.rows(), shape.quads());
+        let place = row / rows * self.groups + index;
+        // Where the digits are no lanes, they are vectors.
+        let (vectors, lanes) = if shape == Shape::Tile { (planes, 1) } else { (1, planes * quads) };
+        let tile = self.out.digits.add(place * (group_size / 4 / quads) * vectors * BYTES);
         for (plane, digits) in group.iter().enumerate().take(planes) {
-            let mut ordered = [0; 128];
-            for place in 0..group_size {
-                let even_first = place / 2 + place % 2 * group_size / 2;
-                ordered[if nibbles { even_first } else { place }] = digits[place];
-            }
+            let (vector, lane) = match shape {
+                Shape::Tile => (plane, row % rows),
+                _ => (0, row % rows * lanes + plane * quads),
+            };
             for quad in 0..group_size / 4 {
-                let to = tile + (quad * planes + plane) * BYTES + row % LANES * 4;
-                let four = ordered.as_ptr().add(4 * quad);
-                std::ptr::copy_nonoverlapping(four, self.out.digits.add(to), 4);
+                let to = (quad / quads * vectors + vector) * BYTES + (lane + quad % quads) * 4;
+                let four = digits.as_ptr().add(4 * quad);
+                std::ptr::copy_nonoverlapping(four, tile.add(to), 4);
+            }
+            // A lane has its own digit's worth; the sum is counted once.
+            let worth = (1u32 << (bits * (planes - 1 - plane) as u32)) as f32;
+            let number = place * LANES + lane;
+            for part in 0..quads {
+                let own = if shape == Shape::Tile { 1.0 } else { worth };
+                *self.out.scales.add(number + part) = scale * own;
+                let first = plane == 0 && part == 0;
+                if first || shape != Shape::Tile {
+                    *self.out.sums.add(number + part) = if first { sum } else { 0.0 };
+                }
             }
         }
     }
 }
 
-/// -> the scale, and the sum of the digits' x
+/// -> what the last digit is worth, and the sum of the digits' x
 #[inline(always)]
 unsafe fn digits<S: Simd>(
     x: *const f32,
     group_size: usize,
     planes: usize,
-    largest: u8,
+    bits: u32,
     group: &mut Group,
 ) -> [f32; 2] {
-    unsafe {
-        let zero = S::splat(0.0);
-        let (mut peak, mut check) = (zero, zero);
-        for place in (0..group_size).step_by(LANES) {
-            let x = S::load(x.add(place));
-            peak = S::max(peak, S::abs(x));
-            check = S::fma(x, zero, check);
-        }
-        let (peak, base) = (S::largest(peak), 2.0 * f32::from(largest));
-        let factor = if peak > f32::MIN_POSITIVE * 1e6 { f32::from(largest) / peak } else { 0.0 };
-        let mut sums = [zero; 3];
-        for place in (0..group_size).step_by(LANES) {
-            let mut rest = S::mul(S::load(x.add(place)), S::splat(factor));
-            for plane in 0..planes {
-                let digit = S::round(rest);
-                S::store_i8(group[plane].as_mut_ptr().add(place), digit);
-                sums[plane] = S::add(sums[plane], digit);
-                rest = S::mul(S::sub(rest, digit), S::splat(base));
-            }
-        }
-        let mut sum = 0.0;
-        for plane in (0..planes).rev() {
-            sum = sum / base + S::sum(sums[plane]);
-        }
-        // What is no number must not become one.
-        let scale = peak / f32::from(largest) + S::sum(check);
-        [scale, scale * sum]
+    let zero = S::splat(0.0);
+    let (mut peak, mut check) = (zero, zero);
+    for place in (0..group_size).step_by(LANES) {
+        let x = S::load(x.add(place));
+        peak = S::max(peak, S::abs(x));
+        check = S::fma(x, zero, check);
     }
+    let base = (1u32 << bits) as f32;
+    let largest = base / 2.0 - 1.0;
+    let peak = S::largest(peak);
+    let factor = if peak > f32::MIN_POSITIVE * 1e6 { largest / peak } else { 0.0 };
+    // What is left for the next digit shall be at most its largest, which is one below its least.
+    let lean = S::splat(0.5 / base);
+    let mut sums = [zero; 3];
+    for place in (0..group_size).step_by(LANES) {
+        let mut rest = S::mul(S::load(x.add(place)), S::splat(factor));
+        for plane in 0..planes {
+            let leaning = if plane + 1 < planes { S::add(rest, lean) } else { rest };
+            let digit = S::min(S::splat(largest), S::round(leaning));
+            S::store_i8(group[plane].as_mut_ptr().add(place), digit);
+            sums[plane] = S::add(sums[plane], digit);
+            rest = S::mul(S::sub(rest, digit), S::splat(base));
+        }
+    }
+    let (mut sum, mut worth) = (0.0, 1.0);
+    for plane in 0..planes {
+        sum = sum * base + S::sum(sums[plane]);
+        worth *= if plane > 0 { base } else { 1.0 };
+    }
+    // What is no number must not become one.
+    let scale = peak / largest / worth + S::sum(check);
+    [scale, scale * sum]
 }

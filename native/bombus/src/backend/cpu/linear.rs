@@ -92,8 +92,10 @@ impl Linear {
         let formats = self.write_digits(cpu, x, &mut digits);
         let mut outputs: Vec<Tensor> =
             self.parts.iter().map(|part| cpu.spare.tensor(x.rows, part.out_features())).collect();
-        let targets: Vec<Shared> =
-            outputs.iter_mut().map(|output| Shared(output.data_mut().as_mut_ptr())).collect();
+        let targets: Vec<(Shared, usize)> = outputs
+            .iter_mut()
+            .map(|output| (Shared(output.data_mut().as_mut_ptr()), output.stride))
+            .collect();
         let total = self.parts.iter().map(Weights::out_features).sum();
         cpu.pool.split(total, GRAIN, |range| {
             let mut start = 0;
@@ -106,7 +108,8 @@ impl Linear {
                 }
                 let own = own.start - start..own.end - start;
                 let format = formats[part].map(|place| (&digits[place].1, digits[place].0));
-                let target = Target { y: targets[part], range: own, stride: end - start };
+                let (y, stride) = targets[part];
+                let target = Target { y, range: own, stride };
                 // SAFETY: the columns of this range are this thread's alone.
                 unsafe { weights.product(cpu, x, format, target.clone()) };
                 for delta in deltas.iter().filter(|delta| delta.part == part) {
@@ -150,7 +153,7 @@ impl Linear {
 /// Threads get multiples of so many columns, whole tiles in every kernel.
 const GRAIN: usize = 24;
 
-/// Columns of an output.
+/// Columns of an output, whose rows are `stride` numbers apart.
 #[derive(Clone)]
 struct Target {
     y: Shared,
@@ -293,13 +296,14 @@ impl Kernel for Add<'_> {
     unsafe fn run<S: Simd>(self) {
         let Target { y, range, stride } = self.target;
         let Delta { rows, inner, up, rank, .. } = self.delta;
+        let out_features = up.len() / rank;
         for (row, inner) in rows.clone().zip(inner.chunks_exact(*rank)) {
             for place in range.clone().step_by(LANES) {
                 let lanes = LANES.min(range.end - place);
                 let y = y.at(row * stride + place);
                 let mut sum = Float::F32.load::<S>(y.cast(), 0, lanes);
                 for (r, &weight) in inner.iter().enumerate() {
-                    let up = up.as_ptr().add(r * stride).cast();
+                    let up = up.as_ptr().add(r * out_features).cast();
                     let up = Float::F32.load::<S>(up, place, lanes);
                     sum = S::fma(S::splat(weight), up, sum);
                 }

@@ -117,11 +117,11 @@ impl Cpu {
     /// `[rows, width]` from what `work` writes into each row.
     fn map(&self, rows: usize, width: usize, work: impl Fn(usize, &mut [f32]) + Sync) -> Tensor {
         let mut out = self.spare.tensor(rows, width);
-        let target = Shared(out.data_mut().as_mut_ptr());
+        let (target, stride) = (Shared(out.data_mut().as_mut_ptr()), out.stride);
         self.rows(rows, width, |range| {
             for row in range {
                 // SAFETY: each row is written by one thread.
-                let out = unsafe { std::slice::from_raw_parts_mut(target.at(row * width), width) };
+                let out = unsafe { std::slice::from_raw_parts_mut(target.at(row * stride), width) };
                 work(row, out);
             }
         });

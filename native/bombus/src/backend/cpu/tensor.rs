@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex};
 pub struct Tensor {
     pub rows: usize,
     pub width: usize,
+    /// The numbers from one row to the next.
+    pub stride: usize,
     data: Vec<f32>,
     home: Spare,
 }
@@ -21,14 +23,16 @@ const KEPT: usize = 8;
 impl Spare {
     /// Its values are whatever was there.
     pub fn tensor(&self, rows: usize, width: usize) -> Tensor {
-        let size = rows * width;
+        // Rows at multiples of 4 KB would all fall into the same few lines of the caches.
+        let stride = if rows > 1 { width.next_multiple_of(16) + 16 } else { width };
+        let size = rows * stride;
         let mut spare = lock(&self.0);
         let best = (0..spare.len())
             .filter(|&place| spare[place].capacity() >= size)
             .min_by_key(|&place| spare[place].capacity());
         let mut data = best.map(|place| spare.swap_remove(place)).unwrap_or_default();
         data.resize(size, 0.0);
-        Tensor { rows, width, data, home: self.clone() }
+        Tensor { rows, width, stride, data, home: self.clone() }
     }
 
     fn keep(&self, data: Vec<f32>) {
@@ -43,7 +47,7 @@ impl Spare {
 
 impl Tensor {
     pub fn row(&self, row: usize) -> &[f32] {
-        &self.data[row * self.width..][..self.width]
+        &self.data[row * self.stride..][..self.width]
     }
 
     pub fn data_mut(&mut self) -> &mut [f32] {

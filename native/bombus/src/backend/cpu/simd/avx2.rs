@@ -22,12 +22,36 @@ macro_rules! halves {
     };
 }
 
+// No closures here: they would be compiled without the extension.
+
 #[inline(always)]
-unsafe fn reduce(a: F, op: unsafe fn(__m128, __m128) -> __m128, both: __m256) -> f32 {
-    let _ = a;
-    let quarter = op(_mm256_castps256_ps128(both), _mm256_extractf128_ps::<1>(both));
-    let pair = op(quarter, _mm_movehl_ps(quarter, quarter));
-    _mm_cvtss_f32(op(pair, _mm_movehdup_ps(pair)))
+unsafe fn f16_half(p: *const u16) -> __m256 {
+    _mm256_cvtph_ps(_mm_loadu_si128(p.cast()))
+}
+
+#[inline(always)]
+unsafe fn bf16_half(p: *const u16) -> __m256 {
+    let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+}
+
+#[inline(always)]
+unsafe fn power_half(n: __m256) -> __m256 {
+    let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
+}
+
+#[inline(always)]
+unsafe fn dot_half(acc: __m256i, codes: __m256i, digits: __m256i) -> __m256i {
+    let pairs = _mm256_maddubs_epi16(codes, digits);
+    _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+}
+
+#[inline(always)]
+unsafe fn expand_half(table: &[f32; LANES], first: usize, shift: u32) -> __m256 {
+    let low = _mm_broadcast_ss(table.get_unchecked(first >> shift));
+    let high = _mm_broadcast_ss(table.get_unchecked((first + 4) >> shift));
+    _mm256_set_m128(high, low)
 }
 
 impl Simd for Avx2 {
@@ -37,7 +61,7 @@ impl Simd for Avx2 {
     type Table = [f32; LANES];
 
     // vpmaddubsw adds two products in 16 bits: 2 * 255 * 64 fits.
-    const DIGIT: u8 = 63;
+    const DIGIT_BITS: u32 = 7;
     const ACCUMULATORS: usize = 6;
 
     #[inline(always)]
@@ -56,16 +80,11 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u16) -> F {
-        let half = |p: *const u16| _mm256_cvtph_ps(_mm_loadu_si128(p.cast()));
-        [half(p), half(p.add(8))]
+        [f16_half(p), f16_half(p.add(8))]
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> F {
-        let half = |p: *const u16| {
-            let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
-            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
-        };
-        [half(p), half(p.add(8))]
+        [bf16_half(p), bf16_half(p.add(8))]
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, x: F) {
@@ -111,22 +130,21 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn power_of_two(n: F) -> F {
-        let bias = _mm256_set1_epi32(127);
-        let half = |n| {
-            let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), bias);
-            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
-        };
-        [half(n[0]), half(n[1])]
+        [power_half(n[0]), power_half(n[1])]
     }
     #[inline(always)]
     unsafe fn sum(a: F) -> f32 {
         let both = _mm256_add_ps(a[0], a[1]);
-        reduce(a, |a, b| _mm_add_ps(a, b), both)
+        let four = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps::<1>(both));
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
     }
     #[inline(always)]
     unsafe fn largest(a: F) -> f32 {
         let both = _mm256_max_ps(a[0], a[1]);
-        reduce(a, |a, b| _mm_max_ps(a, b), both)
+        let four = _mm_max_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps::<1>(both));
+        let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
     }
 
     #[inline(always)]
@@ -136,6 +154,15 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn float(a: [__m256i; 2]) -> F {
         [_mm256_cvtepi32_ps(a[0]), _mm256_cvtepi32_ps(a[1])]
+    }
+    #[inline(always)]
+    unsafe fn shift(a: [__m256i; 2], bits: u32) -> [__m256i; 2] {
+        let bits = _mm_cvtsi32_si128(bits as i32);
+        [_mm256_sll_epi32(a[0], bits), _mm256_sll_epi32(a[1], bits)]
+    }
+    #[inline(always)]
+    unsafe fn iadd(a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])]
     }
     #[inline(always)]
     unsafe fn bytes(p: *const u8) -> [__m256i; 2] {
@@ -152,6 +179,15 @@ impl Simd for Avx2 {
         [_mm256_set1_epi32(p.cast::<i32>().read_unaligned()); 2]
     }
     #[inline(always)]
+    unsafe fn bytes_splat8(p: *const u8) -> [__m256i; 2] {
+        [_mm256_set1_epi64x(p.cast::<i64>().read_unaligned()); 2]
+    }
+    #[inline(always)]
+    unsafe fn bytes_store(p: *mut u8, x: [__m256i; 2]) {
+        _mm256_storeu_si256(p.cast(), x[0]);
+        _mm256_storeu_si256(p.add(32).cast(), x[1]);
+    }
+    #[inline(always)]
     unsafe fn nibbles(a: [__m256i; 2]) -> [[__m256i; 2]; 2] {
         let low = _mm256_set1_epi8(15);
         let shifted = [_mm256_srli_epi16::<4>(a[0]), _mm256_srli_epi16::<4>(a[1])];
@@ -162,12 +198,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn dot(acc: [__m256i; 2], codes: [__m256i; 2], digits: [__m256i; 2]) -> [__m256i; 2] {
-        let one = _mm256_set1_epi16(1);
-        let half = |acc, codes, digits| unsafe {
-            let pairs = _mm256_maddubs_epi16(codes, digits);
-            _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, one))
-        };
-        [half(acc[0], codes[0], digits[0]), half(acc[1], codes[1], digits[1])]
+        [dot_half(acc[0], codes[0], digits[0]), dot_half(acc[1], codes[1], digits[1])]
     }
 
     #[inline(always)]
@@ -178,14 +209,11 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn expand(table: &[f32; LANES], block: usize, shift: u32) -> F {
-        let entry = |lane: usize| unsafe { table.get_unchecked((block * LANES + lane) >> shift) };
+        let first = block * LANES;
         if shift >= 3 {
-            return [_mm256_broadcast_ss(entry(0)), _mm256_broadcast_ss(entry(8))];
+            let low = _mm256_broadcast_ss(table.get_unchecked(first >> shift));
+            return [low, _mm256_broadcast_ss(table.get_unchecked((first + 8) >> shift))];
         }
-        let half = |lane| unsafe {
-            let quarters = (_mm_broadcast_ss(entry(lane)), _mm_broadcast_ss(entry(lane + 4)));
-            _mm256_set_m128(quarters.1, quarters.0)
-        };
-        [half(0), half(8)]
+        [expand_half(table, first, shift), expand_half(table, first + 8, shift)]
     }
 }

@@ -22,7 +22,7 @@ impl Simd for Avx512 {
     type B = __m512i;
     type Table = __m512;
 
-    const DIGIT: u8 = 127;
+    const DIGIT_BITS: u32 = 8;
     const ACCUMULATORS: usize = 24;
 
     #[inline(always)]
@@ -120,6 +120,14 @@ impl Simd for Avx512 {
         _mm512_cvtepi32_ps(a)
     }
     #[inline(always)]
+    unsafe fn shift(a: __m512i, bits: u32) -> __m512i {
+        _mm512_sll_epi32(a, _mm_cvtsi32_si128(bits as i32))
+    }
+    #[inline(always)]
+    unsafe fn iadd(a: __m512i, b: __m512i) -> __m512i {
+        _mm512_add_epi32(a, b)
+    }
+    #[inline(always)]
     unsafe fn bytes(p: *const u8) -> __m512i {
         _mm512_loadu_si512(p.cast())
     }
@@ -131,6 +139,14 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn bytes_splat(p: *const u8) -> __m512i {
         _mm512_set1_epi32(p.cast::<i32>().read_unaligned())
+    }
+    #[inline(always)]
+    unsafe fn bytes_splat8(p: *const u8) -> __m512i {
+        _mm512_set1_epi64(p.cast::<i64>().read_unaligned())
+    }
+    #[inline(always)]
+    unsafe fn bytes_store(p: *mut u8, x: __m512i) {
+        _mm512_storeu_si512(p.cast(), x)
     }
     #[inline(always)]
     unsafe fn nibbles(a: __m512i) -> [__m512i; 2] {

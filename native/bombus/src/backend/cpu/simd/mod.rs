@@ -101,8 +101,8 @@ pub trait Simd: Copy + 'static {
     /// 16 f32 to be picked from
     type Table: Copy;
 
-    /// The largest digit that `dot` may be given beside codes of up to 8 bits.
-    const DIGIT: u8;
+    /// The bits of a digit that `dot` may be given beside codes of 8 bits.
+    const DIGIT_BITS: u32;
     /// How many accumulators of 16 i32 stay in registers.
     const ACCUMULATORS: usize;
 
@@ -136,11 +136,17 @@ pub trait Simd: Copy + 'static {
 
     unsafe fn izero() -> Self::I;
     unsafe fn float(a: Self::I) -> Self::F;
+    /// `a << bits`
+    unsafe fn shift(a: Self::I, bits: u32) -> Self::I;
+    unsafe fn iadd(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn bytes(p: *const u8) -> Self::B;
     /// The first `n` bytes, zeros behind them.
     unsafe fn bytes_part(p: *const u8, n: usize) -> Self::B;
     /// Four bytes, sixteen times.
     unsafe fn bytes_splat(p: *const u8) -> Self::B;
+    /// Eight bytes, eight times.
+    unsafe fn bytes_splat8(p: *const u8) -> Self::B;
+    unsafe fn bytes_store(p: *mut u8, x: Self::B);
     /// The low and the high four bits of every byte.
     unsafe fn nibbles(a: Self::B) -> [Self::B; 2];
     /// Adds to each lane the products of its four codes (unsigned) and digits (signed).

@@ -36,7 +36,7 @@ impl Simd for Portable {
     type B = [u8; BYTES];
     type Table = F;
 
-    const DIGIT: u8 = 127;
+    const DIGIT_BITS: u32 = 8;
     const ACCUMULATORS: usize = 4;
 
     #[inline(always)]
@@ -143,6 +143,14 @@ impl Simd for Portable {
         a.map(|a| a as f32)
     }
     #[inline(always)]
+    unsafe fn shift(a: [i32; LANES], bits: u32) -> [i32; LANES] {
+        a.map(|a| a << bits)
+    }
+    #[inline(always)]
+    unsafe fn iadd(a: [i32; LANES], b: [i32; LANES]) -> [i32; LANES] {
+        std::array::from_fn(|lane| a[lane] + b[lane])
+    }
+    #[inline(always)]
     unsafe fn bytes(p: *const u8) -> [u8; BYTES] {
         unsafe { p.cast::<[u8; BYTES]>().read_unaligned() }
     }
@@ -156,6 +164,15 @@ impl Simd for Portable {
     unsafe fn bytes_splat(p: *const u8) -> [u8; BYTES] {
         let four = unsafe { p.cast::<[u8; 4]>().read_unaligned() };
         std::array::from_fn(|place| four[place % 4])
+    }
+    #[inline(always)]
+    unsafe fn bytes_splat8(p: *const u8) -> [u8; BYTES] {
+        let eight = p.cast::<[u8; 8]>().read_unaligned();
+        std::array::from_fn(|place| eight[place % 8])
+    }
+    #[inline(always)]
+    unsafe fn bytes_store(p: *mut u8, x: [u8; BYTES]) {
+        p.cast::<[u8; BYTES]>().write_unaligned(x)
     }
     #[inline(always)]
     unsafe fn nibbles(a: [u8; BYTES]) -> [[u8; BYTES]; 2] {

@@ -1,0 +1,158 @@
+//! Checkpoints of random weights: the time that a step takes does not depend on them.
+
+use crate::Options;
+use anyhow::{Result, bail};
+use bombus::config::Config;
+use bombus::modules::{Module, projections, vocabulary};
+use safetensors::{Dtype, View};
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+
+const GROUP_SIZE: usize = 64;
+
+/// The folder of a checkpoint, made if it is not there.
+pub fn make(options: &Options) -> Result<PathBuf> {
+    let Options { model, bits, dtype, .. } = options;
+    let folder = options.dir.join(format!("qwen3-{model}-{bits}bit-{dtype}"));
+    let weights = folder.join("model.safetensors");
+    if weights.exists() {
+        return Ok(folder);
+    }
+    std::fs::create_dir_all(&folder)?;
+    std::fs::write(folder.join("config.json"), config(options)?.to_string())?;
+    let config = Config::open(&folder)?;
+    eprintln!("making {}", weights.display());
+    let part = folder.join("model.safetensors.part");
+    safetensors::serialize_to_file(tensors(&config, *bits, dtype)?, None, &part)?;
+    std::fs::rename(part, weights)?;
+    Ok(folder)
+}
+
+pub fn bytes(folder: &Path) -> Result<u64> {
+    Ok(std::fs::metadata(folder.join("model.safetensors"))?.len())
+}
+
+/// What Qwen publishes for these sizes; no token ends a text.
+fn config(options: &Options) -> Result<serde_json::Value> {
+    let (hidden, layers, heads, kv_heads, inner, vocab, tied) = match options.model.as_str() {
+        "0.6b" => (1024, 28, 16, 8, 3072, 151_936, true),
+        "8b" => (4096, 36, 32, 8, 12_288, 151_936, false),
+        "tiny" => (256, 4, 4, 2, 768, 2048, true),
+        other => bail!("--model {other} is unknown"),
+    };
+    Ok(serde_json::json!({
+        "model_type": "qwen3", "hidden_size": hidden, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 128,
+        "intermediate_size": inner, "vocab_size": vocab, "tie_word_embeddings": tied,
+        "rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0, "max_position_embeddings": 40_960,
+        "eos_token_id": [],
+        "quantization": { "group_size": GROUP_SIZE, "bits": options.bits },
+    }))
+}
+
+/// Numbers that are made when they are written.
+struct Random {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    kind: Kind,
+    seed: u64,
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Codes,
+    /// positive, about so large
+    About(f32),
+    Ones,
+}
+
+fn tensors(config: &Config, bits: usize, dtype: &str) -> Result<Vec<(String, Random)>> {
+    let float = match dtype {
+        "bf16" => Dtype::BF16,
+        "f16" => Dtype::F16,
+        "f32" => Dtype::F32,
+        other => bail!("--dtype {other} is unknown"),
+    };
+    let mut tensors: Vec<(String, Random)> = vec![];
+    let mut add = |name: String, dtype, shape: &[usize], kind| {
+        let seed = tensors.len() as u64;
+        tensors.push((name, Random { dtype, shape: shape.to_vec(), kind, seed }));
+    };
+    // A standard deviation of 0.02, as at the start of a training.
+    let scale = 0.07 / (1 << bits) as f32;
+    let mut quantized = |Module { path, in_features, out_features }: Module| {
+        let groups = [out_features, in_features / GROUP_SIZE];
+        let columns = in_features * bits / 32;
+        add(format!("{path}.weight"), Dtype::U32, &[out_features, columns], Kind::Codes);
+        add(format!("{path}.scales"), float, &groups, Kind::About(scale));
+        add(format!("{path}.biases"), float, &groups, Kind::About(-0.035));
+    };
+    quantized(vocabulary(config, "model.embed_tokens"));
+    if !config.tie_word_embeddings {
+        quantized(vocabulary(config, "lm_head"));
+    }
+    for layer in 0..config.num_hidden_layers {
+        projections(config, layer).into_iter().for_each(&mut quantized);
+    }
+    let (hidden, head_dim) = (config.hidden_size, config.head_dim);
+    add("model.norm.weight".into(), float, &[hidden], Kind::Ones);
+    for layer in 0..config.num_hidden_layers {
+        let norms = [
+            ("input_layernorm", hidden),
+            ("post_attention_layernorm", hidden),
+            ("self_attn.q_norm", head_dim),
+            ("self_attn.k_norm", head_dim),
+        ];
+        for (norm, width) in norms {
+            add(format!("model.layers.{layer}.{norm}.weight"), float, &[width], Kind::Ones);
+        }
+    }
+    Ok(tensors)
+}
+
+impl Random {
+    fn bytes(&self) -> Vec<u8> {
+        let size = self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8;
+        let mut state = self.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let mut next = || {
+            // xorshift64 (Marsaglia, 2003)
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state
+        };
+        let mut bytes = Vec::with_capacity(size + 8);
+        while bytes.len() < size {
+            let number = match self.kind {
+                Kind::Codes => {
+                    bytes.extend(next().to_le_bytes());
+                    continue;
+                }
+                Kind::About(mean) => mean * (0.75 + 0.5 * (next() >> 40) as f32 / (1 << 24) as f32),
+                Kind::Ones => 1.0,
+            };
+            match self.dtype {
+                Dtype::F32 => bytes.extend(number.to_le_bytes()),
+                Dtype::F16 => bytes.extend(half::f16::from_f32(number).to_le_bytes()),
+                _ => bytes.extend(half::bf16::from_f32(number).to_le_bytes()),
+            }
+        }
+        bytes.truncate(size);
+        bytes
+    }
+}
+
+impl View for Random {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    fn data(&self) -> Cow<'_, [u8]> {
+        self.bytes().into()
+    }
+    fn data_len(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+    }
+}

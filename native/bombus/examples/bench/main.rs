@@ -1,0 +1,154 @@
+//! How fast the engine is, without a BEAM, beside llama.cpp and mlx-lm. See bench/README.md.
+//!
+//!     cargo run --release -p bombus --example bench -- --prompt 64,512 --batch 1,2,4,8
+
+mod checkpoint;
+mod machine;
+mod measure;
+mod peers;
+mod report;
+
+use anyhow::{Context, Result, bail};
+use bombus::backend::cpu::{self, Level};
+use bombus::engine::Device;
+use lexopt::{Parser, ValueExt};
+use measure::Sizes;
+use std::path::PathBuf;
+
+const USAGE: &str = "\
+usage: bench [options]
+  --model NAME       0.6b (default), 8b or tiny: Qwen3's shapes, 4 bits, groups of 64, random weights
+  --bits N           4 (default), 2, 3, 5, 6 or 8
+  --dtype NAME       of scales and norms: bf16 (default), f16 or f32
+  --device NAME      cpu (default), mlx-cpu or gpu (with the feature mlx)
+  --threads N        physical cores by default
+  --simd NAME        portable, avx2 or avx512; the best by default
+  --prompt N,...     prefill of so many tokens (64,512)
+  --depth N,...      decode behind so many tokens (0,512)
+  --batch N,...      so many sequences at once (1,2,4,8)
+  --tokens N         generated for each figure (64)
+  --repeat N         rounds; every figure is their median (3)
+  --dir PATH         where checkpoints are kept (a folder of the system's for temporary files)
+  --json PATH        writes all figures there
+  --llama-cpp PATH   a folder with llama-bench and llama-batched-bench; takes turns with us
+  --gguf PATH        what those read
+  --mlx-lm PYTHON    a Python that has mlx_lm; takes its turn on the same checkpoint";
+
+pub struct Options {
+    pub model: String,
+    pub bits: usize,
+    pub dtype: String,
+    pub device: String,
+    pub cpu: cpu::Options,
+    pub sizes: Sizes,
+    pub repeat: usize,
+    pub dir: PathBuf,
+    pub json: Option<PathBuf>,
+    pub llama_cpp: Option<PathBuf>,
+    pub gguf: Option<PathBuf>,
+    pub mlx_lm: Option<PathBuf>,
+}
+
+impl Options {
+    fn parse() -> Result<Self> {
+        let mut options = Self {
+            model: "0.6b".into(),
+            bits: 4,
+            dtype: "bf16".into(),
+            device: "cpu".into(),
+            cpu: cpu::Options::default(),
+            sizes: Sizes {
+                prompt: vec![64, 512],
+                depth: vec![0, 512],
+                batch: vec![1, 2, 4, 8],
+                tokens: 64,
+            },
+            repeat: 3,
+            dir: std::env::temp_dir().join("bombus-bench"),
+            json: None,
+            llama_cpp: None,
+            gguf: None,
+            mlx_lm: None,
+        };
+        let mut parser = Parser::from_env();
+        while let Some(argument) = parser.next()? {
+            let lexopt::Arg::Long(name) = argument else { bail!("{USAGE}") };
+            let name = name.to_owned();
+            if name == "help" {
+                println!("{USAGE}");
+                std::process::exit(0);
+            }
+            let value = parser.value()?;
+            let numbers = || -> Result<Vec<usize>> {
+                let text = value.clone().string()?;
+                text.split(',').map(|n| n.trim().parse().context("a number")).collect()
+            };
+            match name.as_str() {
+                "model" => options.model = value.string()?,
+                "bits" => options.bits = value.parse()?,
+                "dtype" => options.dtype = value.string()?,
+                "device" => options.device = value.string()?,
+                "threads" => options.cpu.threads = value.parse()?,
+                "simd" => options.cpu.level = level(&value.string()?)?,
+                "prompt" => options.sizes.prompt = numbers()?,
+                "depth" => options.sizes.depth = numbers()?,
+                "batch" => options.sizes.batch = numbers()?,
+                "tokens" => options.sizes.tokens = value.parse()?,
+                "repeat" => options.repeat = value.parse()?,
+                "dir" => options.dir = value.into(),
+                "json" => options.json = Some(value.into()),
+                "llama-cpp" => options.llama_cpp = Some(value.into()),
+                "gguf" => options.gguf = Some(value.into()),
+                "mlx-lm" => options.mlx_lm = Some(value.into()),
+                _ => bail!("--{name} is unknown\n{USAGE}"),
+            }
+        }
+        Ok(options)
+    }
+
+    fn device(&self) -> Result<Device> {
+        Ok(match self.device.as_str() {
+            "cpu" => Device::Cpu(self.cpu),
+            #[cfg(feature = "mlx")]
+            "mlx-cpu" => Device::Mlx(bombus::backend::mlx::Device::Cpu),
+            #[cfg(feature = "mlx")]
+            "gpu" => Device::Mlx(bombus::backend::mlx::Device::Gpu),
+            other => bail!("there is no device {other} in this build"),
+        })
+    }
+}
+
+fn level(name: &str) -> Result<Level> {
+    Ok(match name {
+        "portable" => Level::Portable,
+        "avx2" => Level::Avx2,
+        "avx512" => Level::Avx512,
+        other => bail!("--simd {other} is unknown"),
+    })
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse()?;
+    let device = options.device()?;
+    let folder = checkpoint::make(&options)?;
+    let mut report = report::Report::new(&options, checkpoint::bytes(&folder)?);
+    for round in 0..options.repeat {
+        report.bandwidth(machine::bandwidth(options.cpu.threads));
+        let (figures, load) = measure::run(&folder, device, &options.sizes)?;
+        report.add("bombus", figures);
+        report.load(load);
+        for (name, figures) in peers::llama_cpp(&options)? {
+            report.add(&name, figures);
+        }
+        if round == 0
+            && let Some(python) = &options.mlx_lm
+        {
+            report.add("mlx-lm", peers::mlx_lm(python, &folder, &options.sizes)?);
+        }
+    }
+    report.print();
+    if let Some(path) = &options.json {
+        std::fs::write(path, serde_json::to_string_pretty(&report.json())?)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,117 @@
+//! The engine's own figures, through its own queue: tokens a second.
+
+use crate::machine;
+use anyhow::{Context, Result, bail};
+use bombus::engine::{Device, Engine, Event, Generation, Prompt, Request, Sink};
+use bombus::gauge;
+use bombus::sampler::Sampling;
+use bombus::scheduler::Limits;
+use std::path::Path;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Instant;
+
+/// What is asked for.
+pub struct Sizes {
+    pub prompt: Vec<usize>,
+    pub depth: Vec<usize>,
+    pub batch: Vec<usize>,
+    pub tokens: usize,
+}
+
+/// What is measured: a name, and tokens a second.
+pub type Figures = Vec<(String, f64)>;
+
+/// How a checkpoint was loaded.
+#[derive(Clone, Copy)]
+pub struct Load {
+    pub seconds: f64,
+    /// Bytes in memory at the end of all measurements, without those before the load.
+    pub resident: Option<u64>,
+    /// The KV caches' share in them, at most.
+    pub kv: u64,
+}
+
+pub fn run(folder: &Path, device: Device, sizes: &Sizes) -> Result<(Figures, Load)> {
+    let before = machine::resident();
+    let start = Instant::now();
+    let limits = Limits { max_batch_size: 256, ..Limits::default() };
+    let engine = Engine::load(folder, device, limits)?;
+    let seconds = start.elapsed().as_secs_f64();
+    // The first pass touches every page of the file.
+    decode(&engine, 8, 1, 8)?;
+    let mut figures = vec![];
+    let mut kv = 0;
+    for &prompt in &sizes.prompt {
+        figures.push((format!("prefill {prompt}"), prefill(&engine, prompt)?));
+    }
+    for &depth in &sizes.depth {
+        let (rate, bytes) = decode(&engine, depth.max(8), 1, sizes.tokens)?;
+        figures.push((format!("decode at {depth}"), rate));
+        kv = kv.max(bytes);
+    }
+    for &batch in &sizes.batch {
+        let (rate, bytes) = decode(&engine, 8, batch, sizes.tokens)?;
+        figures.push((format!("{batch} sequences"), rate));
+        kv = kv.max(bytes);
+    }
+    let resident = machine::resident().zip(before).map(|(after, before)| after - before);
+    Ok((figures, Load { seconds, resident, kv }))
+}
+
+/// From the request to the first token, whose logits alone are computed.
+fn prefill(engine: &Engine, prompt: usize) -> Result<f64> {
+    let start = Instant::now();
+    let (_generation, events) = generate(engine, prompt, 1, 0)?;
+    token(&events)?;
+    Ok(prompt as f64 / start.elapsed().as_secs_f64())
+}
+
+/// Tokens a second of all sequences together, from the moment when each has its first; and the
+/// bytes of their caches.
+fn decode(engine: &Engine, depth: usize, batch: usize, tokens: usize) -> Result<(f64, u64)> {
+    let running: Vec<_> =
+        (0..batch).map(|seed| generate(engine, depth, tokens + 1, seed)).collect::<Result<_>>()?;
+    let first: Vec<Instant> =
+        running.iter().map(|(_, events)| token(events)).collect::<Result<_>>()?;
+    let start = first.into_iter().max().context("no sequences")?;
+    let mut end = start;
+    // Tokens that came before the last sequence had its first do not count.
+    let mut counted = 0;
+    let mut kv = 0;
+    for (_, events) in &running {
+        for _ in 0..tokens {
+            let at = token(events)?;
+            counted += usize::from(at > start);
+            end = end.max(at);
+        }
+        kv = kv.max(gauge::KV_BYTES.load(Relaxed) as u64);
+    }
+    Ok((counted as f64 / (end - start).as_secs_f64(), kv))
+}
+
+type Running = (Generation, Receiver<(Event, Instant)>);
+
+fn generate(engine: &Engine, prompt: usize, tokens: usize, seed: usize) -> Result<Running> {
+    let (sender, events) = channel();
+    let sink = Sink::new(move |event| sender.send((event, Instant::now())).is_ok());
+    let ids = (0..prompt).map(|place| ((place * 7919 + seed * 104_729 + 11) % 2000) as u32);
+    let request = Request {
+        prompt: Prompt::Ids(ids.collect()),
+        tokenizer: None,
+        adapter: None,
+        sampling: Sampling::default(),
+        max_new_tokens: tokens,
+        max_context: None,
+        stop: vec![],
+    };
+    Ok((engine.generate(request, sink)?, events))
+}
+
+/// When the next token came.
+fn token(events: &Receiver<(Event, Instant)>) -> Result<Instant> {
+    match events.recv()? {
+        (Event::Chunk { .. }, at) => Ok(at),
+        (other, _) => bail!("the sequence ended early: {other:?}"),
+    }
+}
