@@ -20,7 +20,7 @@ use std::ops::Range;
 /// How far ahead of its use a row's codes are asked for. Measured: bench/README.md.
 const AHEAD: usize = 8192;
 /// Up to this many rows of x are multiplied one by one.
-const FEW: usize = 2;
+const FEW: usize = 4;
 /// The bytes of x that one pass over the weights may take: they shall stay in the L2 cache.
 const BLOCK: usize = 384 * 1024;
 
@@ -54,7 +54,6 @@ impl Affine {
         let planes = if self.float == Float::F32 { 3 } else { 2 };
         let shape = match (rows, planes) {
             (..=FEW, _) => Shape::Rows,
-            (..=4, 2) => Shape::Fours,
             (..=8, 2) => Shape::Pairs,
             _ => Shape::Tile,
         };
@@ -85,9 +84,13 @@ impl Affine {
         self.columns / self.layout.group_size
     }
 
+    fn row_bytes(&self) -> usize {
+        self.columns * self.layout.bits / 8
+    }
+
     #[inline(always)]
     unsafe fn row(&self, n: usize) -> &[u8] {
-        let bytes = self.columns * self.layout.bits / 8;
+        let bytes = self.row_bytes();
         std::slice::from_raw_parts(self.codes.as_ptr().add(n * bytes), bytes)
     }
 
@@ -112,8 +115,31 @@ pub struct Product<'a> {
     pub stride: usize,
 }
 
-/// Unpacked codes, and the scales and biases of some rows of weights.
-type Scratch = (Vec<u8>, Vec<f32>);
+/// Some columns of N rows of weights that stay in the L1 cache, unpacked; 32 of them are the
+/// smallest group.
+const CHUNK: usize = 1024;
+/// The most rows of weights in a tile.
+const WIDEST: usize = 12;
+
+/// A tile of y: a row of weights, and 16 lanes.
+type Out = [[f32; LANES]; WIDEST];
+
+/// Unpacked codes, the scales and biases of some rows of weights, and what comes out.
+type Scratch = (Vec<u8>, Vec<f32>, Vec<Out>);
+
+/// `body` with n = 0, 1, ... below `count`, which the compiler need not decide to unroll: what it
+/// does not unroll it keeps in memory.
+macro_rules! unrolled {
+    ($n:ident < $count:expr, $body:block) => {
+        unrolled!(@ $n, $count, $body, 0 1 2 3 4 5 6 7 8 9 10 11)
+    };
+    (@ $n:ident, $count:expr, $body:block, $($i:literal)*) => {
+        $(if $i < $count {
+            let $n = $i;
+            $body
+        })*
+    };
+}
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
@@ -129,18 +155,15 @@ impl Kernel for Product<'_> {
         match (self.format.shape, self.format.planes, S::ACCUMULATORS) {
             (Shape::Rows, 2, _) => self.few::<S, 2>(&mut scratch.0),
             (Shape::Rows, ..) => self.few::<S, 3>(&mut scratch.0),
-            (Shape::Fours, _, 24..) => self.many::<S, 1, 24, 2>(&mut scratch),
-            (Shape::Fours, _, 6..) => self.many::<S, 1, 6, 2>(&mut scratch),
-            (Shape::Fours, ..) => self.many::<S, 1, 4, 2>(&mut scratch),
-            (Shape::Pairs, _, 24..) => self.many::<S, 1, 24, 1>(&mut scratch),
-            (Shape::Pairs, _, 6..) => self.many::<S, 1, 6, 1>(&mut scratch),
-            (Shape::Pairs, ..) => self.many::<S, 1, 4, 1>(&mut scratch),
-            (Shape::Tile, 2, 24..) => self.many::<S, 2, 12, 1>(&mut scratch),
-            (Shape::Tile, 2, 6..) => self.many::<S, 2, 3, 1>(&mut scratch),
-            (Shape::Tile, 2, _) => self.many::<S, 2, 2, 1>(&mut scratch),
-            (Shape::Tile, _, 24..) => self.many::<S, 3, 8, 1>(&mut scratch),
-            (Shape::Tile, _, 6..) => self.many::<S, 3, 2, 1>(&mut scratch),
-            (Shape::Tile, ..) => self.many::<S, 3, 1, 1>(&mut scratch),
+            (Shape::Pairs, _, 24..) => self.many::<S, 1, 12>(&mut scratch),
+            (Shape::Pairs, _, 6..) => self.many::<S, 1, 6>(&mut scratch),
+            (Shape::Pairs, ..) => self.many::<S, 1, 4>(&mut scratch),
+            (Shape::Tile, 2, 24..) => self.many::<S, 2, 12>(&mut scratch),
+            (Shape::Tile, 2, 6..) => self.many::<S, 2, 3>(&mut scratch),
+            (Shape::Tile, 2, _) => self.many::<S, 2, 2>(&mut scratch),
+            (Shape::Tile, _, 24..) => self.many::<S, 3, 8>(&mut scratch),
+            (Shape::Tile, _, 6..) => self.many::<S, 3, 2>(&mut scratch),
+            (Shape::Tile, ..) => self.many::<S, 3, 1>(&mut scratch),
         }
         SCRATCH.set(scratch);
     }
@@ -151,8 +174,12 @@ impl Product<'_> {
     unsafe fn few<S: Simd, const P: usize>(&self, codes: &mut Vec<u8>) {
         match (self.format.nibbles, self.x.rows) {
             (true, 1) => self.row_by_row::<S, P, 1, true>(codes),
+            (true, 2) => self.row_by_row::<S, P, 2, true>(codes),
+            (true, 3) => self.row_by_row::<S, P, 3, true>(codes),
             (true, _) => self.row_by_row::<S, P, FEW, true>(codes),
             (false, 1) => self.row_by_row::<S, P, 1, false>(codes),
+            (false, 2) => self.row_by_row::<S, P, 2, false>(codes),
+            (false, 3) => self.row_by_row::<S, P, 3, false>(codes),
             (false, _) => self.row_by_row::<S, P, FEW, false>(codes),
         }
     }
@@ -229,117 +256,144 @@ impl Product<'_> {
         y
     }
 
-    /// Tiles of N rows of weights and 16 lanes of x; a lane has V digits and Q quads at a time.
+    /// Tiles of N rows of weights and 16 lanes of x, with V digits in each.
     #[inline(always)]
-    unsafe fn many<S: Simd, const V: usize, const N: usize, const Q: usize>(
+    unsafe fn many<S: Simd, const V: usize, const N: usize>(
         &self,
-        (codes, numbers): &mut Scratch,
+        (codes, numbers, out): &mut Scratch,
     ) {
-        let columns = self.affine.columns;
-        let stride = self.affine.groups().next_multiple_of(LANES);
-        codes.resize(N * columns, 0);
-        numbers.resize(2 * N * stride, 0.0);
-        let tile_rows = self.format.shape.rows();
-        let tiles = self.x.rows.div_ceil(tile_rows);
-        let block = (BLOCK / (columns * V * LANES / Q)).max(1);
+        let (columns, rows) = (self.affine.columns, self.format.shape.rows());
+        codes.resize(N * CHUNK, 0);
+        numbers.resize(2 * N * CHUNK / 32, 0.0);
+        let tiles = self.x.rows.div_ceil(rows);
+        let block = (BLOCK / (columns * V * LANES)).clamp(1, tiles);
+        out.resize(block, [[0.0; LANES]; WIDEST]);
         for first_tile in (0..tiles).step_by(block) {
+            let tiles = first_tile..tiles.min(first_tile + block);
             for first in self.range.clone().step_by(N) {
                 let count = N.min(self.range.end - first);
-                self.unpack::<S>(first, count, codes, numbers);
-                for tile in first_tile..tiles.min(first_tile + block) {
-                    let mut out = [[0.0; LANES]; N];
-                    self.tile::<S, V, N, Q>(codes, numbers, tile, &mut out);
-                    let rows = tile_rows.min(self.x.rows - tile * tile_rows);
-                    self.store(tile * tile_rows, rows, first, &out[..count]);
+                out.fill([[0.0; LANES]; WIDEST]);
+                for chunk in (0..columns).step_by(CHUNK) {
+                    let chunk = chunk..columns.min(chunk + CHUNK);
+                    self.unpack::<S>(first, count, chunk.clone(), codes, numbers);
+                    let next = self.next::<N>(first, chunk.end);
+                    for (tile, out) in tiles.clone().zip(out.iter_mut()) {
+                        let ahead = if tile == first_tile { next } else { std::ptr::null() };
+                        self.tile::<S, V, N>(codes, numbers, tile, chunk.clone(), ahead, out);
+                    }
+                }
+                for (tile, out) in tiles.clone().zip(out.iter()) {
+                    self.store(tile * rows, first, &out[..count]);
                 }
             }
         }
     }
 
-    /// Columns `first..` of some rows of y, from lanes.
+    /// The codes that come after those of N rows up to column `end`.
     #[inline(always)]
-    unsafe fn store(&self, row: usize, rows: usize, first: usize, out: &[[f32; LANES]]) {
-        let lanes = LANES / self.format.shape.rows();
-        for place in 0..rows {
+    unsafe fn next<const N: usize>(&self, first: usize, end: usize) -> *const u8 {
+        let row_bytes = self.affine.row_bytes();
+        let place = match end < self.affine.columns {
+            true => first * row_bytes + end * self.affine.layout.bits / 8,
+            false => (first + N) * row_bytes,
+        };
+        self.affine.codes.as_ptr().wrapping_add(place)
+    }
+
+    /// Columns `first..` of a tile's rows of y, from lanes.
+    #[inline(always)]
+    unsafe fn store(&self, row: usize, first: usize, out: &[[f32; LANES]]) {
+        let rows = self.format.shape.rows();
+        let lanes = LANES / rows;
+        for place in 0..rows.min(self.x.rows - row) {
             let y = self.y.at((row + place) * self.stride + first);
             for (n, out) in out.iter().enumerate() {
-                *y.add(n) = out[place * lanes..][..lanes].iter().sum();
+                let own = &out[place * lanes..][..lanes];
+                *y.add(n) = if lanes == 1 { own[0] } else { own.iter().sum() };
             }
         }
     }
 
-    /// Rows `first..first + count`: `codes` is `[row][column]`, `numbers` `[row][2][group]`.
+    /// Some columns of rows `first..first + count`: `codes` is `[row][CHUNK]`, `numbers`
+    /// `[row][2][CHUNK / 32]`.
     #[inline(always)]
     unsafe fn unpack<S: Simd>(
         &self,
         first: usize,
         count: usize,
+        chunk: Range<usize>,
         codes: &mut [u8],
         numbers: &mut [f32],
     ) {
-        let Affine { layout, columns, .. } = *self.affine;
-        let groups = self.affine.groups();
-        let stride = groups.next_multiple_of(LANES);
+        let Quantization { bits, group_size } = self.affine.layout;
+        let (group, groups) = (chunk.start / group_size, chunk.len() / group_size);
         for place in 0..count {
-            let row = self.affine.row(first + place);
-            for line in (0..row.len()).step_by(BYTES) {
-                prefetch(row.as_ptr().wrapping_add(line + AHEAD));
+            let row = &self.affine.row(first + place)[chunk.start * bits / 8..chunk.end * bits / 8];
+            let codes = &mut codes[place * CHUNK..][..chunk.len()];
+            match (bits, group_size) {
+                (4, 32) => codes::unpack_nibbles::<S, 16>(row, codes),
+                (4, 64) => codes::unpack_nibbles::<S, 32>(row, codes),
+                (4, _) => codes::unpack_nibbles::<S, 64>(row, codes),
+                (8, _) => codes.copy_from_slice(row),
+                (bits, _) => codes::unpack(row, bits, codes),
             }
-            let codes = &mut codes[place * columns..][..columns];
-            match layout.bits {
-                4 => codes::unpack_nibbles::<S>(row, layout.group_size, codes.as_mut_ptr()),
-                8 => codes.copy_from_slice(row),
-                bits => codes::unpack(row, bits, codes),
-            }
-            let numbers = numbers[2 * place * stride..][..2 * stride].as_mut_ptr();
-            for group in (0..groups).step_by(LANES) {
-                let count = LANES.min(groups - group);
-                let [scales, biases] = self.affine.numbers::<S>(first + place, group, count);
-                S::store(numbers.add(group), scales);
-                S::store(numbers.add(stride + group), biases);
+            let numbers = numbers[2 * place * CHUNK / 32..][..2 * CHUNK / 32].as_mut_ptr();
+            for next in (0..groups).step_by(LANES) {
+                let count = LANES.min(groups - next);
+                let both = self.affine.numbers::<S>(first + place, group + next, count);
+                S::store(numbers.add(next), both[0]);
+                S::store(numbers.add(CHUNK / 32 + next), both[1]);
             }
         }
     }
 
+    /// Adds the products of some columns to `out`, and asks for the codes at `ahead` meanwhile.
     #[inline(always)]
-    unsafe fn tile<S: Simd, const V: usize, const N: usize, const Q: usize>(
+    unsafe fn tile<S: Simd, const V: usize, const N: usize>(
         &self,
         codes: &[u8],
         numbers: &[f32],
         tile: usize,
-        out: &mut [[f32; LANES]; N],
+        chunk: Range<usize>,
+        ahead: *const u8,
+        out: &mut Out,
     ) {
-        let (columns, groups) = (self.affine.columns, self.affine.groups());
-        let stride = groups.next_multiple_of(LANES);
-        let group_size = self.format.group_size;
-        let steps = group_size / 4 / Q;
-        let bits = digit_bits::<S>(self.format.nibbles);
-        for group in 0..groups {
+        let Quantization { bits, group_size } = self.affine.layout;
+        let (row_bytes, group_bytes) = (self.affine.row_bytes(), group_size * bits / 8);
+        let steps = group_size / 4;
+        let digit_bits = digit_bits::<S>(self.format.nibbles);
+        for group in 0..chunk.len() / group_size {
             let mut acc = [[S::izero(); V]; N];
-            let digits = self.x.tile(tile, group, steps * V);
+            let in_row = chunk.start / group_size + group;
+            let digits = self.x.tile(tile, in_row, steps * V);
             let codes = codes.as_ptr().add(group * group_size);
             for step in 0..steps {
                 let mut x = [S::bytes(digits); V];
                 for v in 0..V {
                     x[v] = S::bytes(digits.add((step * V + v) * BYTES));
                 }
-                for n in 0..N {
-                    let codes = codes.add(n * columns + 4 * Q * step);
-                    let codes = if Q == 2 { S::bytes_splat8(codes) } else { S::bytes_splat(codes) };
+                unrolled!(n < N, {
+                    let codes = codes.add(n * CHUNK + 4 * step);
+                    let codes = S::bytes_splat(codes);
                     for v in 0..V {
                         acc[n][v] = S::dot(acc[n][v], codes, x[v]);
                     }
-                }
+                });
             }
-            let [scale, sum] = self.x.tile_numbers(tile, group);
+            let [scale, sum] = self.x.tile_numbers(tile, in_row);
             let (scale, sum) = (S::load(scale), S::load(sum));
-            for n in 0..N {
-                let product = joined::<S, V>(acc[n], bits);
-                let number = numbers.as_ptr().add(2 * n * stride + group);
+            let numbers = numbers.as_ptr().add(group);
+            let ask = !ahead.is_null() && group * group_bytes % BYTES < group_bytes;
+            unrolled!(n < N, {
+                if ask {
+                    prefetch(ahead.wrapping_add(n * row_bytes + group * group_bytes));
+                }
+                let product = joined::<S, V>(acc[n], digit_bits);
+                let number = numbers.add(2 * n * CHUNK / 32);
                 let y = out[n].as_mut_ptr();
-                let offset = S::fma(S::splat(*number.add(stride)), sum, S::load(y));
+                let offset = S::fma(S::splat(*number.add(CHUNK / 32)), sum, S::load(y));
                 S::store(y, S::fma(product, S::mul(S::splat(*number), scale), offset));
-            }
+            });
         }
     }
 }

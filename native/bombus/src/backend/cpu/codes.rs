@@ -18,35 +18,38 @@ pub fn unpack(packed: &[u8], bits: usize, codes: &mut [u8]) {
     }
 }
 
-/// Codes of 4 bits as bytes: for each group those at even places, then the others.
+/// Codes of 4 bits as bytes: for each group (twice HALF) those at even places, then the others.
 #[inline(always)]
-pub unsafe fn unpack_nibbles<S: Simd>(packed: &[u8], group_size: usize, codes: *mut u8) {
-    let half = group_size / 2;
-    let mut nibbles = [[0u8; BYTES]; 2];
-    for place in (0..packed.len()).step_by(BYTES) {
-        let bytes = BYTES.min(packed.len() - place);
-        let line = packed.as_ptr().add(place);
-        let line = if bytes == BYTES { S::bytes(line) } else { S::bytes_part(line, bytes) };
-        let [even, odd] = S::nibbles(line);
-        S::bytes_store(nibbles[0].as_mut_ptr(), even);
-        S::bytes_store(nibbles[1].as_mut_ptr(), odd);
-        for first in (0..bytes).step_by(half) {
-            let to = codes.add(2 * (place + first));
-            let [even, odd] = [nibbles[0].as_ptr().add(first), nibbles[1].as_ptr().add(first)];
-            // Known sizes are copied by vectors.
-            match half {
-                16 => copy::<16>(even, odd, to),
-                32 => copy::<32>(even, odd, to),
-                _ => copy::<64>(even, odd, to),
-            }
-        }
+pub unsafe fn unpack_nibbles<S: Simd, const HALF: usize>(packed: &[u8], codes: &mut [u8]) {
+    debug_assert_eq!(2 * packed.len(), codes.len());
+    let (lines, rest) = packed.as_chunks::<BYTES>();
+    let mut codes = codes.as_mut_ptr();
+    for line in lines {
+        spread::<S, HALF>(S::bytes(line.as_ptr()), BYTES, codes);
+        codes = codes.add(2 * BYTES);
+    }
+    if !rest.is_empty() {
+        spread::<S, HALF>(S::bytes_part(rest.as_ptr(), rest.len()), rest.len(), codes);
     }
 }
 
 #[inline(always)]
-unsafe fn copy<const HALF: usize>(even: *const u8, odd: *const u8, to: *mut u8) {
-    std::ptr::copy_nonoverlapping(even, to, HALF);
-    std::ptr::copy_nonoverlapping(odd, to.add(HALF), HALF);
+unsafe fn spread<S: Simd, const HALF: usize>(line: S::B, bytes: usize, codes: *mut u8) {
+    let [even, odd] = S::nibbles(line);
+    if HALF == BYTES && bytes == BYTES {
+        S::bytes_store(codes, even);
+        S::bytes_store(codes.add(BYTES), odd);
+        return;
+    }
+    let mut nibbles = [[0u8; BYTES]; 2];
+    S::bytes_store(nibbles[0].as_mut_ptr(), even);
+    S::bytes_store(nibbles[1].as_mut_ptr(), odd);
+    for first in (0..bytes).step_by(HALF) {
+        for (odd, nibbles) in nibbles.iter().enumerate() {
+            let to = codes.add(2 * first + odd * HALF);
+            std::ptr::copy_nonoverlapping(nibbles.as_ptr().add(first), to, HALF);
+        }
+    }
 }
 
 #[cfg(test)]

@@ -31,8 +31,6 @@ pub enum Shape {
     Tile,
     /// One quad of both digits of 8 rows. `[tile][group][quad][row][digit][4]`
     Pairs,
-    /// Two quads of both digits of 4 rows. `[tile][group][half of the quads][row][digit][2][4]`
-    Fours,
 }
 
 impl Shape {
@@ -42,13 +40,7 @@ impl Shape {
             Shape::Rows => 1,
             Shape::Tile => 16,
             Shape::Pairs => 8,
-            Shape::Fours => 4,
         }
-    }
-
-    /// The quads that a vector holds.
-    pub fn quads(self) -> usize {
-        if self == Shape::Fours { 2 } else { 1 }
     }
 }
 
@@ -77,10 +69,10 @@ pub struct Digits {
 /// 64 digits, which one load takes without crossing a cache line.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
-struct Line([i8; BYTES]);
+struct Line(#[allow(dead_code)] [i8; BYTES]);
 
 /// Fewer numbers than this are done before a second thread has begun.
-pub const SERIAL: usize = 16 * 1024;
+pub const SERIAL: usize = 6 * 1024;
 
 impl Digits {
     pub fn fill(&mut self, level: Level, pool: &Pool, x: &Tensor, format: Format) {
@@ -93,7 +85,7 @@ impl Digits {
         let (digits, numbers) = match shape {
             Shape::Rows => (x.rows * planes * self.plane, x.rows * self.stride),
             Shape::Tile => (tiles * LANES * planes * x.width, tiles * LANES * self.groups),
-            _ => (tiles * LANES * x.width / shape.quads(), tiles * LANES * self.groups),
+            Shape::Pairs => (tiles * LANES * x.width, tiles * LANES * self.groups),
         };
         self.digits.resize(digits / BYTES, Line([0; BYTES]));
         if shape == Shape::Rows {
@@ -243,31 +235,27 @@ impl Fill<'_> {
         bits: u32,
     ) {
         let Format { group_size, planes, shape, .. } = self.format;
-        let (rows, quads) = (shape.rows(), shape.quads());
+        let rows = shape.rows();
         let place = row / rows * self.groups + index;
-        // Where the digits are no lanes, they are vectors.
-        let (vectors, lanes) = if shape == Shape::Tile { (planes, 1) } else { (1, planes * quads) };
-        let tile = self.out.digits.add(place * (group_size / 4 / quads) * vectors * BYTES);
+        // The digits are lanes or vectors.
+        let vectors = if shape == Shape::Tile { planes } else { 1 };
+        let tile = self.out.digits.add(place * (group_size / 4) * vectors * BYTES);
+        let numbers = place * LANES;
         for (plane, digits) in group.iter().enumerate().take(planes) {
             let (vector, lane) = match shape {
                 Shape::Tile => (plane, row % rows),
-                _ => (0, row % rows * lanes + plane * quads),
+                _ => (0, row % rows * planes + plane),
             };
             for quad in 0..group_size / 4 {
-                let to = (quad / quads * vectors + vector) * BYTES + (lane + quad % quads) * 4;
+                let to = (quad * vectors + vector) * BYTES + lane * 4;
                 let four = digits.as_ptr().add(4 * quad);
                 std::ptr::copy_nonoverlapping(four, tile.add(to), 4);
             }
-            // A lane has its own digit's worth; the sum is counted once.
-            let worth = (1u32 << (bits * (planes - 1 - plane) as u32)) as f32;
-            let number = place * LANES + lane;
-            for part in 0..quads {
-                let own = if shape == Shape::Tile { 1.0 } else { worth };
-                *self.out.scales.add(number + part) = scale * own;
-                let first = plane == 0 && part == 0;
-                if first || shape != Shape::Tile {
-                    *self.out.sums.add(number + part) = if first { sum } else { 0.0 };
-                }
+            // A lane has its own digit's worth, and the sum is counted once.
+            let below = if shape == Shape::Tile { 0 } else { planes - 1 - plane };
+            *self.out.scales.add(numbers + lane) = scale * (1u32 << (bits * below as u32)) as f32;
+            if plane == 0 || shape == Shape::Pairs {
+                *self.out.sums.add(numbers + lane) = if plane == 0 { sum } else { 0.0 };
             }
         }
     }

@@ -179,10 +179,6 @@ impl Simd for Avx2 {
         [_mm256_set1_epi32(p.cast::<i32>().read_unaligned()); 2]
     }
     #[inline(always)]
-    unsafe fn bytes_splat8(p: *const u8) -> [__m256i; 2] {
-        [_mm256_set1_epi64x(p.cast::<i64>().read_unaligned()); 2]
-    }
-    #[inline(always)]
     unsafe fn bytes_store(p: *mut u8, x: [__m256i; 2]) {
         _mm256_storeu_si256(p.cast(), x[0]);
         _mm256_storeu_si256(p.add(32).cast(), x[1]);

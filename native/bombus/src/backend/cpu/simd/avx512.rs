@@ -141,10 +141,6 @@ impl Simd for Avx512 {
         _mm512_set1_epi32(p.cast::<i32>().read_unaligned())
     }
     #[inline(always)]
-    unsafe fn bytes_splat8(p: *const u8) -> __m512i {
-        _mm512_set1_epi64(p.cast::<i64>().read_unaligned())
-    }
-    #[inline(always)]
     unsafe fn bytes_store(p: *mut u8, x: __m512i) {
         _mm512_storeu_si512(p.cast(), x)
     }

@@ -144,8 +144,6 @@ pub trait Simd: Copy + 'static {
     unsafe fn bytes_part(p: *const u8, n: usize) -> Self::B;
     /// Four bytes, sixteen times.
     unsafe fn bytes_splat(p: *const u8) -> Self::B;
-    /// Eight bytes, eight times.
-    unsafe fn bytes_splat8(p: *const u8) -> Self::B;
     unsafe fn bytes_store(p: *mut u8, x: Self::B);
     /// The low and the high four bits of every byte.
     unsafe fn nibbles(a: Self::B) -> [Self::B; 2];

@@ -166,11 +166,6 @@ impl Simd for Portable {
         std::array::from_fn(|place| four[place % 4])
     }
     #[inline(always)]
-    unsafe fn bytes_splat8(p: *const u8) -> [u8; BYTES] {
-        let eight = p.cast::<[u8; 8]>().read_unaligned();
-        std::array::from_fn(|place| eight[place % 8])
-    }
-    #[inline(always)]
     unsafe fn bytes_store(p: *mut u8, x: [u8; BYTES]) {
         p.cast::<[u8; BYTES]>().write_unaligned(x)
     }
