@@ -6,6 +6,7 @@
 
 mod common;
 
+use bombus::backend::cpu::Options;
 use bombus::engine::{Device, Engine, Event, Prompt, Sink};
 use bombus::error::{Error, Result};
 use bombus::gauge;
@@ -305,4 +306,46 @@ fn the_shipped_model_speaks() {
             answer.text.to_lowercase().contains("coffee") && answer.text.ends_with(['.', '?', '!'])
         );
     });
+}
+
+/// In place of the file: shorter, longer, or with other bytes.
+#[test]
+fn a_file_that_changes_under_a_model_is_an_error_and_not_the_end() {
+    let _alone = alone();
+    let cpu = Device::Cpu(Default::default());
+    for change in [
+        |file: &std::fs::File| file.set_len(4096),
+        |file: &std::fs::File| file.set_len(1 << 24),
+        |file: &std::fs::File| file.set_modified(std::time::SystemTime::UNIX_EPOCH),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["config.json", "model.safetensors"] {
+            std::fs::copy(parity(ENDLESS).join(name), folder.path().join(name)).unwrap();
+        }
+        let engine = Engine::load(folder.path(), cpu, Limits::default()).unwrap();
+        let weights = folder.path().join("model.safetensors");
+        change(&std::fs::File::options().write(true).open(weights).unwrap()).unwrap();
+        let error = generate(&engine, ids_request(&PROMPT, 5)).unwrap_err();
+        assert!(matches!(&error, Error::Io(what) if what.contains("changed")), "{error:?}");
+        assert!(matches!(score(&engine, &PROMPT, None), Err(Error::Io(_))));
+    }
+    let engine = load_with(cpu, Limits::default());
+    assert_eq!(generate(&engine, ids_request(&PROMPT, 5)).unwrap().ids.len(), 5);
+}
+
+#[test]
+fn models_side_by_side_answer_as_alone() {
+    let _alone = alone();
+    let engines: Vec<Engine> = (1..=3)
+        .map(|threads| {
+            let options = Options { threads, ..Options::default() };
+            load_with(Device::Cpu(options), Limits::default())
+        })
+        .collect();
+    let request = || ids_request(&PROMPT, 60);
+    let expected = generate(&engines[0], request()).unwrap();
+    for _ in 0..3 {
+        let running: Vec<_> = engines.iter().map(|e| start(e, request()).unwrap()).collect();
+        running.into_iter().for_each(|running| assert_eq!(running.wait().unwrap(), expected));
+    }
 }

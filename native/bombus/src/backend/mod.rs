@@ -7,6 +7,8 @@
 pub mod cpu;
 #[cfg(feature = "mlx")]
 pub mod mlx;
+#[cfg(test)]
+mod sample_tests;
 
 use crate::config::Quantization;
 use crate::error::Result;

@@ -20,6 +20,8 @@ mod rows;
 mod sample;
 mod simd;
 mod tensor;
+#[cfg(test)]
+mod tests;
 
 pub use pool::{Turn, default_threads};
 pub use simd::Level;

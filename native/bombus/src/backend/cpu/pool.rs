@@ -4,11 +4,12 @@
 //! A step is some hundred short regions, a few microseconds to a millisecond each. Between them
 //! the threads spin; soon after the last one they sleep, and cost nothing.
 
+use super::lock;
 use std::cell::UnsafeCell;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
@@ -37,7 +38,8 @@ pub struct Pool {
 
 struct Shared {
     turns: Turns,
-    workers: RwLock<Vec<Arc<Worker>>>,
+    /// Locked while a region runs.
+    workers: Mutex<Vec<Arc<Worker>>>,
 }
 
 /// Whoever holds it runs its steps; others wait in the order in which they came.
@@ -76,8 +78,8 @@ impl Pool {
     pub fn new(threads: usize) -> std::io::Result<Self> {
         static SHARED: OnceLock<Shared> = OnceLock::new();
         let shared =
-            SHARED.get_or_init(|| Shared { turns: Turns::default(), workers: RwLock::default() });
-        let mut workers = shared.workers.write().unwrap_or_else(PoisonError::into_inner);
+            SHARED.get_or_init(|| Shared { turns: Turns::default(), workers: Mutex::default() });
+        let mut workers = lock(&shared.workers);
         while workers.len() + 1 < threads {
             let index = workers.len() + 1;
             workers.push(Worker::spawn(index)?);
@@ -86,7 +88,7 @@ impl Pool {
         Ok(Self { threads, shared })
     }
 
-    /// Waits until no other model has the cores. `run` is only for whoever holds a turn.
+    /// Waits until no other model has the cores. Without a turn, single regions take turns.
     pub fn turn(&self) -> Turn {
         self.shared.turns.take()
     }
@@ -97,7 +99,7 @@ impl Pool {
             return work(0);
         }
         let panicked = AtomicBool::new(false);
-        let workers = self.shared.workers.read().unwrap_or_else(PoisonError::into_inner);
+        let workers = lock(&self.shared.workers);
         let workers = &workers[..self.threads - 1];
         // SAFETY: the lifetime is forgotten, but nothing returns from here before every worker
         // is done with it: `Wait` waits even where `work` panics on this thread.
@@ -238,7 +240,7 @@ impl Worker {
 
 impl Turns {
     fn take(&'static self) -> Turn {
-        let mut tickets = self.tickets.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tickets = lock(&self.tickets);
         let own = tickets.0;
         tickets.0 += 1;
         while tickets.1 != own {
@@ -250,7 +252,7 @@ impl Turns {
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        self.0.tickets.lock().unwrap_or_else(PoisonError::into_inner).1 += 1;
+        lock(&self.0.tickets).1 += 1;
         self.0.changed.notify_all();
     }
 }

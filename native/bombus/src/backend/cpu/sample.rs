@@ -224,3 +224,23 @@ impl Kernel for Weigh<'_> {
         total
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Backend;
+    use crate::backend::cpu::{Level, Options};
+    use crate::backend::sample_tests;
+
+    #[test]
+    fn it_samples_as_defined() {
+        for level in Level::all() {
+            let cpu = Cpu::new(Options { threads: 2, level }).unwrap();
+            sample_tests::run(&|rows, draws| {
+                let width = rows[0].len();
+                let logits = cpu.map(rows.len(), width, |row, out| out.copy_from_slice(&rows[row]));
+                cpu.read(&cpu.sample(&logits, draws).unwrap()).unwrap()
+            });
+        }
+    }
+}
