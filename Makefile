@@ -1,11 +1,12 @@
 # make demo: the model that ships with Bombus writes posts, without and with an adapter.
 # make test: all tests. Both set up what they need in .toolchain first.
+# make bench: the engine's speed on this machine; needs cargo alone. bench/README.md
 
 SHELL := /bin/sh
 in_toolchain := . .toolchain/env &&
 mlx_c := native/target/mlx-c/config.toml
 
-.PHONY: demo test setup test-rust test-elixir lint format clean
+.PHONY: demo test bench setup test-rust test-elixir lint format clean
 
 demo: setup
 	@$(in_toolchain) mix run scripts/demo.exs
@@ -27,10 +28,15 @@ test-elixir: compile
 compile: setup
 	@$(in_toolchain) MIX_ENV=test mix compile --warnings-as-errors
 
+# ARGS="--batch 1,8 ..."; --help shows all
+bench:
+	cd native && cargo run --release -p bombus --example bench -- $(ARGS)
+
 lint: compile
 	$(in_toolchain) mix format --check-formatted
 	$(in_toolchain) cd native && cargo fmt --all --check
 	$(in_toolchain) cd native && cargo clippy --release --all-targets --quiet $(cargo_config) -- -D warnings
+	$(in_toolchain) cd native && cargo clippy --release --quiet -p bombus -p bombus_nif -- -D warnings
 
 ifneq ($(shell uname),Darwin)
 mlx_c_config := --config $(CURDIR)/$(mlx_c)

@@ -9,7 +9,7 @@ defmodule Bombus.Error do
       should be; the message names file, tensor or field
     * `:unsupported` - the file is fine, but Bombus cannot use it
     * `:quantization_mismatch` - the checkpoint is quantized, but not as `:quantization` says
-    * `:no_gpu` - `device: :gpu` where MLX finds none
+    * `:no_gpu` - `device: :gpu` where MLX finds none, or is not built in
     * `:bad_request`, `:prompt_too_long` - found only once the text was tokens
     * `:overloaded` - the queue is full
     * `:stopped` - the model's engine or the serving has stopped

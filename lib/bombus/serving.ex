@@ -44,8 +44,8 @@ defmodule Bombus.Serving do
     * `:repetition_penalty` - divides the positive logits of tokens that were there before, and
       multiplies the negative ones; 1.0 is none
     * `:seed` - a whole number in 0..2**64-1: the same seed draws the same text, whatever else is
-      in the batch (as far as the device computes the same logits in a batch as alone: the CPU does);
-      random by default
+      in the batch, as far as the logits are the same: alone and in a batch they are added up in
+      another order, which on `:cpu` changes the last digits of a float32; random by default
     * `:stop` - a string or a list of strings that end the text, and are not part of it
     * `:adapter` - made by `Bombus.load_adapter/2`; `nil` is none
     * `:chat_template` - `false` completes a string as it stands

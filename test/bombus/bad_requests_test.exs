@@ -138,6 +138,8 @@ defmodule Bombus.BadRequestsTest do
     assert_raise ArgumentError, ~r/expected a source/, fn -> Bombus.load_model(:dmeo) end
     assert_raise ArgumentError, ~r/unknown keys \[:devise\]/, fn -> load(devise: :gpu) end
     assert_raise ArgumentError, ~r/:device/, fn -> load(device: :tpu) end
+    assert_raise ArgumentError, ~r/:threads/, fn -> load(threads: 0) end
+    assert_raise ArgumentError, ~r/:threads/, fn -> load(threads: 2.5) end
     assert_raise ArgumentError, ~r/:device/, fn -> load(backend: {EXLA, device: :tpu}) end
     assert_raise ArgumentError, ~r/:backend/, fn -> load(backend: {EXLA, :cpu}) end
     assert_raise ArgumentError, ~r/:backend/, fn -> load(backend: "EXLA") end

@@ -1,6 +1,6 @@
 defmodule Bombus.DependencyTest do
   # Bombus as another application's dependency: compiled, run under a supervisor, packed as a
-  # release, moved, and run again.
+  # release, moved, and run again; as it was built here, and on Linux without MLX.
   use ExUnit.Case
 
   @moduletag :tmp_dir
@@ -15,14 +15,14 @@ defmodule Bombus.DependencyTest do
     end
   end
 
-  defp app do
+  defp app(bombus) do
     %{
       "mix.exs" => """
       defmodule Posts.MixProject do
         use Mix.Project
 
         def project do
-          [app: :posts, version: "0.1.0", deps: [{:bombus, path: #{inspect(@root)}}]]
+          [app: :posts, version: "0.1.0", deps: [{:bombus, path: #{inspect(bombus)}}]]
         end
 
         def application, do: [extra_applications: [:logger], mod: {Posts, []}]
@@ -59,9 +59,42 @@ defmodule Bombus.DependencyTest do
   end
 
   test "it compiles, runs, and moves with a release", %{tmp_dir: dir} do
+    loaded = run_and_release(dir, @root, [])
+    if Bombus.Fixtures.mlx?(), do: assert(Enum.any?(loaded, &(&1 =~ "libmlx")))
+  end
+
+  if match?({:unix, :linux}, :os.type()) do
+    test "the same without MLX, from cargo alone", %{tmp_dir: dir} do
+      env = [{"BOMBUS_MLX_DIR", nil}, {"LIBCLANG_PATH", nil}]
+      loaded = run_and_release(dir, package(), env)
+      refute Enum.any?(loaded, &(&1 =~ "libmlx"))
+    end
+  end
+
+  # The package's files at a place of their own, where cargo finds what it has built before.
+  defp package do
+    package = Path.join(@root, "_build/without_mlx/bombus")
+    File.mkdir_p!(Path.join(package, "native"))
+    files = ~w(lib config mix.exs priv/models native/Cargo.toml native/Cargo.lock
+               native/bombus native/bombus_nif native/xtask)
+
+    for file <- files do
+      target = Path.join(package, file)
+      File.rm_rf!(target)
+      File.mkdir_p!(Path.dirname(target))
+      {"", 0} = System.cmd("cp", ["-Rp", Path.join(@root, file), target])
+    end
+
+    link = Path.join(package, "native/target")
+    File.exists?(link) || File.ln_s!(Path.join(@root, "native/target"), link)
+    package
+  end
+
+  # -> the libraries that the release has loaded, all of them its own
+  defp run_and_release(dir, bombus, env) do
     project = Path.join(dir, "posts")
-    write(project, app())
-    env = [{"MIX_ENV", "prod"}]
+    write(project, app(bombus))
+    env = [{"MIX_ENV", "prod"} | env]
 
     ran = run(project, "mix", ["run", "-e", "Posts.write(\"coffee\")"], env)
     assert ran =~ ~r/POST: .*coffee/i
@@ -78,11 +111,9 @@ defmodule Bombus.DependencyTest do
     assert linked_outside(moved) == []
 
     # What is loaded is the release's own, though the original is still there.
-    for [_line, library] <- Regex.scan(~r/LOADED: (\S+)/, ran) do
-      assert String.starts_with?(library, moved)
-    end
-
-    if match?({:unix, :linux}, :os.type()), do: assert(ran =~ ~r/LOADED: .*libmlx.so/)
+    loaded = for [_line, library] <- Regex.scan(~r/LOADED: (\S+)/, ran), do: library
+    assert Enum.all?(loaded, &String.starts_with?(&1, moved))
+    loaded
   end
 
   defp start_and_write do

@@ -8,9 +8,10 @@ defmodule Bombus.ExitTest do
   test "in mid-generation, whichever way it ends" do
     model = Bombus.Fixtures.checkpoint("f32-untied")
 
-    for ending <- @ends, _try <- 1..4 do
+    for device <- Bombus.Fixtures.devices(), ending <- @ends, _try <- 1..3 do
       script = """
-      serving = Bombus.Serving.new(Bombus.load_model!(#{inspect(model)}), nil)
+      model = Bombus.load_model!(#{inspect(model)}, device: #{inspect(device)})
+      serving = Bombus.Serving.new(model, nil)
 
       for _ <- 1..4 do
         input = %{token_ids: [3, 1, 4, 1, 5], max_new_tokens: 500}
@@ -23,7 +24,7 @@ defmodule Bombus.ExitTest do
 
       arguments = ["-pa", Application.app_dir(:bombus, "ebin"), "-e", script]
       {output, status} = System.cmd("elixir", arguments, stderr_to_stdout: true)
-      assert status == 0, "#{ending} ended with status #{status}: #{output}"
+      assert status == 0, "#{inspect(device)}: #{ending} ended with status #{status}: #{output}"
     end
   end
 end

@@ -39,13 +39,49 @@ defmodule Bombus.ModelTest do
     for options <- [
           [device: :auto],
           [device: :cpu],
-          [device: {:mlx, :cpu}],
+          [device: :cpu, threads: 1],
+          [device: :cpu, threads: 3],
           [backend: EXLA.Backend],
           [backend: {EXLA.Backend, device: :cpu}],
           [backend: {EXLA.Backend, client: :host}]
         ] do
       assert {:ok, %Bombus.Model{}} = Bombus.load_model(:demo, options)
     end
+  end
+
+  test "MLX's CPU device is there where MLX is built in" do
+    case Bombus.load_model(:demo, device: {:mlx, :cpu}) do
+      {:ok, model} ->
+        assert model.device == {:mlx, :cpu}
+
+      {:error, error} ->
+        assert error.reason == :unsupported
+        assert error.message =~ "BOMBUS_MLX_DIR"
+    end
+  end
+
+  test "answers do not depend on the number of threads" do
+    ids = for place <- 0..99, do: rem(place * 37, 256)
+
+    answers =
+      for threads <- [1, 2, 3] do
+        model = Bombus.load_model!(:demo, device: :cpu, threads: threads)
+        Bombus.score(model, ids)
+      end
+
+    assert [{:ok, _logprobs}] = Enum.uniq(answers)
+  end
+
+  @tag :tmp_dir
+  test "a checkpoint that shrinks under its model is an error", %{tmp_dir: dir} do
+    folder = Fixtures.copy(Fixtures.checkpoint("f32-untied"), dir)
+    model = Bombus.load_model!(folder, device: :cpu)
+    assert {:ok, _logprobs} = Bombus.score(model, [1, 2, 3])
+    File.write!(Path.join(folder, "model.safetensors"), "gone")
+    assert {:error, %Error{reason: :io} = error} = Bombus.score(model, [1, 2, 3])
+    assert error.message =~ "changed"
+    serving = Bombus.Serving.new(model, nil, max_new_tokens: 3)
+    assert {:error, %Error{reason: :io}} = Bombus.Serving.run(serving, %{token_ids: [1, 2]})
   end
 
   test "where there is no GPU, the error says how to get one" do

@@ -6,20 +6,24 @@ defmodule Bombus.ParityTest do
 
   for name <- Fixtures.cases() do
     test "#{name} scores and continues as mlx-lm does" do
-      name = unquote(name)
-      expected = Fixtures.expected(name)
-      model = Bombus.load_model!({:local, Fixtures.checkpoint(name)}, device: {:mlx, :cpu})
-      serving = Serving.new(model, nil, max_new_tokens: 16)
+      for device <- Fixtures.devices(), do: check(unquote(name), device)
+    end
+  end
 
-      for {run, reference} <- expected["runs"], run != "adapter:dora" do
-        adapter = adapter(name, run)
-        {:ok, scored} = Bombus.score(model, expected["token_ids"], adapter: adapter)
-        assert_close(expected["dtype"], scored, reference, "#{name} #{run}")
+  defp check(name, device) do
+    expected = Fixtures.expected(name)
+    model = Bombus.load_model!({:local, Fixtures.checkpoint(name)}, device: device)
+    assert model.device == device
+    serving = Serving.new(model, nil, max_new_tokens: 16)
 
-        input = %{token_ids: expected["greedy_prompt"], adapter: adapter}
-        %{results: [%{token_ids: greedy}]} = Serving.run(serving, input)
-        assert_continues(greedy, reference, expected["eos_token_ids"])
-      end
+    for {run, reference} <- expected["runs"], run != "adapter:dora" do
+      adapter = adapter(name, run)
+      {:ok, scored} = Bombus.score(model, expected["token_ids"], adapter: adapter)
+      assert_close(expected["dtype"], scored, reference, "#{inspect(device)} #{name} #{run}")
+
+      input = %{token_ids: expected["greedy_prompt"], adapter: adapter}
+      %{results: [%{token_ids: greedy}]} = Serving.run(serving, input)
+      assert_continues(greedy, reference, expected["eos_token_ids"])
     end
   end
 

@@ -10,6 +10,12 @@ defmodule Bombus.Fixtures do
   def cases, do: @root |> File.ls!() |> Enum.sort()
   def expected(name), do: name |> checkpoint() |> Path.join("expected.json") |> read_json()
 
+  @doc "The CPU backend, and MLX's CPU device where it is built in."
+  def devices, do: if(mlx?(), do: [:cpu, {:mlx, :cpu}], else: [:cpu])
+
+  @doc "Whether MLX is built in."
+  def mlx?, do: match?({:ok, _model}, Bombus.load_model(:demo, device: {:mlx, :cpu}))
+
   @doc "A set-up: a model, and what it scores before anything goes wrong."
   def answering_model(_context) do
     model = Bombus.load_model!(checkpoint("f32-tied"))

@@ -77,7 +77,15 @@ defmodule Mix.Tasks.Compile.BombusNative do
     System.find_executable("cargo") ||
       Mix.raise("Bombus needs Rust 1.91 or newer to compile: cargo is not on the PATH")
 
-    case System.cmd("cargo", arguments, cd: native, into: IO.stream(), stderr_to_stdout: true) do
+    # Where the results are looked for, whatever the environment says.
+    env = [{"CARGO_TARGET_DIR", Path.join(native, "target")}]
+
+    case System.cmd("cargo", arguments,
+           env: env,
+           cd: native,
+           into: IO.stream(),
+           stderr_to_stdout: true
+         ) do
       {_output, 0} -> :ok
       {_output, status} -> Mix.raise("cargo #{hd(arguments)} failed with status #{status}")
     end

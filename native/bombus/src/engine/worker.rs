@@ -20,6 +20,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::TryRecvError;
 
+/// The rows of a score that go into a step: each has logits of its own, half a megabyte with a
+/// vocabulary of 150,000.
+const SCORED_ROWS: usize = 64;
+
 pub struct Worker<B: Backend> {
     decoder: Decoder<B>,
     config: Arc<Config>,
@@ -309,7 +313,8 @@ impl<B: Backend> Worker<B> {
     /// One chunk of the score that waits longest.
     fn advance_scores(&mut self) {
         let Some(score) = self.scores.front_mut() else { return };
-        let end = match catch(|| score.advance(&self.decoder, self.prefill_chunk)) {
+        let rows = self.prefill_chunk.min(SCORED_ROWS);
+        let end = match catch(|| score.advance(&self.decoder, rows)) {
             Ok(false) => return,
             Ok(true) => Event::Scores(std::mem::take(&mut score.log_probs)),
             Err(error) => Event::Failed(error),

@@ -29,7 +29,7 @@ pub fn devices() -> Vec<Device> {
         if std::env::var("BOMBUS_TEST_DEVICE").as_deref() == Ok("gpu") {
             return vec![Device::Mlx(mlx::Device::Gpu)];
         }
-        return vec![Device::Cpu(Options::default()), Device::Mlx(mlx::Device::Cpu)];
+        vec![Device::Cpu(Options::default()), Device::Mlx(mlx::Device::Cpu)]
     }
     #[cfg(not(feature = "mlx"))]
     vec![Device::Cpu(Options::default())]

@@ -374,7 +374,7 @@ impl Attend<'_> {
         let mut q = [std::ptr::null::<f32>(); Q];
         let mut limits = [0; Q];
         for (place, (row, head)) in queries.into_iter().enumerate() {
-            q[place] = unsafe { step.q.at((segment.rows.start + row) * step.stride + head * dim) };
+            q[place] = step.q.at((segment.rows.start + row) * step.stride + head * dim);
             limits[place] = segment.start + row + 1;
         }
         // The rows ascend, so the last query sees the most.
@@ -389,22 +389,20 @@ impl Attend<'_> {
             let base = step.pages[self.piece.segment].0[page];
             let first = page * PAGE;
             let count = PAGE.min(end - first);
-            unsafe {
-                self.score::<S, HALF, Q>(base, count, &q, &mut state);
-                for (scores, limit) in state.scores.iter_mut().zip(limits) {
-                    let seen = limit.saturating_sub(first).min(PAGE);
-                    scores[seen..count.next_multiple_of(LANES)].fill(f32::NEG_INFINITY);
-                }
-                state.soften::<S>(count, step.layout.value_dim());
-                self.mix::<S, HALF, Q>(base, count, &mut state);
+            self.score::<S, HALF, Q>(base, count, &q, &mut state);
+            for (scores, limit) in state.scores.iter_mut().zip(limits) {
+                let seen = limit.saturating_sub(first).min(PAGE);
+                scores[seen..count.next_multiple_of(LANES)].fill(f32::NEG_INFINITY);
             }
+            state.soften::<S>(count, step.layout.value_dim());
+            self.mix::<S, HALF, Q>(base, count, &mut state);
         }
         for (place, (row, head)) in queries.into_iter().enumerate() {
             let acc = &state.acc[place * step.layout.value_dim()..][..dim];
             let factor = 1.0 / state.total[place];
             for (d, acc) in acc.iter().enumerate() {
                 let at = (segment.rows.start + row) * step.stride + head * dim + d;
-                unsafe { *self.out.at(at) = acc * factor };
+                *self.out.at(at) = acc * factor;
             }
         }
         Q
@@ -422,23 +420,21 @@ impl Attend<'_> {
         let dim = self.step.layout.dim;
         let keys = self.step.layout.keys(self.piece.head);
         for block in 0..count.div_ceil(LANES) {
-            unsafe {
-                // Two sums a query: the next addition need not wait for the last.
-                let mut acc = [[S::splat(0.0); 2]; Q];
-                for d in (0..dim).step_by(2) {
-                    for odd in 0..2 {
-                        let place = keys + (block * dim + d + odd) * LANES;
-                        let key = number::<S, HALF>(page, place);
-                        for query in 0..Q {
-                            let x = S::splat(*q[query].add(d + odd));
-                            acc[query][odd] = S::fma(key, x, acc[query][odd]);
-                        }
+            // Two sums a query: the next addition need not wait for the last.
+            let mut acc = [[S::splat(0.0); 2]; Q];
+            for d in (0..dim).step_by(2) {
+                for odd in 0..2 {
+                    let place = keys + (block * dim + d + odd) * LANES;
+                    let key = number::<S, HALF>(page, place);
+                    for query in 0..Q {
+                        let x = S::splat(*q[query].add(d + odd));
+                        acc[query][odd] = S::fma(key, x, acc[query][odd]);
                     }
                 }
-                for query in 0..Q {
-                    let sum = S::add(acc[query][0], acc[query][1]);
-                    S::store(state.scores[query].as_mut_ptr().add(block * LANES), sum);
-                }
+            }
+            for query in 0..Q {
+                let sum = S::add(acc[query][0], acc[query][1]);
+                S::store(state.scores[query].as_mut_ptr().add(block * LANES), sum);
             }
         }
     }

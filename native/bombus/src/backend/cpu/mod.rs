@@ -7,6 +7,8 @@
 // The kernels are unsafe from end to end: what they ask of a caller stands at `simd::Kernel` and
 // `simd::Simd`, and every call from safe code says why it holds.
 #![allow(unsafe_code, unsafe_op_in_unsafe_fn)]
+// They walk several arrays of registers by one index.
+#![allow(clippy::needless_range_loop)]
 
 mod affine;
 mod attention;

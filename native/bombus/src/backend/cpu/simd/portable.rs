@@ -152,17 +152,17 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn bytes(p: *const u8) -> [u8; BYTES] {
-        unsafe { p.cast::<[u8; BYTES]>().read_unaligned() }
+        p.cast::<[u8; BYTES]>().read_unaligned()
     }
     #[inline(always)]
     unsafe fn bytes_part(p: *const u8, n: usize) -> [u8; BYTES] {
         let mut part = [0; BYTES];
-        unsafe { std::ptr::copy_nonoverlapping(p, part.as_mut_ptr(), n) };
+        std::ptr::copy_nonoverlapping(p, part.as_mut_ptr(), n);
         part
     }
     #[inline(always)]
     unsafe fn bytes_splat(p: *const u8) -> [u8; BYTES] {
-        let four = unsafe { p.cast::<[u8; 4]>().read_unaligned() };
+        let four = { p.cast::<[u8; 4]>().read_unaligned() };
         std::array::from_fn(|place| four[place % 4])
     }
     #[inline(always)]
