@@ -8,7 +8,7 @@
 use super::codes;
 use super::digits::{Digits, Format, Shape, digit_bits};
 use super::float::Float;
-use super::simd::{BYTES, Kernel, LANES, Simd, prefetch};
+use super::simd::{BYTES, Kernel, LANES, Level, Simd, prefetch};
 use super::tensor::Shared;
 use crate::backend::{LinearWeights, QuantizedWeights};
 use crate::config::Quantization;
@@ -50,8 +50,14 @@ impl Affine {
     }
 
     /// How `rows` rows of x must be written for `Product`.
-    pub fn format(&self, rows: usize) -> Format {
-        let planes = if self.float == Float::F32 { 3 } else { 2 };
+    pub fn format(&self, rows: usize, level: Level) -> Format {
+        // 16 bits beside halves (14 where digits have 7), at least 24 beside f32.
+        let short = level == Level::Avx2 && self.layout.bits != 4;
+        let planes = match (self.float, short) {
+            (Float::F32, true) => 4,
+            (Float::F32, false) => 3,
+            _ => 2,
+        };
         let shape = match (rows, planes) {
             (..=FEW, _) => Shape::Rows,
             (..=8, 2) => Shape::Pairs,
@@ -154,16 +160,19 @@ impl Kernel for Product<'_> {
         let mut scratch = SCRATCH.take();
         match (self.format.shape, self.format.planes, S::ACCUMULATORS) {
             (Shape::Rows, 2, _) => self.few::<S, 2>(&mut scratch.0),
-            (Shape::Rows, ..) => self.few::<S, 3>(&mut scratch.0),
+            (Shape::Rows, 3, _) => self.few::<S, 3>(&mut scratch.0),
+            (Shape::Rows, ..) if S::DIGIT_BITS < 8 => self.few::<S, 4>(&mut scratch.0),
             (Shape::Pairs, _, 24..) => self.many::<S, 1, 12>(&mut scratch),
             (Shape::Pairs, _, 6..) => self.many::<S, 1, 6>(&mut scratch),
             (Shape::Pairs, ..) => self.many::<S, 1, 4>(&mut scratch),
             (Shape::Tile, 2, 24..) => self.many::<S, 2, 12>(&mut scratch),
             (Shape::Tile, 2, 6..) => self.many::<S, 2, 3>(&mut scratch),
             (Shape::Tile, 2, _) => self.many::<S, 2, 2>(&mut scratch),
-            (Shape::Tile, _, 24..) => self.many::<S, 3, 8>(&mut scratch),
-            (Shape::Tile, _, 6..) => self.many::<S, 3, 2>(&mut scratch),
-            (Shape::Tile, ..) => self.many::<S, 3, 1>(&mut scratch),
+            (Shape::Tile, 3, 24..) => self.many::<S, 3, 8>(&mut scratch),
+            (Shape::Tile, 3, 6..) => self.many::<S, 3, 2>(&mut scratch),
+            (Shape::Tile, 3, _) => self.many::<S, 3, 1>(&mut scratch),
+            (Shape::Tile, ..) if S::DIGIT_BITS < 8 => self.many::<S, 4, 1>(&mut scratch),
+            (_, planes, _) => unreachable!("{planes} digits"),
         }
         SCRATCH.set(scratch);
     }
@@ -362,6 +371,10 @@ impl Product<'_> {
         let (row_bytes, group_bytes) = (self.affine.row_bytes(), group_size * bits / 8);
         let steps = group_size / 4;
         let digit_bits = digit_bits::<S>(self.format.nibbles);
+        let mut y = [S::splat(0.0); N];
+        for n in 0..N {
+            y[n] = S::load(out[n].as_ptr());
+        }
         for group in 0..chunk.len() / group_size {
             let mut acc = [[S::izero(); V]; N];
             let in_row = chunk.start / group_size + group;
@@ -390,10 +403,12 @@ impl Product<'_> {
                 }
                 let product = joined::<S, V>(acc[n], digit_bits);
                 let number = numbers.add(2 * n * CHUNK / 32);
-                let y = out[n].as_mut_ptr();
-                let offset = S::fma(S::splat(*number.add(CHUNK / 32)), sum, S::load(y));
-                S::store(y, S::fma(product, S::mul(S::splat(*number), scale), offset));
+                y[n] = S::fma(S::splat(*number.add(CHUNK / 32)), sum, y[n]);
+                y[n] = S::fma(product, S::mul(S::splat(*number), scale), y[n]);
             });
+        }
+        for n in 0..N {
+            S::store(out[n].as_mut_ptr(), y[n]);
         }
     }
 }
@@ -401,14 +416,19 @@ impl Product<'_> {
 /// The sums of V digits' products, in units of the last.
 #[inline(always)]
 unsafe fn joined<S: Simd, const V: usize>(acc: [S::I; V], bits: u32) -> S::F {
-    if V == 1 {
-        return S::float(acc[0]);
+    match V {
+        1 => S::float(acc[0]),
+        2 => S::float(S::iadd(S::shift(acc[0], bits), acc[V - 1])),
+        // More than two would not fit into 32 bits.
+        _ => {
+            let first = S::float(S::iadd(S::shift(acc[0], bits), acc[1]));
+            let rest = match V {
+                3 => acc[V - 1],
+                _ => S::iadd(S::shift(acc[2], bits), acc[V - 1]),
+            };
+            S::fma(first, S::splat((1u32 << (bits * (V as u32 - 2))) as f32), S::float(rest))
+        }
     }
-    let first = S::iadd(S::shift(acc[0], bits), acc[1]);
-    if V == 2 {
-        return S::float(first);
-    }
-    S::fma(S::float(first), S::splat((1u32 << bits) as f32), S::float(acc[V - 1]))
 }
 
 /// What a row of weights meets.
@@ -434,8 +454,9 @@ impl Row<'_> {
         for m in 0..M {
             let mut dots = [S::izero(); P];
             for p in 0..P {
-                // The second digit's products are added to the first's, in its units.
-                let before = if p == 1 { S::shift(dots[0], self.bits) } else { S::izero() };
+                // The second digit's products are added to the first's, in its units; so with the
+                // fourth and the third.
+                let before = if p % 2 == 1 { S::shift(dots[p - 1], self.bits) } else { S::izero() };
                 let digits = self.x.row(m, P).add(p * self.x.plane);
                 dots[p] = if NIBBLES {
                     let digits = digits.add(block * 2 * BYTES);
@@ -446,8 +467,8 @@ impl Row<'_> {
                 };
             }
             let mut product = S::float(dots[1]);
-            if P == 3 {
-                let base = S::splat((1u32 << self.bits) as f32);
+            if P > 2 {
+                let base = S::splat((1u32 << (self.bits * (P as u32 - 2))) as f32);
                 product = S::fma(product, base, S::float(dots[P - 1]));
             }
             acc[m] = S::fma(product, S::expand(&tables[m], local, self.shift), acc[m]);

@@ -3,7 +3,8 @@
 //! For each group of weights that share a scale, x is written with signed digits of 8 bits:
 //! `x = scale * (256 * d0 + d1)`, where the largest |x| of the group makes d0 the largest digit.
 //! Two digits are more exact than bf16 (an error of 2^-16 of the group's largest, where bf16 has
-//! 2^-9 of x), three are f32 (2^-24). A dot product of codes and digits is exact, and `sum` is of
+//! 2^-9 of x), three are f32 (2^-24). Where the
+//! instructions take digits of 7 bits beside large codes, those are four. A dot product of codes and digits is exact, and `sum` is of
 //! the digits themselves, so that an error of x meets the weight, and not the code, which is
 //! further from zero.
 
@@ -163,7 +164,7 @@ struct Fill<'a> {
 }
 
 /// The digits of one group, plane after plane.
-type Group = [[i8; 128]; 3];
+type Group = [[i8; 128]; 4];
 
 impl Kernel for Fill<'_> {
     type Output = ();
@@ -172,7 +173,7 @@ impl Kernel for Fill<'_> {
     unsafe fn run<S: Simd>(self) {
         let Format { group_size, nibbles, planes, shape } = self.format;
         let bits = digit_bits::<S>(nibbles);
-        let mut group = [[0; 128]; 3];
+        let mut group = [[0; 128]; 4];
         for row in self.rows.clone() {
             let x = self.x.row(row).as_ptr();
             for index in 0..self.groups {
@@ -283,7 +284,7 @@ unsafe fn digits<S: Simd>(
     let factor = if peak > f32::MIN_POSITIVE * 1e6 { largest / peak } else { 0.0 };
     // What is left for the next digit shall be at most its largest, which is one below its least.
     let lean = S::splat(0.5 / base);
-    let mut sums = [zero; 3];
+    let mut sums = [zero; 4];
     for place in (0..group_size).step_by(LANES) {
         let mut rest = S::mul(S::load(x.add(place)), S::splat(factor));
         for plane in 0..planes {

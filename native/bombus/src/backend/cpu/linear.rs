@@ -4,7 +4,7 @@ use super::affine::{self, Affine};
 use super::dense::{self, Dense};
 use super::digits::{Digits, Format};
 use super::float::Float;
-use super::simd::{Kernel, LANES, Simd};
+use super::simd::{Kernel, LANES, Level, Simd};
 use super::tensor::{Shared, Tensor};
 use super::{Cpu, LinearWeights, LoraRows, lock};
 use crate::error::Result;
@@ -57,9 +57,9 @@ impl Weights {
         }
     }
 
-    fn format(&self, rows: usize) -> Option<Format> {
+    fn format(&self, rows: usize, level: Level) -> Option<Format> {
         match self {
-            Weights::Affine(affine) => Some(affine.format(rows)),
+            Weights::Affine(affine) => Some(affine.format(rows, level)),
             Weights::Dense(_) => None,
         }
     }
@@ -132,7 +132,7 @@ impl Linear {
         let mut used = 0;
         let mut places = vec![];
         for part in &self.parts {
-            let place = part.format(x.rows).map(|format| {
+            let place = part.format(x.rows, cpu.level).map(|format| {
                 if let Some(place) = digits[..used].iter().position(|(other, _)| *other == format) {
                     return place;
                 }
