@@ -51,13 +51,9 @@ impl Affine {
 
     /// How `rows` rows of x must be written for `Product`.
     pub fn format(&self, rows: usize, level: Level) -> Format {
-        // 16 bits beside halves (14 where digits have 7), at least 24 beside f32.
+        // 16 bits beside halves, 24 beside f32; or 21 and 28, where digits have 7 bits.
         let short = level == Level::Avx2 && self.layout.bits != 4;
-        let planes = match (self.float, short) {
-            (Float::F32, true) => 4,
-            (Float::F32, false) => 3,
-            _ => 2,
-        };
+        let planes = 2 + usize::from(self.float == Float::F32) + usize::from(short);
         let shape = match (rows, planes) {
             (..=FEW, _) => Shape::Rows,
             (..=8, 2) => Shape::Pairs,
