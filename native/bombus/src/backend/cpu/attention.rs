@@ -7,7 +7,7 @@
 
 use super::float::Float;
 use super::rows::{Norm, norm_factor, part};
-use super::simd::{Kernel, LANES, Simd};
+use super::simd::{Kernel, LANES, Simd, prefetch};
 use super::tensor::{Shared, Tensor};
 use super::{AttentionShape, Cpu, Segment, lock};
 use crate::gauge;
@@ -395,7 +395,8 @@ impl Attend<'_> {
                 scores[seen..count.next_multiple_of(LANES)].fill(f32::NEG_INFINITY);
             }
             state.soften::<S>(count, step.layout.value_dim());
-            self.mix::<S, HALF, Q>(base, count, &mut state);
+            let next = step.pages[self.piece.segment].0.get(page + 1).copied();
+            self.mix::<S, HALF, Q>(base, next.unwrap_or(base), count, &mut state);
         }
         for (place, (row, head)) in queries.into_iter().enumerate() {
             let acc = &state.acc[place * step.layout.value_dim()..][..dim];
@@ -419,10 +420,14 @@ impl Attend<'_> {
     ) {
         let dim = self.step.layout.dim;
         let keys = self.step.layout.keys(self.piece.head);
+        let float = self.step.layout.float.bytes();
+        let ahead = page.wrapping_add(self.step.layout.values(self.piece.head) * float);
         for block in 0..count.div_ceil(LANES) {
             // Two sums a query: the next addition need not wait for the last.
             let mut acc = [[S::splat(0.0); 2]; Q];
             for d in (0..dim).step_by(2) {
+                // The values are as large as the keys, and are next.
+                prefetch(ahead.wrapping_add((block * dim + d) * LANES * float));
                 for odd in 0..2 {
                     let place = keys + (block * dim + d + odd) * LANES;
                     let key = number::<S, HALF>(page, place);
@@ -439,16 +444,19 @@ impl Attend<'_> {
         }
     }
 
-    /// `acc[query] += scores[query][position] * v[position]`
+    /// `acc[query] += scores[query][position] * v[position]`; asks for the keys of the next page.
     #[inline(always)]
     unsafe fn mix<S: Simd, const HALF: bool, const Q: usize>(
         &self,
         page: *const u8,
+        next: *const u8,
         count: usize,
         state: &mut State<Q>,
     ) {
         let wide = self.step.layout.value_dim();
         let values = self.step.layout.values(self.piece.head);
+        let float = self.step.layout.float.bytes();
+        let ahead = next.wrapping_add(self.step.layout.keys(self.piece.head) * float);
         for d in (0..wide).step_by(2 * LANES) {
             let both = d + LANES < wide;
             let second = if both { d + LANES } else { d };
@@ -459,6 +467,7 @@ impl Attend<'_> {
             }
             for position in 0..count {
                 let row = values + position * wide;
+                prefetch(ahead.wrapping_add((position * wide + d) * float));
                 let value =
                     [number::<S, HALF>(page, row + d), number::<S, HALF>(page, row + second)];
                 for query in 0..Q {
