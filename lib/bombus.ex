@@ -51,8 +51,8 @@ defmodule Bombus do
           checkpoint) with a scale for every group, more exact than bfloat16; keys and values are
           kept in float16 (float32 in a float32 checkpoint)
         * `{:mlx, :cpu}` - MLX's CPU device, for comparison, where MLX is built in
-    * `:threads` - of `:cpu`: how many threads work on a step, the physical cores by default. All
-      models share one pool, and take turns at it step by step
+    * `:threads` - of `:cpu`: how many threads work on a step, 1 to 1024, the physical cores by
+      default. All models share one pool, and take turns at it step by step
     * `:backend` - as in Bumblebee: a module or `{module, device: device}`; only the device counts
     * `:quantization` - `:int2` to `:int8`: fails where the checkpoint is quantized otherwise
     * `:max_batch_size` - how many sequences run together, 32 by default
@@ -73,7 +73,7 @@ defmodule Bombus do
 
     native = %{
       device: device!(options),
-      threads: options[:threads] && positive!(options, :threads),
+      threads: options[:threads] && positive!(options, :threads, 1024),
       max_batch_size: positive!(options, :max_batch_size),
       max_queue: positive!(options, :max_queue),
       prefill_chunk: positive!(options, :prefill_chunk)
@@ -215,14 +215,14 @@ defmodule Bombus do
     end
   end
 
-  defp positive!(options, key) do
+  defp positive!(options, key, most \\ 0x7FFFFFFF) do
     case Keyword.fetch!(options, key) do
-      value when is_integer(value) and value in 1..0x7FFFFFFF ->
+      value when is_integer(value) and value in 1..most//1 ->
         value
 
       other ->
         raise ArgumentError,
-              "expected #{inspect(key)} to be a whole number above 0, got: #{inspect(other)}"
+              "expected #{inspect(key)} to be a whole number in 1..#{most}, got: #{inspect(other)}"
     end
   end
 
