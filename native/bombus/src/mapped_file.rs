@@ -165,8 +165,8 @@ mod handler {
     use super::GUARDED;
     use libc::{c_int, c_void, sigaction, siginfo_t};
     use std::mem::MaybeUninit;
-    use std::sync::OnceLock;
     use std::sync::atomic::Ordering::SeqCst;
+    use std::sync::{Once, OnceLock};
 
     struct Before(sigaction);
     // SAFETY: it is a function's address and flags, which nobody writes to.
@@ -177,16 +177,18 @@ mod handler {
     static BEFORE: OnceLock<Before> = OnceLock::new();
 
     pub fn install() {
-        BEFORE.get_or_init(|| {
-            let mut before = MaybeUninit::<sigaction>::zeroed();
-            // SAFETY: `handle` does only what a signal handler may: atomics and a system call.
+        static INSTALL: Once = Once::new();
+        INSTALL.call_once(|| {
+            // SAFETY: `handle` does only what a signal handler may: atomics and a system call. It
+            // is there only once it can tell who was there before.
             unsafe {
+                let mut before = MaybeUninit::<sigaction>::zeroed();
+                libc::sigaction(libc::SIGBUS, std::ptr::null(), before.as_mut_ptr());
+                _ = BEFORE.set(Before(before.assume_init()));
                 let mut own = MaybeUninit::<sigaction>::zeroed().assume_init();
                 own.sa_sigaction = handle as *const () as usize;
                 own.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-                libc::sigaction(libc::SIGBUS, std::ptr::null(), before.as_mut_ptr());
                 libc::sigaction(libc::SIGBUS, &own, std::ptr::null_mut());
-                Before(before.assume_init())
             }
         });
     }
@@ -196,7 +198,9 @@ mod handler {
         let address = unsafe { (*info).si_addr() } as usize;
         for slot in &GUARDED {
             let (start, end) = (slot.start.load(SeqCst), slot.end.load(SeqCst));
-            if start != 0 && (start..end).contains(&address) {
+            // The slot may have been given away between the two.
+            let same = slot.start.load(SeqCst) == start;
+            if start != 0 && same && (start..end).contains(&address) {
                 slot.broken.store(true, SeqCst);
                 if replace(address, end) {
                     return;

@@ -106,6 +106,11 @@ impl<B: Backend> Worker<B> {
                 self.read(step);
             }
             in_flight = next;
+            if !B::DEFERS
+                && let Some(step) = in_flight.take()
+            {
+                self.read(step);
+            }
             self.advance_scores();
             self.count();
         }

@@ -208,7 +208,9 @@ impl Worker {
             if let Some(job) = unsafe { *self.job.get() } {
                 // SAFETY: as above.
                 let (work, panicked) = unsafe { (&*job.work, &*job.panicked) };
-                if catch_unwind(AssertUnwindSafe(|| work(job.thread))).is_err() {
+                if let Err(payload) = catch_unwind(AssertUnwindSafe(|| work(job.thread))) {
+                    // Whatever its destructor does must not end this thread.
+                    std::mem::forget(payload);
                     panicked.store(true, Ordering::Relaxed);
                 }
             }

@@ -89,21 +89,21 @@ fn position(mut found: impl Iterator<Item = bool>) -> Option<u32> {
     found.position(|found| found).map(|place| place as u32)
 }
 
-/// The first place where the cumulative sum passes the draw's share of the whole.
+/// The first place where the cumulative sum passes the draw's share of the whole; the most
+/// probable one where it never does, since sums in another order may fall short by a rounding.
 fn invert(weights: impl Iterator<Item = f64>, total: f64, uniform: f32) -> Option<u32> {
     let share = f64::from(uniform) * total;
-    let (mut sum, mut last) = (0.0, None);
+    let (mut sum, mut best) = (0.0, (0.0, None));
     for (place, weight) in weights.enumerate() {
         sum += weight;
-        if weight > 0.0 {
-            last = Some(place as u32);
-        }
         if sum > share {
-            return last;
+            return Some(place as u32);
+        }
+        if weight > best.0 {
+            best = (weight, Some(place as u32));
         }
     }
-    // Sums in another order may fall short of the whole by a rounding.
-    last
+    best.1
 }
 
 /// What top_k, top_p and min_p leave, the most probable first. weights: the highest is 1
@@ -228,6 +228,13 @@ impl Kernel for Weigh<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_sum_that_falls_short_does_not_draw_what_is_not_probable() {
+        let weights = [0.5, 1.0, 1e-38];
+        assert_eq!(invert(weights.into_iter(), 1.5 + 1e-6, 0.999_999_9), Some(1));
+        assert_eq!(invert(weights.into_iter(), 1.5, 0.1), Some(0));
+    }
     use crate::backend::Backend;
     use crate::backend::cpu::{Level, Options};
     use crate::backend::sample_tests;

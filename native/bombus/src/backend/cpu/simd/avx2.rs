@@ -1,6 +1,6 @@
 //! AVX2 with FMA and F16C: a vector is two halves.
 
-use super::{Kernel, LANES, Simd};
+use super::{Kernel, LANES, Simd, copy_bytes};
 use std::arch::x86_64::*;
 
 #[derive(Clone, Copy)]
@@ -75,7 +75,7 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn load_part(p: *const f32, n: usize) -> F {
         let mut part = [0.0; LANES];
-        std::ptr::copy_nonoverlapping(p, part.as_mut_ptr(), n);
+        copy_bytes(p.cast(), part.as_mut_ptr().cast(), n * size_of::<f32>());
         Self::load(part.as_ptr())
     }
     #[inline(always)]

@@ -158,7 +158,7 @@ pub trait Simd: Copy + 'static {
     #[inline(always)]
     unsafe fn load_half_part<const BF16: bool>(p: *const u16, n: usize) -> Self::F {
         let mut part = [0u16; LANES];
-        std::ptr::copy_nonoverlapping(p, part.as_mut_ptr(), n);
+        copy_bytes(p.cast(), part.as_mut_ptr().cast(), n * size_of::<u16>());
         match BF16 {
             true => Self::load_bf16(part.as_ptr()),
             false => Self::load_f16(part.as_ptr()),
@@ -180,6 +180,12 @@ pub trait Simd: Copy + 'static {
         }
         Self::mul(p, Self::power_of_two(n))
     }
+}
+
+/// What lies in a file is aligned to nothing: it is copied as bytes.
+#[inline(always)]
+unsafe fn copy_bytes(from: *const u8, to: *mut u8, count: usize) {
+    std::ptr::copy_nonoverlapping(from, to, count);
 }
 
 /// Asks for the cache line at `p`, which need not exist.

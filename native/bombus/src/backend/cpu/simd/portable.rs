@@ -1,7 +1,7 @@
 //! No extension: arrays, which the compiler vectorizes for the target's baseline (NEON on
 //! aarch64).
 
-use super::{BYTES, LANES, Simd};
+use super::{BYTES, LANES, Simd, copy_bytes};
 
 #[derive(Clone, Copy)]
 pub struct Portable;
@@ -50,7 +50,7 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn load_part(p: *const f32, n: usize) -> F {
         let mut part = [0.0; LANES];
-        std::ptr::copy_nonoverlapping(p, part.as_mut_ptr(), n);
+        copy_bytes(p.cast(), part.as_mut_ptr().cast(), n * size_of::<f32>());
         part
     }
     #[inline(always)]
