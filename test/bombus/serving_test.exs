@@ -222,7 +222,8 @@ defmodule Bombus.ServingTest do
             fn -> Serving.run(serving, %{token_ids: ids}) end,
             fn -> Bombus.score(model, ids) end
           ] do
-        pid = spawn(run)
+        # Again and again: one may be over before it is seen.
+        pid = spawn(fn -> Enum.each(1..1000, fn _again -> run.() end) end)
         assert_soon(fn -> Bombus.memory_info().sequences == 1 end)
         Process.exit(pid, :kill)
         assert_soon(&free?/0)
@@ -231,7 +232,8 @@ defmodule Bombus.ServingTest do
 
     test "when its caller dies in the queue" do
       {serving, input} = endless(max_batch_size: 1)
-      callers = for _ <- 1..3, do: spawn(fn -> Serving.run(serving, input) end)
+      again = fn -> Enum.each(1..1000, fn _again -> Serving.run(serving, input) end) end
+      callers = for _ <- 1..3, do: spawn(again)
       assert_soon(fn -> Bombus.memory_info().sequences == 3 end)
       Enum.each(callers, &Process.exit(&1, :kill))
       assert_soon(&free?/0)

@@ -47,12 +47,12 @@ pub fn stopping() -> bool {
     STOPPING.load(SeqCst)
 }
 
-/// To be called once MLX's globals are there: what is registered last runs first.
+/// To be called once a backend's globals are there: what is registered last runs first, so each
+/// backend that has any needs a registration of its own, behind them.
 #[allow(unsafe_code)]
-pub fn register() {
-    static REGISTER: Once = Once::new();
+pub fn register(backend: &'static Once) {
     // SAFETY: the function does not unwind, and this library stays loaded to the end.
-    REGISTER.call_once(|| _ = unsafe { libc::atexit(wait) });
+    backend.call_once(|| _ = unsafe { libc::atexit(wait) });
 }
 
 extern "C" fn wait() {

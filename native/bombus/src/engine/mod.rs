@@ -26,7 +26,7 @@ use crate::scheduler::Limits;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Once, Weak};
 use worker::Worker;
 
 /// What a model runs on.
@@ -200,10 +200,14 @@ fn serve(
     let work = (folder, config, limits, ready, inbox);
     let served = match device {
         Device::Cpu(options) => {
-            catch(|| Cpu::new(options)).and_then(|cpu| live(cpu, work, loading))
+            static EXIT: Once = Once::new();
+            catch(|| Cpu::new(options)).and_then(|cpu| live(cpu, work, loading, &EXIT))
         }
         #[cfg(feature = "mlx")]
-        Device::Mlx(device) => catch(|| Mlx::new(device)).and_then(|mlx| live(mlx, work, loading)),
+        Device::Mlx(device) => {
+            static EXIT: Once = Once::new();
+            catch(|| Mlx::new(device)).and_then(|mlx| live(mlx, work, loading, &EXIT))
+        }
     };
     if let Err(error) = served {
         _ = ready.send(Err(error));
@@ -212,11 +216,16 @@ fn serve(
 
 type Work<'a> = (&'a Path, &'a Arc<Config>, Limits, &'a Sender<Result<()>>, Inbox);
 
-fn live<B: Backend + Clone>(backend: B, work: Work, loading: exit::Busy) -> Result<()> {
+fn live<B: Backend + Clone>(
+    backend: B,
+    work: Work,
+    loading: exit::Busy,
+    at_exit: &'static Once,
+) -> Result<()> {
     let (folder, config, limits, ready, inbox) = work;
     backend.clone().scope(|| {
         let decoder = catch(|| checkpoint::load(folder, config, backend))?;
-        exit::register();
+        exit::register(at_exit);
         drop(loading);
         let _share = gauge::Share::one(&gauge::MODELS);
         // Nobody may wait any more; then there are no commands either.
