@@ -20,7 +20,7 @@ use std::ops::Range;
 /// How far ahead of its use a row's codes are asked for: where a prototype streamed fastest.
 const AHEAD: usize = 8192;
 /// Up to this many rows of x are multiplied one by one.
-const FEW: usize = 4;
+const FEW: usize = 6;
 /// The bytes of x that one pass over the weights may take: they shall stay in the L2 cache.
 const BLOCK: usize = 384 * 1024;
 
@@ -56,8 +56,8 @@ impl Affine {
         let planes = 2 + usize::from(self.float == Float::F32) + usize::from(short);
         let shape = match (rows, planes) {
             (..=FEW, _) => Shape::Rows,
-            (..=8, 2) => Shape::Pairs,
-            _ => Shape::Tile,
+            (..=8, 2) => Shape::Eights,
+            _ => Shape::Sixteens,
         };
         let Quantization { group_size, bits } = self.layout;
         Format { group_size, nibbles: bits == 4, planes, shape }
@@ -158,16 +158,16 @@ impl Kernel for Product<'_> {
             (Shape::Rows, 2, _) => self.few::<S, 2>(&mut scratch.0),
             (Shape::Rows, 3, _) => self.few::<S, 3>(&mut scratch.0),
             (Shape::Rows, ..) if S::DIGIT_BITS < 8 => self.few::<S, 4>(&mut scratch.0),
-            (Shape::Pairs, _, 24..) => self.many::<S, 1, 12>(&mut scratch),
-            (Shape::Pairs, _, 6..) => self.many::<S, 1, 6>(&mut scratch),
-            (Shape::Pairs, ..) => self.many::<S, 1, 4>(&mut scratch),
-            (Shape::Tile, 2, 24..) => self.many::<S, 2, 12>(&mut scratch),
-            (Shape::Tile, 2, 6..) => self.many::<S, 2, 3>(&mut scratch),
-            (Shape::Tile, 2, _) => self.many::<S, 2, 2>(&mut scratch),
-            (Shape::Tile, 3, 24..) => self.many::<S, 3, 8>(&mut scratch),
-            (Shape::Tile, 3, 6..) => self.many::<S, 3, 2>(&mut scratch),
-            (Shape::Tile, 3, _) => self.many::<S, 3, 1>(&mut scratch),
-            (Shape::Tile, ..) if S::DIGIT_BITS < 8 => self.many::<S, 4, 1>(&mut scratch),
+            (Shape::Eights, _, 24..) => self.many::<S, 1, 12>(&mut scratch),
+            (Shape::Eights, _, 6..) => self.many::<S, 1, 6>(&mut scratch),
+            (Shape::Eights, ..) => self.many::<S, 1, 4>(&mut scratch),
+            (Shape::Sixteens, 2, 24..) => self.many::<S, 2, 12>(&mut scratch),
+            (Shape::Sixteens, 2, 6..) => self.many::<S, 2, 3>(&mut scratch),
+            (Shape::Sixteens, 2, _) => self.many::<S, 2, 2>(&mut scratch),
+            (Shape::Sixteens, 3, 24..) => self.many::<S, 3, 8>(&mut scratch),
+            (Shape::Sixteens, 3, 6..) => self.many::<S, 3, 2>(&mut scratch),
+            (Shape::Sixteens, 3, _) => self.many::<S, 3, 1>(&mut scratch),
+            (Shape::Sixteens, ..) if S::DIGIT_BITS < 8 => self.many::<S, 4, 1>(&mut scratch),
             (_, planes, _) => unreachable!("{planes} digits"),
         }
         SCRATCH.set(scratch);
@@ -177,16 +177,16 @@ impl Kernel for Product<'_> {
 impl Product<'_> {
     #[inline(always)]
     unsafe fn few<S: Simd, const P: usize>(&self, codes: &mut Vec<u8>) {
-        match (self.format.nibbles, self.x.rows) {
-            (true, 1) => self.row_by_row::<S, P, 1, true>(codes),
-            (true, 2) => self.row_by_row::<S, P, 2, true>(codes),
-            (true, 3) => self.row_by_row::<S, P, 3, true>(codes),
-            (true, _) => self.row_by_row::<S, P, FEW, true>(codes),
-            (false, 1) => self.row_by_row::<S, P, 1, false>(codes),
-            (false, 2) => self.row_by_row::<S, P, 2, false>(codes),
-            (false, 3) => self.row_by_row::<S, P, 3, false>(codes),
-            (false, _) => self.row_by_row::<S, P, FEW, false>(codes),
+        macro_rules! rows {
+            ($($m:literal)*) => {
+                match (self.format.nibbles, self.x.rows) {
+                    $((true, $m) => self.row_by_row::<S, P, $m, true>(codes),
+                    (false, $m) => self.row_by_row::<S, P, $m, false>(codes),)*
+                    (_, rows) => unreachable!("{rows} rows are more than few"),
+                }
+            };
         }
+        rows!(1 2 3 4 5 6)
     }
 
     #[inline(always)]
@@ -206,20 +206,17 @@ impl Product<'_> {
                     scratch.as_ptr()
                 }
             };
-            let y = self.dot_row::<S, P, M, NIBBLES>(n, codes);
-            for m in 0..M {
-                *self.y.at(m * self.stride + n) = y[m];
-            }
+            self.dot_row::<S, P, M, NIBBLES>(n, codes);
         }
     }
 
-    /// Row n of the weights with each row of x. `codes` are nibbles or bytes.
+    /// Row n of the weights with M rows of x. `codes` are nibbles or bytes.
     #[inline(always)]
     unsafe fn dot_row<S: Simd, const P: usize, const M: usize, const NIBBLES: bool>(
         &self,
         n: usize,
         codes: *const u8,
-    ) -> [f32; M] {
+    ) {
         let affine = self.affine;
         let (groups, in_vector) = (affine.groups(), if NIBBLES { 2 * BYTES } else { BYTES });
         // A table has the scales of 16 groups, which are `step` vectors of codes.
@@ -254,11 +251,14 @@ impl Product<'_> {
                 row.block::<S, P, M, NIBBLES>(codes, whole, here, &tables, &mut acc);
             }
         }
-        let mut y = [0.0; M];
         for m in 0..M {
-            y[m] = S::sum(S::add(acc[m], offset[m]));
+            acc[m] = S::add(acc[m], offset[m]);
         }
-        y
+        let four = S::sums([acc[0], acc[1 % M], acc[2 % M], acc[3 % M]]);
+        for m in 0..M {
+            let y = if M > 1 && m < 4 { four[m] } else { S::sum(acc[m]) };
+            *self.y.at(m * self.stride + n) = y;
+        }
     }
 
     /// Tiles of N rows of weights and 16 lanes of x, with V digits in each.
@@ -281,40 +281,44 @@ impl Product<'_> {
                 for chunk in (0..columns).step_by(CHUNK) {
                     let chunk = chunk..columns.min(chunk + CHUNK);
                     self.unpack::<S>(first, count, chunk.clone(), codes, numbers);
-                    let next = self.next::<N>(first, chunk.end);
+                    let mut ahead = self.ahead::<N>(first, chunk.end);
                     for (tile, out) in tiles.clone().zip(out.iter_mut()) {
-                        let ahead = if tile == first_tile { next } else { std::ptr::null() };
-                        self.tile::<S, V, N>(codes, numbers, tile, chunk.clone(), ahead, out);
+                        self.tile::<S, V, N>(codes, numbers, tile, chunk.clone(), &mut ahead, out);
                     }
                 }
-                for (tile, out) in tiles.clone().zip(out.iter()) {
-                    self.store(tile * rows, first, &out[..count]);
+                for (tile, out) in tiles.clone().zip(out.iter_mut()) {
+                    self.store::<S>(tile * rows, first, &mut out[..count]);
                 }
             }
         }
     }
 
-    /// The codes that come after those of N rows up to column `end`.
+    /// What comes after the codes of N rows up to column `end`.
     #[inline(always)]
-    unsafe fn next<const N: usize>(&self, first: usize, end: usize) -> *const u8 {
-        let row_bytes = self.affine.row_bytes();
-        let place = match end < self.affine.columns {
-            true => first * row_bytes + end * self.affine.layout.bits / 8,
-            false => (first + N) * row_bytes,
+    unsafe fn ahead<const N: usize>(&self, first: usize, end: usize) -> Ahead {
+        let (row_bytes, bits) = (self.affine.row_bytes(), self.affine.layout.bits);
+        let (place, columns) = match end < self.affine.columns {
+            true => (first * row_bytes + end * bits / 8, self.affine.columns - end),
+            false => ((first + N) * row_bytes, self.affine.columns),
         };
-        self.affine.codes.as_ptr().wrapping_add(place)
+        let lines = (columns.min(CHUNK) * bits / 8).div_ceil(BYTES);
+        let next = self.affine.codes.as_ptr().wrapping_add(place);
+        Ahead { next, line: 0, lines, row_bytes, left: N * lines }
     }
 
     /// Columns `first..` of a tile's rows of y, from lanes.
     #[inline(always)]
-    unsafe fn store(&self, row: usize, first: usize, out: &[[f32; LANES]]) {
-        let rows = self.format.shape.rows();
-        let lanes = LANES / rows;
+    unsafe fn store<S: Simd>(&self, row: usize, first: usize, out: &mut [[f32; LANES]]) {
+        let (rows, lanes) = (self.format.shape.rows(), self.format.shape.lanes());
+        if lanes == 2 {
+            for out in out.iter_mut() {
+                S::store(out.as_mut_ptr(), S::sum_pairs(S::load(out.as_ptr())));
+            }
+        }
         for place in 0..rows.min(self.x.rows - row) {
             let y = self.y.at((row + place) * self.stride + first);
             for (n, out) in out.iter().enumerate() {
-                let own = &out[place * lanes..][..lanes];
-                *y.add(n) = if lanes == 1 { own[0] } else { own.iter().sum() };
+                *y.add(n) = out[place * lanes];
             }
         }
     }
@@ -334,13 +338,12 @@ impl Product<'_> {
         let (group, groups) = (chunk.start / group_size, chunk.len() / group_size);
         for place in 0..count {
             let row = &self.affine.row(first + place)[chunk.start * bits / 8..chunk.end * bits / 8];
-            let codes = &mut codes[place * CHUNK..][..chunk.len()];
-            match (bits, group_size) {
-                (4, 32) => codes::unpack_nibbles::<S, 16>(row, codes),
-                (4, 64) => codes::unpack_nibbles::<S, 32>(row, codes),
-                (4, _) => codes::unpack_nibbles::<S, 64>(row, codes),
-                (8, _) => codes.copy_from_slice(row),
-                (bits, _) => codes::unpack(row, bits, codes),
+            let codes = &mut codes[place * CHUNK..][..CHUNK];
+            let exactly = &mut codes[..chunk.len()];
+            match bits {
+                4 => codes::unpack_nibbles::<S>(row, codes),
+                8 => exactly.copy_from_slice(row),
+                bits => codes::unpack(row, bits, exactly),
             }
             let numbers = numbers[2 * place * CHUNK / 32..][..2 * CHUNK / 32].as_mut_ptr();
             for next in (0..groups).step_by(LANES) {
@@ -360,51 +363,92 @@ impl Product<'_> {
         numbers: &[f32],
         tile: usize,
         chunk: Range<usize>,
-        ahead: *const u8,
+        ahead: &mut Ahead,
         out: &mut Out,
     ) {
         let Quantization { bits, group_size } = self.affine.layout;
-        let (row_bytes, group_bytes) = (self.affine.row_bytes(), group_size * bits / 8);
-        let steps = group_size / 4;
+        let asks = (N * group_size * bits / 8).div_ceil(BYTES);
+        let (steps, lanes) = (group_size / 8, self.format.shape.lanes());
         let digit_bits = digit_bits::<S>(self.format.nibbles);
+        let (first, groups) = (chunk.start / group_size, chunk.len() / group_size);
+        let (scales, biases) = (numbers.as_ptr(), numbers.as_ptr().add(CHUNK / 32));
         let mut y = [S::splat(0.0); N];
         for n in 0..N {
             y[n] = S::load(out[n].as_ptr());
         }
-        for group in 0..chunk.len() / group_size {
-            let mut acc = [[S::izero(); V]; N];
-            let in_row = chunk.start / group_size + group;
-            let digits = self.x.tile(tile, in_row, steps * V);
-            let codes = codes.as_ptr().add(group * group_size);
-            for step in 0..steps {
-                let mut x = [S::bytes(digits); V];
-                for v in 0..V {
-                    x[v] = S::bytes(digits.add((step * V + v) * BYTES));
-                }
-                unrolled!(n < N, {
-                    let codes = codes.add(n * CHUNK + 4 * step);
-                    let codes = S::bytes_splat(codes);
-                    for v in 0..V {
-                        acc[n][v] = S::dot(acc[n][v], codes, x[v]);
-                    }
-                });
-            }
-            let [scale, sum] = self.x.tile_numbers(tile, in_row);
-            let (scale, sum) = (S::load(scale), S::load(sum));
-            let numbers = numbers.as_ptr().add(group);
-            let ask = !ahead.is_null() && group * group_bytes % BYTES < group_bytes;
+        for group in (0..groups).step_by(lanes) {
+            let sums = S::load(self.x.tile_sums(tile, first + group, lanes));
             unrolled!(n < N, {
-                if ask {
-                    prefetch(ahead.wrapping_add(n * row_bytes + group * group_bytes));
+                let biases = S::splat_many(biases.add(2 * n * CHUNK / 32 + group), lanes);
+                y[n] = S::fma(biases, sums, y[n]);
+            });
+        }
+        for group in 0..groups {
+            let mut acc = [[S::izero(); V]; N];
+            let mut digits = self.x.tile(tile, first + group, 2 * steps * V);
+            for half in 0..2 {
+                let codes = codes.as_ptr().add(self.place(group * group_size, half));
+                for step in 0..steps {
+                    let mut x = [S::bytes(digits); V];
+                    for v in 0..V {
+                        x[v] = S::bytes(digits.add(v * BYTES));
+                    }
+                    digits = digits.add(V * BYTES);
+                    unrolled!(n < N, {
+                        let codes = codes.add(n * CHUNK + 4 * step);
+                        let codes = S::bytes_splat(codes);
+                        for v in 0..V {
+                            acc[n][v] = S::dot(acc[n][v], codes, x[v]);
+                        }
+                    });
                 }
+            }
+            let scale = S::load(self.x.tile_scales(tile, first + group));
+            ahead.ask(asks);
+            unrolled!(n < N, {
                 let product = joined::<S, V>(acc[n], digit_bits);
-                let number = numbers.add(2 * n * CHUNK / 32);
-                y[n] = S::fma(S::splat(*number.add(CHUNK / 32)), sum, y[n]);
-                y[n] = S::fma(product, S::mul(S::splat(*number), scale), y[n]);
+                let number = S::splat(*scales.add(2 * n * CHUNK / 32 + group));
+                y[n] = S::fma(product, S::mul(number, scale), y[n]);
             });
         }
         for n in 0..N {
             S::store(out[n].as_mut_ptr(), y[n]);
+        }
+    }
+
+    /// Where the unpacked codes of half a group are, which begins at `column`.
+    #[inline(always)]
+    fn place(&self, column: usize, half: usize) -> usize {
+        match self.format.nibbles {
+            true => column / 128 * 128 + column % 128 / 2 + half * BYTES,
+            false => column + half * self.format.group_size / 2,
+        }
+    }
+}
+
+/// Codes that are needed next, which are asked for in the order of their addresses: so the
+/// processor's own prefetching goes along.
+struct Ahead {
+    next: *const u8,
+    /// of the row
+    line: usize,
+    /// of a row
+    lines: usize,
+    row_bytes: usize,
+    left: usize,
+}
+
+impl Ahead {
+    #[inline(always)]
+    fn ask(&mut self, lines: usize) {
+        for _ in 0..lines.min(self.left) {
+            prefetch(self.next.wrapping_add(self.line * BYTES));
+            self.line += 1;
+            if self.line == self.lines {
+                self.line = 0;
+                self.next = self.next.wrapping_add(self.row_bytes);
+            }
+            self.left -= 1;
         }
     }
 }

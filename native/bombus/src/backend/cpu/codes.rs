@@ -18,38 +18,26 @@ pub fn unpack(packed: &[u8], bits: usize, codes: &mut [u8]) {
     }
 }
 
-/// Codes of 4 bits as bytes: for each group (twice HALF) those at even places, then the others.
+/// Codes of 4 bits as bytes: of each 128, those at even places, then the others, 64 behind them.
 #[inline(always)]
-pub unsafe fn unpack_nibbles<S: Simd, const HALF: usize>(packed: &[u8], codes: &mut [u8]) {
-    debug_assert_eq!(2 * packed.len(), codes.len());
+pub unsafe fn unpack_nibbles<S: Simd>(packed: &[u8], codes: &mut [u8]) {
+    debug_assert!(packed.len().next_multiple_of(BYTES) * 2 <= codes.len());
     let (lines, rest) = packed.as_chunks::<BYTES>();
     let mut codes = codes.as_mut_ptr();
     for line in lines {
-        spread::<S, HALF>(S::bytes(line.as_ptr()), BYTES, codes);
+        spread::<S>(S::bytes(line.as_ptr()), codes);
         codes = codes.add(2 * BYTES);
     }
     if !rest.is_empty() {
-        spread::<S, HALF>(S::bytes_part(rest.as_ptr(), rest.len()), rest.len(), codes);
+        spread::<S>(S::bytes_part(rest.as_ptr(), rest.len()), codes);
     }
 }
 
 #[inline(always)]
-unsafe fn spread<S: Simd, const HALF: usize>(line: S::B, bytes: usize, codes: *mut u8) {
+unsafe fn spread<S: Simd>(line: S::B, codes: *mut u8) {
     let [even, odd] = S::nibbles(line);
-    if HALF == BYTES && bytes == BYTES {
-        S::bytes_store(codes, even);
-        S::bytes_store(codes.add(BYTES), odd);
-        return;
-    }
-    let mut nibbles = [[0u8; BYTES]; 2];
-    S::bytes_store(nibbles[0].as_mut_ptr(), even);
-    S::bytes_store(nibbles[1].as_mut_ptr(), odd);
-    for first in (0..bytes).step_by(HALF) {
-        for (odd, nibbles) in nibbles.iter().enumerate() {
-            let to = codes.add(2 * first + odd * HALF);
-            std::ptr::copy_nonoverlapping(nibbles.as_ptr().add(first), to, HALF);
-        }
-    }
+    S::bytes_store(codes, even);
+    S::bytes_store(codes.add(BYTES), odd);
 }
 
 #[cfg(test)]

@@ -3,10 +3,10 @@
 //! For each group of weights that share a scale, x is written with signed digits of 8 bits:
 //! `x = scale * (256 * d0 + d1)`, where the largest |x| of the group makes d0 the largest digit.
 //! Two digits are more exact than bf16 (an error of 2^-16 of the group's largest, where bf16 has
-//! 2^-9 of x), three are f32 (2^-24). Where the
-//! instructions take digits of 7 bits beside large codes, those are four. A dot product of codes and digits is exact, and `sum` is of
-//! the digits themselves, so that an error of x meets the weight, and not the code, which is
-//! further from zero.
+//! 2^-9 of x), three are f32 (2^-24). Where the instructions take digits of 7 bits beside large
+//! codes, those are four. A dot product of codes and digits is exact, and `sum` is of the digits
+//! themselves, so that an error of x meets the weight, and not the code, which is further from
+//! zero.
 
 use super::pool::Pool;
 use super::simd::{BYTES, Kernel, LANES, Level, Simd};
@@ -28,10 +28,10 @@ pub struct Format {
 pub enum Shape {
     /// Quads of one digit of one row. `[row][digit][k]`
     Rows,
-    /// One quad of one digit of 16 rows. `[tile][group][quad][digit][row][4]`
-    Tile,
     /// One quad of both digits of 8 rows. `[tile][group][quad][row][digit][4]`
-    Pairs,
+    Eights,
+    /// One quad of one digit of 16 rows. `[tile][group][quad][digit][row][4]`
+    Sixteens,
 }
 
 impl Shape {
@@ -39,9 +39,19 @@ impl Shape {
     pub fn rows(self) -> usize {
         match self {
             Shape::Rows => 1,
-            Shape::Tile => 16,
-            Shape::Pairs => 8,
+            Shape::Eights => 8,
+            Shape::Sixteens => 16,
         }
+    }
+
+    /// The lanes of a row in a tile's vector.
+    pub fn lanes(self) -> usize {
+        LANES / self.rows()
+    }
+
+    /// A tile's vectors for the same quad.
+    fn vectors(self, planes: usize) -> usize {
+        if self == Shape::Sixteens { planes } else { 1 }
     }
 }
 
@@ -59,9 +69,10 @@ pub struct Digits {
     /// The bytes from one digit's plane to the next, in the shape of rows.
     pub plane: usize,
     digits: Vec<Line>,
-    /// What the last digit is worth. Rows: `[row][group]`, else `[tile][group][lane]`
+    /// Rows: what the last digit is worth, `[row][group]`; else what the lane's is, `[tile][group][lane]`
     scales: Vec<f32>,
-    /// The sum of each group of x, as the digits have it.
+    /// The sum of each group of x, as the digits have it. Rows: `[row][group]`, else
+    /// `[tile][groups][row][group]` with as many groups at once as a row has lanes.
     sums: Vec<f32>,
     /// Rows: the groups of a row in `scales`, with room for a whole vector at the last.
     stride: usize,
@@ -83,20 +94,25 @@ impl Digits {
         self.plane = x.width.next_multiple_of(2 * BYTES);
         self.stride = self.groups.next_multiple_of(LANES);
         let tiles = x.rows.div_ceil(shape.rows());
-        let (digits, numbers) = match shape {
-            Shape::Rows => (x.rows * planes * self.plane, x.rows * self.stride),
-            Shape::Tile => (tiles * LANES * planes * x.width, tiles * LANES * self.groups),
-            Shape::Pairs => (tiles * LANES * x.width, tiles * LANES * self.groups),
+        let (digits, scales, sums) = match shape {
+            Shape::Rows => {
+                (x.rows * planes * self.plane, x.rows * self.stride, x.rows * self.stride)
+            }
+            _ => (
+                tiles * shape.rows() * planes * x.width,
+                tiles * self.groups * LANES,
+                tiles * self.groups.div_ceil(shape.lanes()) * LANES,
+            ),
         };
         self.digits.resize(digits / BYTES, Line([0; BYTES]));
+        // The places behind the last group must be zero in whatever the vectors read.
         if shape == Shape::Rows {
-            // The places behind the last group must be zero in whatever the vectors read.
             self.digits.fill(Line([0; BYTES]));
-            self.scales.clear();
-            self.sums.clear();
         }
-        self.scales.resize(numbers, 0.0);
-        self.sums.resize(numbers, 0.0);
+        for (numbers, count) in [(&mut self.scales, scales), (&mut self.sums, sums)] {
+            numbers.clear();
+            numbers.resize(count, 0.0);
+        }
         let out = Out {
             digits: self.digits.as_mut_ptr().cast(),
             scales: self.scales.as_mut_ptr(),
@@ -133,11 +149,17 @@ impl Digits {
         self.digits.as_ptr().add((tile * self.groups + group) * vectors).cast()
     }
 
-    /// Scales and sums of a group in a tile.
+    /// The scales of a group in a tile.
     #[inline(always)]
-    pub unsafe fn tile_numbers(&self, tile: usize, group: usize) -> [*const f32; 2] {
-        let place = (tile * self.groups + group) * LANES;
-        [self.scales.as_ptr().add(place), self.sums.as_ptr().add(place)]
+    pub unsafe fn tile_scales(&self, tile: usize, group: usize) -> *const f32 {
+        self.scales.as_ptr().add((tile * self.groups + group) * LANES)
+    }
+
+    /// The sums of the groups from `group` on, which are as many as a row has lanes.
+    #[inline(always)]
+    pub unsafe fn tile_sums(&self, tile: usize, group: usize, lanes: usize) -> *const f32 {
+        let place = tile * self.groups.div_ceil(lanes) + group / lanes;
+        self.sums.as_ptr().add(place * LANES)
     }
 }
 
@@ -174,33 +196,22 @@ impl Kernel for Fill<'_> {
         let Format { group_size, nibbles, planes, shape } = self.format;
         let bits = digit_bits::<S>(nibbles);
         let mut group = [[0; 128]; 4];
+        // In a row, one vector of codes holds 128 of 4 bits.
+        let odd = match (nibbles, shape) {
+            (true, Shape::Rows) => Some(BYTES),
+            (true, _) => Some(group_size / 2),
+            (false, _) => None,
+        };
         for row in self.rows.clone() {
             let x = self.x.row(row).as_ptr();
             for index in 0..self.groups {
-                let [scale, sum] =
-                    digits::<S>(x.add(index * group_size), group_size, planes, bits, &mut group);
-                if nibbles {
-                    // In a row, one vector of codes holds 128.
-                    let half = if shape == Shape::Rows { BYTES } else { group_size / 2 };
-                    even_first(&mut group, group_size, planes, half);
-                }
+                let x = x.add(index * group_size);
+                let numbers = digits::<S>(x, group_size, planes, bits, odd, &mut group);
                 match shape {
-                    Shape::Rows => self.place_in_row(row, index, &group, [scale, sum]),
-                    _ => self.place_in_tile(row, index, &group, [scale, sum], bits),
+                    Shape::Rows => self.place_in_row(row, index, &group, numbers),
+                    _ => self.place_in_tile(row, index, &group, numbers, bits),
                 }
             }
-        }
-    }
-}
-
-/// The digits at even places go first, those at odd ones `half` behind them.
-#[inline(always)]
-fn even_first(group: &mut Group, group_size: usize, planes: usize, half: usize) {
-    for digits in group.iter_mut().take(planes) {
-        let mixed = *digits;
-        for pair in 0..group_size / 2 {
-            digits[pair] = mixed[2 * pair];
-            digits[half + pair] = mixed[2 * pair + 1];
         }
     }
 }
@@ -236,32 +247,31 @@ impl Fill<'_> {
         bits: u32,
     ) {
         let Format { group_size, planes, shape, .. } = self.format;
-        let rows = shape.rows();
-        let place = row / rows * self.groups + index;
-        // The digits are lanes or vectors.
-        let vectors = if shape == Shape::Tile { planes } else { 1 };
-        let tile = self.out.digits.add(place * (group_size / 4) * vectors * BYTES);
-        let numbers = place * LANES;
-        for (plane, digits) in group.iter().enumerate().take(planes) {
-            let (vector, lane) = match shape {
-                Shape::Tile => (plane, row % rows),
-                _ => (0, row % rows * planes + plane),
+        let vectors = shape.vectors(planes);
+        let (tile, first) = (row / shape.rows(), row % shape.rows() * shape.lanes());
+        let place = tile * self.groups + index;
+        let digits = self.out.digits.add(place * (group_size / 4) * vectors * BYTES);
+        let scales = self.out.scales.add(place * LANES);
+        for (plane, group) in group.iter().enumerate().take(planes) {
+            // The digits are lanes or vectors.
+            let (vector, lane) = match vectors {
+                1 => (0, first + plane),
+                _ => (plane, first),
             };
             for quad in 0..group_size / 4 {
-                let to = (quad * vectors + vector) * BYTES + lane * 4;
-                let four = digits.as_ptr().add(4 * quad);
-                std::ptr::copy_nonoverlapping(four, tile.add(to), 4);
+                let to = digits.add((quad * vectors + vector) * BYTES + lane * 4);
+                std::ptr::copy_nonoverlapping(group.as_ptr().add(4 * quad), to, 4);
             }
-            // A lane has its own digit's worth, and the sum is counted once.
-            let below = if shape == Shape::Tile { 0 } else { planes - 1 - plane };
-            *self.out.scales.add(numbers + lane) = scale * (1u32 << (bits * below as u32)) as f32;
-            if plane == 0 || shape == Shape::Pairs {
-                *self.out.sums.add(numbers + lane) = if plane == 0 { sum } else { 0.0 };
-            }
+            let below = if vectors == 1 { planes - 1 - plane } else { 0 };
+            *scales.add(lane) = scale * (1u32 << (bits * below as u32)) as f32;
         }
+        let lanes = shape.lanes();
+        let place = tile * self.groups.div_ceil(lanes) + index / lanes;
+        *self.out.sums.add(place * LANES + first + index % lanes) = sum;
     }
 }
 
+/// The digits of one group; those at odd places from `odd` on, where it is given.
 /// -> what the last digit is worth, and the sum of the digits' x
 #[inline(always)]
 unsafe fn digits<S: Simd>(
@@ -269,6 +279,7 @@ unsafe fn digits<S: Simd>(
     group_size: usize,
     planes: usize,
     bits: u32,
+    odd: Option<usize>,
     group: &mut Group,
 ) -> [f32; 2] {
     let zero = S::splat(0.0);
@@ -285,14 +296,21 @@ unsafe fn digits<S: Simd>(
     // What is left for the next digit shall be at most its largest, which is one below its least.
     let lean = S::splat(0.5 / base);
     let mut sums = [zero; 4];
-    for place in (0..group_size).step_by(LANES) {
-        let mut rest = S::mul(S::load(x.add(place)), S::splat(factor));
-        for plane in 0..planes {
-            let leaning = if plane + 1 < planes { S::add(rest, lean) } else { rest };
-            let digit = S::min(S::splat(largest), S::round(leaning));
-            S::store_i8(group[plane].as_mut_ptr().add(place), digit);
-            sums[plane] = S::add(sums[plane], digit);
-            rest = S::mul(S::sub(rest, digit), S::splat(base));
+    for place in (0..group_size).step_by(2 * LANES) {
+        let both = [S::load(x.add(place)), S::load(x.add(place + LANES))];
+        let (both, places) = match odd {
+            Some(odd) => (S::uninterleaved(both), [place / 2, odd + place / 2]),
+            None => (both, [place, place + LANES]),
+        };
+        for half in 0..2 {
+            let mut rest = S::mul(both[half], S::splat(factor));
+            for plane in 0..planes {
+                let leaning = if plane + 1 < planes { S::add(rest, lean) } else { rest };
+                let digit = S::min(S::splat(largest), S::round(leaning));
+                S::store_i8(group[plane].as_mut_ptr().add(places[half]), digit);
+                sums[plane] = S::add(sums[plane], digit);
+                rest = S::mul(S::sub(rest, digit), S::splat(base));
+            }
         }
     }
     let (mut sum, mut worth) = (0.0, 1.0);

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_micros(300);
 /// The pieces of a thread's share: enough for a thread that is slow for a while, and each large
 /// enough to be read at the memory's speed.
-const PIECES: usize = 4;
+const PIECES: usize = 8;
 /// Looks at the clock once in so many turns.
 const SPINS: u32 = 200;
 

@@ -42,6 +42,28 @@ unsafe fn power_half(n: __m256) -> __m256 {
 }
 
 #[inline(always)]
+unsafe fn sum_pairs(a: __m256) -> __m256 {
+    _mm256_add_ps(a, _mm256_permute_ps::<0b10_11_00_01>(a))
+}
+
+/// The sum of each.
+#[inline(always)]
+pub unsafe fn sums(a: __m256, b: __m256, c: __m256, d: __m256) -> __m128 {
+    let four = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps::<1>(four))
+}
+
+#[inline(always)]
+unsafe fn uninterleaved(x: F) -> F {
+    let even = _mm256_castps_pd(_mm256_shuffle_ps::<0b10_00_10_00>(x[0], x[1]));
+    let odd = _mm256_castps_pd(_mm256_shuffle_ps::<0b11_01_11_01>(x[0], x[1]));
+    [
+        _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(even)),
+        _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(odd)),
+    ]
+}
+
+#[inline(always)]
 unsafe fn dot_half(acc: __m256i, codes: __m256i, digits: __m256i) -> __m256i {
     let pairs = _mm256_maddubs_epi16(codes, digits);
     _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
@@ -71,6 +93,13 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn load(p: *const f32) -> F {
         [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))]
+    }
+    #[inline(always)]
+    unsafe fn splat_many(p: *const f32, count: usize) -> F {
+        match count {
+            1 => Self::splat(*p),
+            _ => [_mm256_castsi256_ps(_mm256_set1_epi64x(p.cast::<i64>().read_unaligned())); 2],
+        }
     }
     #[inline(always)]
     unsafe fn load_part(p: *const f32, n: usize) -> F {
@@ -133,11 +162,31 @@ impl Simd for Avx2 {
         [power_half(n[0]), power_half(n[1])]
     }
     #[inline(always)]
+    unsafe fn uninterleaved(x: [F; 2]) -> [F; 2] {
+        let [[e0, o0], [e1, o1]] = [uninterleaved(x[0]), uninterleaved(x[1])];
+        [[e0, e1], [o0, o1]]
+    }
+    #[inline(always)]
     unsafe fn sum(a: F) -> f32 {
         let both = _mm256_add_ps(a[0], a[1]);
         let four = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps::<1>(both));
         let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+    }
+    #[inline(always)]
+    unsafe fn sums(a: [F; 4]) -> [f32; 4] {
+        let [a, b, c, d] = a;
+        let four = sums(
+            _mm256_add_ps(a[0], a[1]),
+            _mm256_add_ps(b[0], b[1]),
+            _mm256_add_ps(c[0], c[1]),
+            _mm256_add_ps(d[0], d[1]),
+        );
+        std::mem::transmute(four)
+    }
+    #[inline(always)]
+    unsafe fn sum_pairs(a: F) -> F {
+        [sum_pairs(a[0]), sum_pairs(a[1])]
     }
     #[inline(always)]
     unsafe fn largest(a: F) -> f32 {

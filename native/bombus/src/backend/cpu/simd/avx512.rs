@@ -1,6 +1,6 @@
 //! AVX-512: F, BW, DQ, VL and VNNI.
 
-use super::{Kernel, LANES, Simd};
+use super::{Kernel, LANES, Simd, avx2};
 use std::arch::x86_64::*;
 
 #[derive(Clone, Copy)]
@@ -11,9 +11,28 @@ pub unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run::<Avx512>()
 }
 
+/// `lane >> shift` for every shift from 2 on and every lane of a table's vectors.
+static ENTRIES: [[i32; LANES << 5]; 4] = entries();
+
+const fn entries() -> [[i32; LANES << 5]; 4] {
+    let mut entries = [[0; LANES << 5]; 4];
+    let mut place = 0;
+    while place < 4 * (LANES << 5) {
+        let (shift, lane) = (place / (LANES << 5), place % (LANES << 5));
+        entries[shift][lane] = (lane >> (shift + 2)) as i32;
+        place += 1;
+    }
+    entries
+}
+
 #[inline(always)]
 fn mask(n: usize) -> __mmask16 {
     ((1u32 << n) - 1) as __mmask16
+}
+
+#[inline(always)]
+unsafe fn half_sums(a: __m512) -> __m256 {
+    _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a))
 }
 
 impl Simd for Avx512 {
@@ -32,6 +51,13 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn load(p: *const f32) -> __m512 {
         _mm512_loadu_ps(p)
+    }
+    #[inline(always)]
+    unsafe fn splat_many(p: *const f32, count: usize) -> __m512 {
+        match count {
+            1 => _mm512_set1_ps(*p),
+            _ => _mm512_castsi512_ps(_mm512_set1_epi64(p.cast::<i64>().read_unaligned())),
+        }
     }
     #[inline(always)]
     unsafe fn load_part(p: *const f32, n: usize) -> __m512 {
@@ -103,8 +129,23 @@ impl Simd for Avx512 {
         _mm512_scalef_ps(_mm512_set1_ps(1.0), n)
     }
     #[inline(always)]
+    unsafe fn uninterleaved(x: [__m512; 2]) -> [__m512; 2] {
+        let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        let odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+        [_mm512_permutex2var_ps(x[0], even, x[1]), _mm512_permutex2var_ps(x[0], odd, x[1])]
+    }
+    #[inline(always)]
     unsafe fn sum(a: __m512) -> f32 {
         _mm512_reduce_add_ps(a)
+    }
+    #[inline(always)]
+    unsafe fn sums(a: [__m512; 4]) -> [f32; 4] {
+        let four = avx2::sums(half_sums(a[0]), half_sums(a[1]), half_sums(a[2]), half_sums(a[3]));
+        std::mem::transmute(four)
+    }
+    #[inline(always)]
+    unsafe fn sum_pairs(a: __m512) -> __m512 {
+        _mm512_add_ps(a, _mm512_permute_ps::<0b10_11_00_01>(a))
     }
     #[inline(always)]
     unsafe fn largest(a: __m512) -> f32 {
@@ -160,10 +201,7 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn expand(table: &__m512, block: usize, shift: u32) -> __m512 {
-        const PLACES: [i32; LANES] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
-        let places = _mm512_loadu_si512(PLACES.as_ptr().cast());
-        let places = _mm512_add_epi32(places, _mm512_set1_epi32((block * LANES) as i32));
-        let entries = _mm512_srl_epi32(places, _mm_cvtsi32_si128(shift as i32));
-        _mm512_permutexvar_ps(entries, *table)
+        let entries = ENTRIES.get_unchecked(shift as usize - 2).as_ptr().add(block * LANES);
+        _mm512_permutexvar_ps(_mm512_loadu_si512(entries.cast()), *table)
     }
 }

@@ -108,6 +108,8 @@ pub trait Simd: Copy + 'static {
 
     unsafe fn splat(x: f32) -> Self::F;
     unsafe fn load(p: *const f32) -> Self::F;
+    /// One or two numbers, again and again.
+    unsafe fn splat_many(p: *const f32, count: usize) -> Self::F;
     /// The first `n` lanes, zeros behind them.
     unsafe fn load_part(p: *const f32, n: usize) -> Self::F;
     unsafe fn load_f16(p: *const u16) -> Self::F;
@@ -131,7 +133,13 @@ pub trait Simd: Copy + 'static {
     unsafe fn round(a: Self::F) -> Self::F;
     /// `2^n` for whole `n` in -126..=127
     unsafe fn power_of_two(n: Self::F) -> Self::F;
+    /// Of 32 numbers those at even places, and the others.
+    unsafe fn uninterleaved(x: [Self::F; 2]) -> [Self::F; 2];
     unsafe fn sum(a: Self::F) -> f32;
+    /// The sums of four vectors.
+    unsafe fn sums(a: [Self::F; 4]) -> [f32; 4];
+    /// Every two lanes' sum, in both.
+    unsafe fn sum_pairs(a: Self::F) -> Self::F;
     unsafe fn largest(a: Self::F) -> f32;
 
     unsafe fn izero() -> Self::I;
@@ -154,7 +162,7 @@ pub trait Simd: Copy + 'static {
     /// Lane i of vector number `block` gets entry `(16 * block + i) >> shift`; shift is 2 to 5.
     unsafe fn expand(table: &Self::Table, block: usize, shift: u32) -> Self::F;
 
-    /// `n` lanes of f32, bf16 or f16, zeros behind them.
+    /// `n` lanes of bf16 or f16, zeros behind them.
     #[inline(always)]
     unsafe fn load_half_part<const BF16: bool>(p: *const u16, n: usize) -> Self::F {
         let mut part = [0u16; LANES];

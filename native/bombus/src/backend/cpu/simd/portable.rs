@@ -48,6 +48,10 @@ impl Simd for Portable {
         p.cast::<F>().read_unaligned()
     }
     #[inline(always)]
+    unsafe fn splat_many(p: *const f32, count: usize) -> F {
+        std::array::from_fn(|lane| *p.add(lane % count))
+    }
+    #[inline(always)]
     unsafe fn load_part(p: *const f32, n: usize) -> F {
         let mut part = [0.0; LANES];
         copy_bytes(p.cast(), part.as_mut_ptr().cast(), n * size_of::<f32>());
@@ -126,8 +130,21 @@ impl Simd for Portable {
         n.map(|n| f32::from_bits(((n as i32 + 127) << 23) as u32))
     }
     #[inline(always)]
+    unsafe fn uninterleaved(x: [F; 2]) -> [F; 2] {
+        let all = x.as_flattened();
+        [0, 1].map(|odd| std::array::from_fn(|place| all[2 * place + odd]))
+    }
+    #[inline(always)]
     unsafe fn sum(a: F) -> f32 {
         reduce(a, |a, b| a + b)
+    }
+    #[inline(always)]
+    unsafe fn sums(a: [F; 4]) -> [f32; 4] {
+        a.map(|a| reduce(a, |a, b| a + b))
+    }
+    #[inline(always)]
+    unsafe fn sum_pairs(a: F) -> F {
+        std::array::from_fn(|lane| a[lane] + a[lane ^ 1])
     }
     #[inline(always)]
     unsafe fn largest(a: F) -> f32 {
