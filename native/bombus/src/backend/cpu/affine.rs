@@ -225,7 +225,6 @@ impl Product<'_> {
         let whole = bytes / BYTES;
         let row = Row { x: self.x, shift: step.trailing_zeros(), bits: digit_bits::<S>(NIBBLES) };
         let mut acc = [S::splat(0.0); M];
-        let mut offset = [S::splat(0.0); M];
         for chunk in 0..groups.div_ceil(LANES) {
             let first = chunk * LANES;
             let [scales, biases] = affine.numbers::<S>(n, first, LANES.min(groups - first));
@@ -236,7 +235,7 @@ impl Product<'_> {
             for m in 0..M {
                 let [scale, sum] = self.x.row_numbers(m, first);
                 tables[m] = S::table(S::mul(scales, S::load(scale)));
-                offset[m] = S::fma(biases, S::load(sum), offset[m]);
+                acc[m] = S::fma(biases, S::load(sum), acc[m]);
             }
             let start = chunk * step;
             let here = step.min(whole.saturating_sub(start));
@@ -250,9 +249,6 @@ impl Product<'_> {
                 let codes = S::bytes_part(codes.add(whole * BYTES), bytes % BYTES);
                 row.block::<S, P, M, NIBBLES>(codes, whole, here, &tables, &mut acc);
             }
-        }
-        for m in 0..M {
-            acc[m] = S::add(acc[m], offset[m]);
         }
         let four = S::sums([acc[0], acc[1 % M], acc[2 % M], acc[3 % M]]);
         for m in 0..M {
