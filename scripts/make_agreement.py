@@ -1,7 +1,10 @@
-"""Makes test/fixtures/agreement.json: mlx-lm's greedy texts of 100 prompts on the shipped model.
+"""Makes test/fixtures/agreement_{cpu,gpu}.json: mlx-lm's greedy texts of 100 prompts on the shipped model.
 
     pip install "mlx[cpu]==0.32.2" "mlx-lm==0.32.2"
-    python scripts/make_agreement.py
+    python scripts/make_agreement.py cpu
+    python scripts/make_agreement.py gpu    # with mlx[cuda13], or on a Mac
+
+On a CPU mlx-lm adds up in bfloat16, on a GPU in float32.
 
 A list of {prompt, ids, gaps, exact}: how many ids are the prompt's, those and the greedy ones behind them, for each
 greedy one how far its logit is ahead of the second best, and which token mlx-lm would have taken there in float32, that
@@ -23,12 +26,11 @@ from topics import TOPICS  # noqa: E402
 
 PROMPTS = ["Write a post about {}", "Tell me about {}", "{}", "Write a post about {}, please", "Why {}?"]
 TOKENS = 60
-
-mx.set_default_device(mx.cpu)
-
+DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cpu"
 
 def greedy(model, ids, eos):
     """The greedy tokens behind `ids`, up to an end of text, and each one's lead."""
+    mx.set_default_device(mx.Device(getattr(mx, DEVICE)))
     cache, tokens, gaps = make_prompt_cache(model), [], []
     given = ids
     while len(tokens) < TOKENS and not (tokens and tokens[-1] in eos):
@@ -42,6 +44,7 @@ def greedy(model, ids, eos):
 
 def next_tokens(model, ids):
     """The most probable token after each of the ids."""
+    mx.set_default_device(mx.cpu)
     return np.array(model(mx.array([ids]))[0].astype(mx.float32)).argmax(-1).tolist()
 
 
@@ -58,7 +61,7 @@ def main():
         exact_tokens = next_tokens(exact, all_ids[:-1])[len(ids) - 1 :]
         texts.append({"prompt": len(ids), "ids": all_ids, "gaps": gaps, "exact": exact_tokens})
     lines = ",\n".join(json.dumps(text) for text in texts)
-    (ROOT / "test/fixtures/agreement.json").write_text(f"[\n{lines}\n]\n")
+    (ROOT / f"test/fixtures/agreement_{DEVICE}.json").write_text(f"[\n{lines}\n]\n")
     print(len(texts), sum(len(text["gaps"]) for text in texts))
 
 
