@@ -33,6 +33,8 @@ pub struct Affine {
     layout: Quantization,
     pub rows: usize,
     pub columns: usize,
+    /// of a row
+    groups: usize,
 }
 
 impl Affine {
@@ -46,6 +48,7 @@ impl Affine {
             layout,
             rows: weights.out_features,
             columns: quantized.scales.shape[1] * layout.group_size,
+            groups: quantized.scales.shape[1],
         })
     }
 
@@ -69,7 +72,7 @@ impl Affine {
 
     /// Row n as floats.
     pub fn dequantize(&self, n: usize, out: &mut [f32]) {
-        let (groups, float) = (self.groups(), self.float.bytes());
+        let (groups, float) = (self.groups, self.float.bytes());
         let mut codes = vec![0; out.len()];
         // SAFETY: n is a row.
         codes::unpack(unsafe { self.row(n) }, self.layout.bits, &mut codes);
@@ -80,10 +83,6 @@ impl Affine {
             let group = place / self.layout.group_size;
             *out = scales[group] * f32::from(code) + biases[group];
         }
-    }
-
-    fn groups(&self) -> usize {
-        self.columns / self.layout.group_size
     }
 
     fn row_bytes(&self) -> usize {
@@ -99,7 +98,7 @@ impl Affine {
     /// Scales and biases `group..group + count` of row n.
     #[inline(always)]
     unsafe fn numbers<S: Simd>(&self, n: usize, group: usize, count: usize) -> [S::F; 2] {
-        let place = n * self.groups() + group;
+        let place = n * self.groups + group;
         [
             self.float.load::<S>(self.scales.as_ptr(), place, count),
             self.float.load::<S>(self.biases.as_ptr(), place, count),
@@ -197,28 +196,41 @@ impl Product<'_> {
         let affine = self.affine;
         let as_they_are = matches!(affine.layout.bits, 4 | 8);
         scratch.resize(affine.columns, 0);
-        for n in self.range.clone() {
-            let row = affine.row(n);
-            let codes = match as_they_are {
-                true => row.as_ptr(),
-                false => {
-                    codes::unpack(row, affine.layout.bits, scratch);
-                    scratch.as_ptr()
+        // The sums over lanes, four at once.
+        let mut lanes = [[S::splat(0.0); 4]; M];
+        for first in self.range.clone().step_by(4) {
+            let count = 4.min(self.range.end - first);
+            for place in 0..count {
+                let row = affine.row(first + place);
+                let codes = match as_they_are {
+                    true => row.as_ptr(),
+                    false => {
+                        codes::unpack(row, affine.layout.bits, scratch);
+                        scratch.as_ptr()
+                    }
+                };
+                let y = self.dot_row::<S, P, M, NIBBLES>(first + place, codes);
+                for m in 0..M {
+                    lanes[m][place] = y[m];
                 }
-            };
-            self.dot_row::<S, P, M, NIBBLES>(n, codes);
+            }
+            for m in 0..M {
+                let y = self.y.at(m * self.stride + first);
+                std::ptr::copy_nonoverlapping(S::sums(lanes[m]).as_ptr(), y, count);
+            }
         }
     }
 
-    /// Row n of the weights with M rows of x. `codes` are nibbles or bytes.
+    /// Row n of the weights with M rows of x, their sums still in lanes. `codes` are nibbles or
+    /// bytes.
     #[inline(always)]
     unsafe fn dot_row<S: Simd, const P: usize, const M: usize, const NIBBLES: bool>(
         &self,
         n: usize,
         codes: *const u8,
-    ) {
+    ) -> [S::F; M] {
         let affine = self.affine;
-        let (groups, in_vector) = (affine.groups(), if NIBBLES { 2 * BYTES } else { BYTES });
+        let (groups, in_vector) = (affine.groups, if NIBBLES { 2 * BYTES } else { BYTES });
         // A table has the scales of 16 groups, which are `step` vectors of codes.
         let step = LANES * self.format.group_size / in_vector;
         let bytes = affine.columns * BYTES / in_vector;
@@ -250,11 +262,7 @@ impl Product<'_> {
                 row.block::<S, P, M, NIBBLES>(codes, whole, here, &tables, &mut acc);
             }
         }
-        let four = S::sums([acc[0], acc[1 % M], acc[2 % M], acc[3 % M]]);
-        for m in 0..M {
-            let y = if M > 1 && m < 4 { four[m] } else { S::sum(acc[m]) };
-            *self.y.at(m * self.stride + n) = y;
-        }
+        acc
     }
 
     /// Tiles of N rows of weights and 16 lanes of x, with V digits in each.
