@@ -35,11 +35,24 @@ pub struct Layer<B: Backend> {
     pub down_proj: B::Linear,
 }
 
+impl<B: Backend> Layer<B> {
+    /// The linear layer of projection `place` (as in `PROJECTIONS`), and which part of it.
+    pub fn projection(&self, place: usize) -> (&B::Linear, usize) {
+        match place {
+            0..3 => (&self.qkv_proj, place - QKV.start),
+            3 => (&self.o_proj, 0),
+            4..6 => (&self.gate_up_proj, place - GATE_UP.start),
+            _ => (&self.down_proj, 0),
+        }
+    }
+}
+
 /// An adapter's pairs, each at its place in the decoder.
 pub struct BoundAdapter<B: Backend> {
     pub embed_tokens: Option<B::Lora>,
     /// layer -> projection, in the order of `PROJECTIONS`
     pub layers: Vec<[Option<B::Lora>; PROJECTIONS.len()]>,
+    /// also where the embedding is the head
     pub lm_head: Option<B::Lora>,
 }
 
@@ -70,7 +83,7 @@ impl<B: Backend> Decoder<B> {
         outputs: &[usize],
     ) -> Result<B::Tensor> {
         let spans = spans(parts);
-        let loras = embedding_loras(&spans, Range::clone);
+        let loras = loras(&spans, 0, Range::clone, |adapter| adapter.embed_tokens.as_ref());
         let mut hidden = self.backend.embed(&self.embed_tokens, tokens, previous, &loras)?;
         for (index, layer) in self.layers.iter().enumerate() {
             hidden = self.layer(index, layer, hidden, parts, &spans)?;
@@ -117,11 +130,10 @@ impl<B: Backend> Decoder<B> {
         let x = self.backend.rms_norm(hidden, &self.norm, self.attention.rms_norm_eps)?;
         let within = |row: usize| outputs.partition_point(|output| *output < row);
         let selected = |rows: &Range<usize>| within(rows.start)..within(rows.end);
+        let loras = loras(spans, 0, selected, |adapter| adapter.lm_head.as_ref());
         let Some(lm_head) = &self.lm_head else {
-            let loras = embedding_loras(spans, selected);
             return self.backend.unembed(&self.embed_tokens, &x, &loras);
         };
-        let loras = loras(spans, 0, selected, |adapter| adapter.lm_head.as_ref());
         let [logits] = self::outputs(self.backend.project(lm_head, &x, &loras)?);
         Ok(logits)
     }
@@ -168,13 +180,6 @@ fn layer_loras<'a, B: Backend>(
         loras(spans, part, Range::clone, own)
     };
     projections.enumerate().flat_map(of).collect()
-}
-
-fn embedding_loras<'a, B: Backend>(
-    spans: &[Span<'a, B>],
-    rows: impl Fn(&Range<usize>) -> Range<usize>,
-) -> Vec<LoraRows<'a, B>> {
-    loras(spans, 0, rows, |adapter| adapter.embed_tokens.as_ref())
 }
 
 /// A projection has as many outputs as it was loaded with, which `checkpoint` decides.

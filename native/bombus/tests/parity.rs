@@ -1,6 +1,8 @@
 //! Log-probabilities and greedy tokens beside mlx-lm's, on the checkpoints and adapters that
 //! `scripts/make_fixtures.py` made.
 //!
+//! Adapters in PEFT's format are compared with PEFT's own model in float32.
+//!
 //! float32: every log-probability within 1e-3 of mlx-lm's. With bf16 or f16 scales mlx-lm is
 //! itself off the exact answer: there the mean distance to mlx-lm is at most 0.02, or the mean
 //! distance to the exact answer at most 1.25 times mlx-lm's own plus 0.01.
@@ -37,12 +39,11 @@ fn floats(value: &Value) -> Vec<f64> {
     value.as_array().unwrap().iter().map(|number| number.as_f64().unwrap()).collect()
 }
 
-/// The runs of a case, each with its adapter; DoRA is not supported yet.
+/// The runs of a case, each with its adapter.
 fn runs(case: &str, expected: &Value) -> Vec<(String, Option<Arc<Adapter>>, Value)> {
     let mut runs = vec![];
     for (name, run) in expected["runs"].as_object().unwrap() {
         let adapter = match name.strip_prefix("adapter:") {
-            Some("dora") => continue,
             Some(name) => Some(adapter(case, name)),
             None => None,
         };
@@ -86,6 +87,30 @@ fn log_probabilities_are_mlx_lms() {
             let scored: Vec<f64> = scored.into_iter().map(f64::from).collect();
             let dtype = expected["dtype"].as_str().unwrap();
             faults.extend(fault(&format!("{device:?} {name}"), dtype, &scored, &run));
+        }
+    }
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+}
+
+/// `scripts/make_peft_fixtures.py` made the adapters, and let PEFT score with them.
+#[test]
+fn adapters_in_pefts_format_score_as_pefts_do() {
+    let case = "f32-dense";
+    let text = std::fs::read(parity(case).join("expected_peft.json")).unwrap();
+    let runs: serde_json::Map<String, Value> = serde_json::from_slice(&text).unwrap();
+    assert_eq!(runs.len(), 6);
+    let ids = ids(&expected(case)["token_ids"]);
+    let mut faults = vec![];
+    for device in all_devices() {
+        let engine = load_on(device, case);
+        for (name, pefts) in &runs {
+            let scored = score(&engine, &ids, Some(adapter(case, name))).unwrap();
+            let distances =
+                scored.iter().zip(floats(pefts)).map(|(a, b)| (f64::from(*a) - b).abs());
+            let worst = distances.fold(0.0, f64::max);
+            if worst > 1e-3 {
+                faults.push(format!("{device:?} {name}: {worst} from PEFT"));
+            }
         }
     }
     assert!(faults.is_empty(), "{}", faults.join("\n"));

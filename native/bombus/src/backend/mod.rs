@@ -31,6 +31,29 @@ pub struct QuantizedWeights<'a> {
     pub layout: Quantization,
 }
 
+/// An adapter's pair for one linear layer, as it lies in the file: `y = W x + scale * B A x`, and
+/// with a magnitude (DoRA) `y * magnitude / norm`, where the norm is that of the row of
+/// `W + scale * B A`. Reference: mlx-lm's `tuner/{lora,dora}.py`.
+pub struct LoraWeights<'a> {
+    /// `[in, rank]`, transposed `[rank, in]`; of an embedding `in` is the vocabulary
+    pub a: TensorView<'a>,
+    /// `[rank, out]`, transposed `[out, rank]`
+    pub b: TensorView<'a>,
+    pub transposed: bool,
+    pub scale: f32,
+    /// `[out]`, of an embedding `[vocab]`
+    pub magnitude: Option<TensorView<'a>>,
+}
+
+/// What a pair is for: DoRA needs its weights.
+pub enum Adapted<'a, B: Backend + ?Sized> {
+    /// one of the layers that share an input
+    Projection(&'a B::Linear, usize),
+    Embedding(&'a B::Embedding),
+    /// the embedding as the head
+    TiedHead(&'a B::Embedding),
+}
+
 /// Heads and positions of an attention layer.
 #[derive(Clone, Debug)]
 pub struct AttentionShape {
@@ -70,7 +93,7 @@ pub trait Backend {
     /// One or several linear layers that share their input (q, k and v; gate and up).
     type Linear;
     type Embedding;
-    /// One adapter's pair for one linear layer.
+    /// One adapter's pair for one linear layer or embedding.
     type Lora;
     /// Keys and values of one sequence in one layer.
     type Cache;
@@ -93,8 +116,7 @@ pub trait Backend {
     fn norm(&self, weight: &TensorView) -> Result<Self::Norm>;
     fn linear(&self, parts: &[LinearWeights]) -> Result<Self::Linear>;
     fn embedding(&self, weights: &LinearWeights) -> Result<Self::Embedding>;
-    /// a: `[in, rank]`, b: `[rank, out]`; of an embedding `[vocab, rank]` and `[rank, hidden]`
-    fn lora(&self, a: &TensorView, b: &TensorView, scale: f32) -> Result<Self::Lora>;
+    fn lora(&self, weights: &LoraWeights, adapted: Adapted<Self>) -> Result<Self::Lora>;
     fn cache(&self) -> Self::Cache;
     fn cache_bytes(&self, cache: &Self::Cache) -> usize;
 
@@ -107,7 +129,7 @@ pub trait Backend {
         loras: &[LoraRows<Self>],
     ) -> Result<Self::Tensor>;
 
-    /// One output for each layer that `linear` is made of: `x W' + scale * (x A) B`.
+    /// One output for each layer that `linear` is made of: `x W'`, and what the adapters add.
     fn project(
         &self,
         linear: &Self::Linear,

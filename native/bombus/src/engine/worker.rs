@@ -198,7 +198,7 @@ impl<B: Backend> Worker<B> {
         if let Some(bound) = self.adapters.get(&key) {
             return Ok(Some((adapter.clone(), bound.clone())));
         }
-        let bound = Rc::new(adapter.bind(&self.config, &self.decoder.backend)?);
+        let bound = Rc::new(adapter.bind(&self.config, &self.decoder)?);
         let commands = self.inbox.commands.clone();
         adapter.on_drop(move || {
             if let Some(commands) = commands.upgrade() {

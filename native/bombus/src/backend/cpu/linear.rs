@@ -6,7 +6,7 @@ use super::digits::{Digits, Format};
 use super::float::Float;
 use super::simd::{Kernel, LANES, Level, Simd};
 use super::tensor::{Shared, Tensor};
-use super::{Cpu, LinearWeights, LoraRows, lock};
+use super::{Adapted, Cpu, LinearWeights, LoraRows, LoraWeights, lock};
 use crate::error::Result;
 use crate::gauge;
 use crate::mapped_file::{Mapped, MappedFile};
@@ -50,6 +50,13 @@ impl Weights {
         }
     }
 
+    fn row(&self, n: usize, out: &mut [f32]) {
+        match self {
+            Weights::Affine(affine) => affine.dequantize(n, out),
+            Weights::Dense(dense) => out.copy_from_slice(&dense.row(n)),
+        }
+    }
+
     fn tensors(&self) -> Vec<&Mapped> {
         match self {
             Weights::Affine(affine) => affine.tensors().into(),
@@ -80,10 +87,7 @@ impl Linear {
 
     /// Row `id` of an embedding.
     pub fn row(&self, id: usize, out: &mut [f32]) {
-        match &self.parts[0] {
-            Weights::Affine(affine) => affine.dequantize(id, out),
-            Weights::Dense(dense) => out.copy_from_slice(&dense.row(id)),
-        }
+        self.parts[0].row(id, out);
     }
 
     /// x: `[rows, in]` -> one `[rows, out]` for each layer, with the adapters' shares
@@ -194,33 +198,82 @@ pub struct Lora {
     up: Vec<f32>,
     rank: usize,
     scale: f32,
-    _share: gauge::Share,
+    /// DoRA: what each output, or each token of an embedding, is multiplied with.
+    factors: Option<Vec<f32>>,
+    share: gauge::Share,
 }
 
 impl Lora {
-    /// a: `[in, rank]`, b: `[rank, out]`
-    pub fn load(a: &TensorView, b: &TensorView, scale: f32) -> Result<Self> {
-        let (a_values, up) = (Float::read(a)?, Float::read(b)?);
-        let (inputs, rank) = (a.shape[0], a.shape[1]);
-        let mut down = vec![0.0; a_values.len()];
-        for input in 0..inputs {
-            for place in 0..rank {
-                down[place * inputs + input] = a_values[input * rank + place];
-            }
+    pub fn load(cpu: &Cpu, weights: &LoraWeights, adapted: Adapted<Cpu>) -> Result<Self> {
+        let LoraWeights { a, b, transposed, scale, magnitude } = weights;
+        let (down, up, rank) = match transposed {
+            true => (Float::read(a)?, turned(b)?, a.shape[0]),
+            false => (turned(a)?, Float::read(b)?, b.shape[0]),
+        };
+        let share = gauge::Share::of(&gauge::CPU_BYTES);
+        let mut lora = Self { down, up, rank, scale: *scale, factors: None, share };
+        if let Some(magnitude) = magnitude {
+            let mut factors = lora.row_norms(cpu, adapted);
+            let magnitudes = Float::read(magnitude)?;
+            factors.iter_mut().zip(magnitudes).for_each(|(norm, own)| *norm = own / *norm);
+            lora.factors = Some(factors);
         }
-        let mut share = gauge::Share::of(&gauge::CPU_BYTES);
-        share.set((down.len() + up.len()) * size_of::<f32>());
-        Ok(Self { down, up, rank, scale, _share: share })
+        let numbers = lora.down.len() + lora.up.len() + lora.factors.as_ref().map_or(0, Vec::len);
+        lora.share.set(numbers * size_of::<f32>());
+        Ok(lora)
+    }
+
+    /// The norms of the rows of `W + scale * B A`: a row belongs to an output, or to a token.
+    fn row_norms(&self, cpu: &Cpu, adapted: Adapted<Cpu>) -> Vec<f32> {
+        let (linear, part, left, right) = match adapted {
+            Adapted::Projection(linear, part) => (linear, part, &self.up, &self.down),
+            Adapted::TiedHead(embedding) => (embedding, 0, &self.up, &self.down),
+            Adapted::Embedding(embedding) => (embedding, 0, &self.down, &self.up),
+        };
+        let (count, width) = (left.len() / self.rank, right.len() / self.rank);
+        let mut norms = vec![0.0; count];
+        let out = Shared(norms.as_mut_ptr());
+        cpu.pool.split(count, GRAIN, |rows| {
+            let mut row = vec![0.0; width];
+            for n in rows {
+                linear.parts[part].row(n, &mut row);
+                self.add_row(left, right, n, &mut row);
+                let squares: f32 = row.iter().map(|x| x * x).sum();
+                // SAFETY: each row is one thread's.
+                unsafe { *out.at(n) = squares.sqrt() };
+            }
+        });
+        norms
+    }
+
+    /// Adds row n of the product of two halves: left `[rank, rows]`, right `[rank, width]`.
+    fn add_row(&self, left: &[f32], right: &[f32], n: usize, row: &mut [f32]) {
+        let rows = left.len() / self.rank;
+        for (place, right) in right.chunks_exact(row.len()).enumerate() {
+            let weight = self.scale * left[place * rows + n];
+            row.iter_mut().zip(right).for_each(|(x, right)| *x += weight * right);
+        }
     }
 
     /// Adds an embedding's share to the row of token `id`.
     pub fn embed(&self, id: usize, row: &mut [f32]) {
-        let vocab = self.down.len() / self.rank;
-        for (place, up) in self.up.chunks_exact(row.len()).enumerate() {
-            let weight = self.scale * self.down[place * vocab + id];
-            row.iter_mut().zip(up).for_each(|(x, up)| *x += weight * up);
+        self.add_row(&self.down, &self.up, id, row);
+        if let Some(factors) = &self.factors {
+            row.iter_mut().for_each(|x| *x *= factors[id]);
         }
     }
+}
+
+/// `[rows, columns]` as `[columns, rows]`
+fn turned(matrix: &TensorView) -> Result<Vec<f32>> {
+    let (values, rows, columns) = (Float::read(matrix)?, matrix.shape[0], matrix.shape[1]);
+    let mut turned = vec![0.0; values.len()];
+    for row in 0..rows {
+        for column in 0..columns {
+            turned[column * rows + row] = values[row * columns + column];
+        }
+    }
+    Ok(turned)
 }
 
 /// What an adapter adds to some rows of output `part`: `inner` times `up`.
@@ -229,19 +282,12 @@ pub struct Delta<'a> {
     rows: Range<usize>,
     /// `scale * x A`: `[rows, rank]`
     inner: Vec<f32>,
-    /// `[rank, out]`
-    up: &'a [f32],
-    rank: usize,
+    lora: &'a Lora,
 }
 
 impl<'a> Delta<'a> {
-    pub fn new(cpu: &Cpu, x: &Tensor, loras: &LoraRows<'a, Cpu>, unembed: bool) -> Self {
+    pub fn new(cpu: &Cpu, x: &Tensor, loras: &LoraRows<'a, Cpu>) -> Self {
         let LoraRows { part, ref rows, lora } = *loras;
-        // A tied head goes the embedding's way back.
-        let (down, up) = match unembed {
-            true => (&lora.up, &lora.down),
-            false => (&lora.down, &lora.up),
-        };
         let mut inner = vec![0.0; rows.len() * lora.rank];
         let out = Shared(inner.as_mut_ptr());
         cpu.rows(rows.len(), x.width * lora.rank, |range| {
@@ -250,11 +296,11 @@ impl<'a> Delta<'a> {
                 // SAFETY: each row is written by one thread.
                 unsafe {
                     let inner = std::slice::from_raw_parts_mut(out.at(row * lora.rank), lora.rank);
-                    cpu.level.run(Down { x, down, scale: lora.scale, inner });
+                    cpu.level.run(Down { x, down: &lora.down, scale: lora.scale, inner });
                 }
             }
         });
-        Self { part, rows: rows.clone(), inner, up, rank: lora.rank }
+        Self { part, rows: rows.clone(), inner, lora }
     }
 }
 
@@ -295,7 +341,8 @@ impl Kernel for Add<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let Target { y, range, stride } = self.target;
-        let Delta { rows, inner, up, rank, .. } = self.delta;
+        let Delta { rows, inner, lora, .. } = self.delta;
+        let Lora { up, rank, factors, .. } = lora;
         let out_features = up.len() / rank;
         for (row, inner) in rows.clone().zip(inner.chunks_exact(*rank)) {
             for place in range.clone().step_by(LANES) {
@@ -306,6 +353,10 @@ impl Kernel for Add<'_> {
                     let up = up.as_ptr().add(r * out_features).cast();
                     let up = Float::F32.load::<S>(up, place, lanes);
                     sum = S::fma(S::splat(weight), up, sum);
+                }
+                if let Some(factors) = factors {
+                    let factors = factors.as_ptr().cast();
+                    sum = S::mul(sum, Float::F32.load::<S>(factors, place, lanes));
                 }
                 S::store_part(y, sum, lanes);
             }

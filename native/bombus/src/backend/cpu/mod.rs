@@ -28,7 +28,8 @@ mod tests;
 pub use pool::{Turn, default_threads};
 pub use simd::Level;
 
-use super::{AttentionShape, Backend, LinearWeights, LoraRows, Segment, Token};
+use super::{Adapted, AttentionShape, Backend, LinearWeights};
+use super::{LoraRows, LoraWeights, Segment, Token};
 use crate::error::{Error, Result};
 use crate::mapped_file::MappedFile;
 use crate::sampler::Draw;
@@ -161,8 +162,8 @@ impl Backend for Cpu {
         self.load(std::slice::from_ref(weights))
     }
 
-    fn lora(&self, a: &TensorView, b: &TensorView, scale: f32) -> Result<Lora> {
-        Lora::load(a, b, scale)
+    fn lora(&self, weights: &LoraWeights, adapted: Adapted<Self>) -> Result<Lora> {
+        Lora::load(self, weights, adapted)
     }
 
     fn cache(&self) -> Cache {
@@ -199,8 +200,7 @@ impl Backend for Cpu {
         x: &Tensor,
         loras: &[LoraRows<Self>],
     ) -> Result<Vec<Tensor>> {
-        let deltas: Vec<Delta> =
-            loras.iter().map(|lora| Delta::new(self, x, lora, false)).collect();
+        let deltas: Vec<Delta> = loras.iter().map(|lora| Delta::new(self, x, lora)).collect();
         Ok(linear.apply(self, x, &deltas))
     }
 
@@ -242,8 +242,7 @@ impl Backend for Cpu {
     }
 
     fn unembed(&self, embedding: &Linear, x: &Tensor, loras: &[LoraRows<Self>]) -> Result<Tensor> {
-        let deltas: Vec<Delta> = loras.iter().map(|lora| Delta::new(self, x, lora, true)).collect();
-        let mut logits = embedding.apply(self, x, &deltas);
+        let mut logits = self.project(embedding, x, loras)?;
         logits.pop().ok_or_else(|| Error::Backend("an embedding is one part".into()))
     }
 

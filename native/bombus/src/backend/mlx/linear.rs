@@ -1,10 +1,10 @@
 //! Linear layers, quantized or dense, and the adapters' pairs.
 
-use super::{LinearWeights, LoraRows, Mlx, array};
+use super::{Adapted, LinearWeights, LoraRows, LoraWeights, Mlx, array};
 use crate::config::Quantization;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use mlx_rs::ops::indexing::take_axis;
-use mlx_rs::{Array, ops, transforms};
+use mlx_rs::{Array, Dtype, ops, transforms};
 use std::ops::Range;
 
 /// One or several linear layers with the same input. Neighbours whose weights agree in kind are
@@ -53,6 +53,19 @@ impl Linear {
             }
         }
         Ok(outputs)
+    }
+
+    /// The matrix that a layer is part of, and the first of its rows there.
+    fn part(&self, part: usize) -> (&Weight, usize) {
+        let mut before = 0;
+        for block in &self.blocks {
+            if part <= before + block.splits.len() {
+                let first = (part - before).checked_sub(1).map_or(0, |split| block.splits[split]);
+                return (&block.weight, first as usize);
+            }
+            before += block.splits.len() + 1;
+        }
+        unreachable!("layer {part} of {before}")
     }
 
     /// The rows `ids` of an embedding, dequantized: `[ids, hidden]`.
@@ -117,38 +130,92 @@ fn stack(parts: impl Iterator<Item = Result<Array>>) -> Result<Array> {
 
 /// One adapter's pair for one layer: a `[in, rank]`, b `[rank, out]`.
 pub struct Lora {
-    pub a: Array,
-    pub b: Array,
-    pub scale: Array,
+    a: Array,
+    b: Array,
+    scale: Array,
+    /// DoRA: what each output, or each token of an embedding, is multiplied with.
+    factors: Option<Array>,
 }
 
 impl Lora {
-    pub fn apply(&self, x: &Array) -> Result<Array> {
-        self.scaled(x.matmul(&self.a)?.matmul(&self.b)?)
+    pub fn load(weights: &LoraWeights, adapted: Adapted<Mlx>) -> Result<Self> {
+        let [mut a, mut b] = [array::load(&weights.a)?, array::load(&weights.b)?];
+        if weights.transposed {
+            (a, b) = (a.t(), b.t());
+        }
+        let mut lora = Self { a, b, scale: Array::from_f32(weights.scale), factors: None };
+        if let Some(magnitude) = &weights.magnitude {
+            let magnitude = array::load(magnitude)?.as_dtype(Dtype::Float32)?;
+            let factors = magnitude.divide(lora.row_norms(adapted)?)?;
+            transforms::eval([&factors])?;
+            lora.factors = Some(factors);
+        }
+        Ok(lora)
     }
 
-    /// ids: `[rows]` -> `[rows, hidden]`
-    pub fn embed(&self, ids: &Array) -> Result<Array> {
-        self.scaled(take_axis(&self.a, ids, 0)?.matmul(&self.b)?)
+    /// The norms of the rows of `W + scale * B A`: a row belongs to an output, or to a token.
+    fn row_norms(&self, adapted: Adapted<Mlx>) -> Result<Array> {
+        // Dequantized, the largest matrices are too large for one go.
+        const AT_ONCE: usize = 16 * 1024;
+        let (linear, part, [left, right]) = match adapted {
+            Adapted::Projection(linear, part) => (linear, part, [&self.b.t(), &self.a.t()]),
+            Adapted::TiedHead(embedding) => (embedding, 0, [&self.b.t(), &self.a.t()]),
+            Adapted::Embedding(embedding) => (embedding, 0, [&self.a, &self.b]),
+        };
+        let (weight, first) = linear.part(part);
+        let count = left.dim(0) as usize;
+        let mut norms = vec![];
+        for start in (0..count).step_by(AT_ONCE) {
+            let rows = start..count.min(start + AT_ONCE);
+            let ids: Vec<usize> = rows.clone().map(|row| first + row).collect();
+            let own = weight.take(&array::indices(&ids))?.as_dtype(Dtype::Float32)?;
+            let delta = array::rows(left, &rows)?.as_dtype(Dtype::Float32)?;
+            let delta = delta.matmul(right.as_dtype(Dtype::Float32)?)?.multiply(&self.scale)?;
+            let squares = own.add(delta)?.square()?.sum_axis(1, false)?;
+            let norm = squares.sqrt()?;
+            transforms::eval([&norm])?;
+            norms.push(norm);
+        }
+        Ok(ops::concatenate(&norms, 0)?)
     }
 
-    /// x: `[rows, hidden]` -> `[rows, vocab]`
-    pub fn unembed(&self, x: &Array) -> Result<Array> {
-        self.scaled(x.matmul(self.b.t())?.matmul(self.a.t())?)
+    /// x: `[rows, in]`; what `y` becomes
+    pub fn apply(&self, x: &Array, y: Array) -> Result<Array> {
+        let y = self.add(y, x.matmul(&self.a)?.matmul(&self.b)?, self.factors.clone())?;
+        Ok(y.as_dtype(x.dtype())?)
     }
 
-    fn scaled(&self, delta: Array) -> Result<Array> {
+    pub fn is_dora(&self) -> bool {
+        self.factors.is_some()
+    }
+
+    /// ids: `[rows]`; what their embeddings become
+    pub fn embed(&self, ids: &Array, embedded: Array) -> Result<Array> {
+        let own = |factors| Ok::<_, Error>(take_axis(factors, ids, 0)?.reshape(&[-1, 1])?);
+        let factors = self.factors.as_ref().map(own).transpose()?;
+        self.add(embedded, take_axis(&self.a, ids, 0)?.matmul(&self.b)?, factors)
+    }
+
+    fn add(&self, y: Array, delta: Array, factors: Option<Array>) -> Result<Array> {
         // A bf16 adapter stays bf16, as in Python, where the scale is a weak scalar.
-        Ok(delta.multiply(self.scale.as_dtype(delta.dtype())?)?)
+        let delta = delta.multiply(self.scale.as_dtype(delta.dtype())?)?;
+        Ok(match factors {
+            None => y.add(delta.as_dtype(y.dtype())?)?,
+            // Rounded once.
+            Some(factors) => {
+                let sum = y.as_dtype(Dtype::Float32)?.add(delta)?;
+                sum.multiply(factors)?.as_dtype(y.dtype())?
+            }
+        })
     }
 }
 
-/// `y`, with what the adapters of output `part` add to their rows; `delta` computes it.
-pub fn add_loras(
+/// `y`, with what the adapters of output `part` make of their rows: `apply` says what.
+pub fn apply_loras(
     y: Array,
     part: usize,
     loras: &[LoraRows<Mlx>],
-    delta: impl Fn(&Range<usize>, &Lora) -> Result<Array>,
+    apply: impl Fn(&Range<usize>, &Lora, Array) -> Result<Array>,
 ) -> Result<Array> {
     let mut pieces = vec![];
     let mut done = 0;
@@ -156,8 +223,7 @@ pub fn add_loras(
         if done < rows.start {
             pieces.push(array::rows(&y, &(done..rows.start))?);
         }
-        let delta = delta(rows, lora)?.as_dtype(y.dtype())?;
-        pieces.push(array::rows(&y, rows)?.add(delta)?);
+        pieces.push(apply(rows, lora, array::rows(&y, rows)?)?);
         done = rows.end;
     }
     let all = y.dim(0) as usize;

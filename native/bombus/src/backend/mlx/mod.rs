@@ -11,7 +11,8 @@ mod sample;
 
 pub use device::{Device, gpu_available, memory};
 
-use super::{AttentionShape, Backend, LinearWeights, LoraRows, Segment, Token};
+use super::{Adapted, AttentionShape, Backend, LinearWeights};
+use super::{LoraRows, LoraWeights, Segment, Token};
 use crate::error::{Error, Result};
 use crate::sampler::Draw;
 use crate::tensor_file::TensorView;
@@ -23,6 +24,7 @@ use sample::Samples;
 
 #[derive(Clone)]
 pub struct Mlx {
+    device: Device,
     stream: Stream,
 }
 
@@ -41,7 +43,7 @@ impl From<mlx_rs::error::Exception> for Error {
 impl Mlx {
     pub fn new(device: Device) -> Result<Self> {
         device::init()?;
-        Ok(Self { stream: device.stream()? })
+        Ok(Self { stream: device.stream()?, device })
     }
 }
 
@@ -76,8 +78,8 @@ impl Backend for Mlx {
         Linear::load(std::slice::from_ref(weights))
     }
 
-    fn lora(&self, a: &TensorView, b: &TensorView, scale: f32) -> Result<Lora> {
-        Ok(Lora { a: array::load(a)?, b: array::load(b)?, scale: Array::from_f32(scale) })
+    fn lora(&self, weights: &LoraWeights, adapted: Adapted<Self>) -> Result<Lora> {
+        Lora::load(weights, adapted)
     }
 
     fn cache(&self) -> Cache {
@@ -97,13 +99,23 @@ impl Backend for Mlx {
     ) -> Result<Array> {
         let ids = token_ids(tokens, previous.map(|samples| &samples.ids))?;
         let embedded = embedding.take(&ids)?;
-        linear::add_loras(embedded, 0, loras, |rows, lora| lora.embed(&array::rows(&ids, rows)?))
+        linear::apply_loras(embedded, 0, loras, |rows, lora, embedded| {
+            lora.embed(&array::rows(&ids, rows)?, embedded)
+        })
     }
 
     fn project(&self, linear: &Linear, x: &Array, loras: &[LoraRows<Self>]) -> Result<Vec<Array>> {
         let outputs = linear.apply(x)?.into_iter().enumerate();
         let add = |(part, y)| {
-            linear::add_loras(y, part, loras, |rows, lora| lora.apply(&array::rows(x, rows)?))
+            linear::apply_loras(y, part, loras, |rows, lora, mut y| {
+                let x = array::rows(x, rows)?;
+                // mlx-lm's DoRA multiplies with dense weights, whose products are added in float32
+                // everywhere; those with quantized ones are so on a GPU only.
+                if lora.is_dora() && self.device == Device::Cpu {
+                    y = linear.apply(&x.as_dtype(Dtype::Float32)?)?.swap_remove(part);
+                }
+                lora.apply(&x, y)
+            })
         };
         outputs.map(add).collect()
     }
@@ -140,10 +152,8 @@ impl Backend for Mlx {
     }
 
     fn unembed(&self, embedding: &Linear, x: &Array, loras: &[LoraRows<Self>]) -> Result<Array> {
-        let [logits] = &embedding.apply(x)?[..] else { unreachable!("an embedding is one part") };
-        linear::add_loras(logits.clone(), 0, loras, |rows, lora| {
-            lora.unembed(&array::rows(x, rows)?)
-        })
+        let mut logits = self.project(embedding, x, loras)?;
+        logits.pop().ok_or_else(|| Error::Backend("an embedding is one part".into()))
     }
 
     fn sample(&self, logits: &Array, draws: &[Draw]) -> Result<Samples> {
