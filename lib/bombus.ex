@@ -105,7 +105,7 @@ defmodule Bombus do
     options = options!(options, [:scale])
     scale = scale!(options[:scale])
 
-    with {:ok, path} <- Source.resolve(source),
+    with {:ok, path} <- Source.resolve_adapter(source),
          {:ok, loaded} <- Native.await(&Native.load_adapter(path, scale, &1)) do
       {ref, rank, scale} = loaded
       {:ok, %Adapter{ref: ref, rank: rank, scale: scale}}

@@ -37,6 +37,14 @@ defmodule Bombus.Source do
             "folder as a string, got: #{inspect(other)}"
   end
 
+  @doc "The folder of an adapter, or one of its files of tensors (a checkpoint of a training)."
+  @spec resolve_adapter(t()) :: {:ok, Path.t()} | {:error, Error.t()}
+  def resolve_adapter({:local, path}) when is_binary(path), do: adapter(Path.expand(path))
+  def resolve_adapter(path) when is_binary(path), do: adapter(Path.expand(path))
+  def resolve_adapter(other), do: resolve(other)
+
+  defp adapter(path), do: if(File.regular?(path), do: {:ok, path}, else: folder(path))
+
   defp folder(path) do
     cond do
       File.dir?(path) -> {:ok, path}

@@ -109,12 +109,21 @@ defmodule Bombus.BadAdaptersTest do
     assert Bombus.score(model, [1, 2, 3, 4]) == {:ok, before}
   end
 
-  test "of DoRA, with and without m", %{tmp_dir: dir} do
+  test "of DoRA without m, or with an m of the wrong shape", %{tmp_dir: dir} = context do
     folder = Fixtures.copy(Fixtures.adapter("f32-tied", "dora"), dir)
-    assert_refused_at_load(folder, :unsupported, "dora")
 
-    edit(folder, fn tensors -> Enum.reject(tensors, &String.ends_with?(elem(&1, 0), ".m")) end)
-    assert_refused_at_load(folder, :unsupported, "dora")
+    edit(folder, fn tensors ->
+      for {name, dtype, shape, data} <- tensors do
+        if name =~ ~r/0.mlp.down_proj.m$/,
+          do: {name, dtype, [div(hd(shape), 2)], binary_part(data, 0, div(byte_size(data), 2))},
+          else: {name, dtype, shape, data}
+      end
+    end)
+
+    assert_refused_at_use(context, folder, ["model.layers.0.mlp.down_proj.m", "[32]"])
+
+    edit(folder, fn tensors -> Enum.reject(tensors, &(elem(&1, 0) =~ ~r/1.mlp.up_proj.m$/)) end)
+    assert_refused_at_load(folder, :bad_adapter, ["magnitude", "model.layers.1.mlp.up_proj"])
   end
 
   test "of an unknown kind", %{folder: folder} do
@@ -129,9 +138,76 @@ defmodule Bombus.BadAdaptersTest do
     assert_refused_at_load(folder, :bad_adapter, "model.layers.0.self_attn.q_proj.m")
   end
 
-  test "in PEFT's format", %{folder: folder} do
-    File.rename!(Path.join(folder, @tensors), Path.join(folder, "adapter_model.safetensors"))
-    assert_refused_at_load(folder, :unsupported, "PEFT")
+  describe "in PEFT's format" do
+    setup %{tmp_dir: dir} do
+      %{folder: Fixtures.copy(Fixtures.adapter("f32-dense", "peft"), dir)}
+    end
+
+    test "with what cannot be applied", %{folder: folder} do
+      original = Fixtures.read_json(Path.join(folder, @config))
+
+      for {field, value} <- [
+            {"modules_to_save", ["score"]},
+            {"bias", "all"},
+            {"lora_bias", true},
+            {"layer_replication", [[0, 2]]},
+            {"trainable_token_indices", [1]},
+            {"peft_type", "IA3"},
+            {"peft_type", nil}
+          ] do
+        Fixtures.edit_json(folder, @config, fn _config -> Map.put(original, field, value) end)
+        assert_refused_at_load(folder, :unsupported, [field, @config])
+      end
+    end
+
+    test "with a configuration that is none", %{folder: folder} do
+      original = Fixtures.read_json(Path.join(folder, @config))
+
+      for {field, value} <- [
+            {"r", 0},
+            {"r", "4"},
+            {"lora_alpha", nil},
+            {"rank_pattern", %{"q_proj" => -1}},
+            {"alpha_pattern", %{"(" => 1}}
+          ] do
+        Fixtures.edit_json(folder, @config, fn _config -> Map.put(original, field, value) end)
+        assert_refused_at_load(folder, :bad_adapter, @config)
+      end
+    end
+
+    test "with half of a pair, strange tensors, DoRA's where there is none", %{folder: folder} do
+      tensors = "adapter_model.safetensors"
+      module = "base_model.model.model.layers.0.self_attn.q_proj"
+
+      for {name, words} <- [
+            {"#{module}.lora_B.bias", "lora_B.bias"},
+            {"#{module}.lora_magnitude_vector", "DoRA"},
+            {"model.layers.0.self_attn.k_proj.lora_A.weight", "k_proj"},
+            {"base_model.model.score.base_layer.weight", "score"}
+          ] do
+        copy = Fixtures.copy(folder, Path.dirname(folder))
+        Fixtures.edit_tensor_list(copy, tensors, &[{name, "F32", [1], <<0::32>>} | &1])
+        assert_refused_at_load(copy, :bad_adapter, [words, tensors])
+      end
+    end
+
+    test "for another rank, or another model", %{folder: folder} = context do
+      # f32-tied has other sizes.
+      assert_refused_at_use(context, folder, ["down_proj.lora_A.weight", "[4, 96]", "[4, 128]"])
+
+      Fixtures.edit_json(folder, @config, &Map.put(&1, "rank_pattern", %{"v_proj" => 3}))
+      assert_refused_at_use(context, folder, ["v_proj.lora_A.weight", "[4, 64]", "[3, 64]"])
+    end
+  end
+
+  test "a checkpoint of a training is loaded by its path", %{folder: folder, model: model} do
+    checkpoint = Path.join(folder, "0000100_adapters.safetensors")
+    File.cp!(Path.join(folder, @tensors), checkpoint)
+    expected = score(model, Bombus.load_adapter!(folder))
+    File.write!(Path.join(folder, @tensors), "of another time")
+    assert score(model, Bombus.load_adapter!({:local, checkpoint})) == expected
+    assert score(model, Bombus.load_adapter!(checkpoint)) == expected
+    assert {:error, %Error{reason: :not_found}} = Bombus.load_adapter(checkpoint <> "x")
   end
 
   test "that is missing, or lacks its config", %{folder: folder} do

@@ -43,10 +43,7 @@ fn floats(value: &Value) -> Vec<f64> {
 fn runs(case: &str, expected: &Value) -> Vec<(String, Option<Arc<Adapter>>, Value)> {
     let mut runs = vec![];
     for (name, run) in expected["runs"].as_object().unwrap() {
-        let adapter = match name.strip_prefix("adapter:") {
-            Some(name) => Some(adapter(case, name)),
-            None => None,
-        };
+        let adapter = name.strip_prefix("adapter:").map(|name| adapter(case, name));
         runs.push((format!("{case} {name}"), adapter, run.clone()));
     }
     runs

@@ -241,6 +241,16 @@ enum Role {
     Copy,
 }
 
+/// The name of the other half of a pair, in either format.
+fn other_half(name: &str) -> String {
+    let halves = [("_a", "_b"), ("_b", "_a"), ("_A", "_B"), ("_B", "_A")];
+    let (module, role) = name.rsplit_once(".lora").unwrap_or((name, ""));
+    let half = halves.iter().find(|(half, _)| role.contains(half));
+    half.map_or(name.into(), |(half, other)| {
+        format!("{module}.lora{}", role.replacen(half, other, 1))
+    })
+}
+
 impl File<'_> {
     /// PEFT names its kind in the configuration; what does not is mlx-lm's.
     fn read(&self, config: &[u8]) -> Result<Contents> {
@@ -281,17 +291,19 @@ impl File<'_> {
                 return Err(self.corrupt(format!("`{name}` and `{other}` are the same")));
             }
         }
-        let whole = |(module, [a, b, magnitude]): (&str, [Option<&str>; 3])| match (a, b) {
-            (Some(a), Some(b)) if magnitude.is_some() == dora => {
-                let magnitude = magnitude.map(str::to_owned);
-                Ok((module.to_owned(), [a.to_owned(), b.to_owned()], magnitude))
+        let whole = |(module, [a, b, magnitude]): (&str, [Option<&str>; 3])| {
+            let half = |half: Option<&str>, other: Option<&str>| {
+                half.map(str::to_owned).ok_or_else(|| {
+                    let (there, missing) = (other.or(magnitude), other.map(other_half));
+                    let missing = missing.unwrap_or_else(|| "its pair".into());
+                    self.corrupt(format!("`{}` without `{missing}`", there.unwrap_or(module)))
+                })
+            };
+            let pair = [half(a, b)?, half(b, a)?];
+            if dora && magnitude.is_none() {
+                return Err(self.corrupt(format!("DoRA without a magnitude for `{module}`")));
             }
-            _ => {
-                let there = [a, b, magnitude].map(|name| name.unwrap_or("nothing"));
-                let halves = if dora { "A, B and DoRA's magnitude" } else { "A and B" };
-                let there = there[..2 + usize::from(dora)].join(", ");
-                Err(self.corrupt(format!("expected {halves} for `{module}`, found: {there}")))
-            }
+            Ok((module.to_owned(), pair, magnitude.map(str::to_owned)))
         };
         modules.into_iter().map(whole).collect()
     }
