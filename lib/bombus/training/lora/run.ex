@@ -1,0 +1,194 @@
+defmodule Bombus.Training.LoRA.Run do
+  @moduledoc false
+  # One training: the process that owns Python. It goes when its caller goes, and Python goes with
+  # it: the pipe to it closes, however the VM ends.
+
+  alias Bombus.Error
+  alias Bombus.Training.LoRA.Events
+
+  @doc "Runs Python to its end; `on_event` is called here, in the caller."
+  def run(python, settings, on_event) do
+    caller = self()
+    ref = make_ref()
+    {pid, monitor} = spawn_monitor(fn -> own(caller, ref, python, settings) end)
+
+    try do
+      await(ref, monitor, on_event)
+    after
+      stop(pid)
+      Process.demonitor(monitor, [:flush])
+    end
+  end
+
+  @doc "Stops the training that writes to `path`, and returns when Python has gone."
+  def cancel(path) do
+    case :global.whereis_name(name(path)) do
+      :undefined -> Error.error(:not_found, "no training of this node writes to `#{path}`")
+      pid -> stop(pid)
+    end
+  end
+
+  defp stop(pid) do
+    monitor = Process.monitor(pid)
+    send(pid, :cancel)
+    receive do: ({:DOWN, ^monitor, :process, _pid, _reason} -> :ok)
+  end
+
+  defp await(ref, monitor, on_event) do
+    receive do
+      {^ref, {:event, event}} ->
+        on_event.(event)
+        await(ref, monitor, on_event)
+
+      {^ref, {:end, result}} ->
+        result
+
+      {:DOWN, ^monitor, :process, _pid, reason} ->
+        Error.error(:training_failed, "the training's process ended: #{inspect(reason)}")
+    end
+  end
+
+  defp own(caller, ref, python, settings) do
+    path = settings.adapter_path
+
+    with :yes <- :global.register_name(name(path), self()),
+         :ok <- File.mkdir_p(path),
+         {:ok, file} <- Events.create(path, settings.done) do
+      Process.flag(:trap_exit, true)
+      port = open(python, settings)
+      {:os_pid, os_pid} = Port.info(port, :os_pid)
+
+      state = %{
+        caller: caller,
+        monitor: Process.monitor(caller),
+        ref: ref,
+        port: port,
+        os_pid: os_pid,
+        file: file,
+        path: path,
+        words: [],
+        last: nil
+      }
+
+      event(state, %{type: :start, os_pid: os_pid, iterations: settings.iters + settings.done})
+      result = loop(state)
+      Events.finish(file, path, result)
+      send(caller, {ref, {:end, result}})
+    else
+      :no -> send(caller, {ref, {:end, busy(path)}})
+      {:error, reason} -> send(caller, {ref, {:end, io(path, reason)}})
+    end
+  end
+
+  defp name(path), do: {__MODULE__, node(), path}
+  defp busy(path), do: Error.error(:busy, "another training writes to `#{path}`")
+
+  defp io(path, reason) do
+    kind = if reason == :enospc, do: :disk_full, else: :io
+    Error.error(kind, "cannot write to `#{path}`: #{:file.format_error(reason)}")
+  end
+
+  defp open(python, settings) do
+    script = Application.app_dir(:bombus, "priv/python/train_lora.py")
+
+    port =
+      Port.open({:spawn_executable, python}, [
+        :binary,
+        :exit_status,
+        :hide,
+        :stderr_to_stdout,
+        {:line, 65_536},
+        args: ["-u", script]
+      ])
+
+    Port.command(port, [JSON.encode_to_iodata!(settings), ?\n])
+    port
+  end
+
+  defp loop(%{port: port, monitor: monitor} = state) do
+    receive do
+      {^port, {:data, {_eol, line}}} -> state |> line(line) |> loop()
+      {^port, {:exit_status, status}} -> ended(state, status)
+      {:EXIT, ^port, _reason} -> ended(state, 1)
+      :cancel -> cancelled(state)
+      {:DOWN, ^monitor, :process, _pid, _reason} -> cancelled(state)
+    end
+  end
+
+  defp line(state, line) do
+    case Events.decode(line) do
+      {:ok, %{type: :done}} -> %{state | last: :done}
+      {:ok, %{type: :error} = error} -> %{state | last: error}
+      {:ok, event} -> event(state, event)
+      # What Python says before it can write to its log.
+      :error -> %{state | words: Enum.take([line | state.words], 20)}
+    end
+  end
+
+  defp event(state, event) do
+    Events.append(state.file, event)
+    send(state.caller, {state.ref, {:event, event}})
+    state
+  end
+
+  defp ended(%{last: :done} = state, 0), do: {:ok, state.path}
+
+  defp ended(%{last: %{kind: kind, message: message} = error} = state, _status) do
+    reason = reason(kind, message)
+
+    message =
+      case error[:module] do
+        nil -> message
+        module -> "Python has no #{module}: #{install()}"
+      end
+
+    Error.error(reason, "#{message}\n#{last_words(state)}")
+  end
+
+  defp ended(state, status) do
+    reason = if status > 128, do: :training_killed, else: :training_failed
+    signal = if status > 128, do: " (signal #{status - 128})", else: ""
+    Error.error(reason, "Python ended with status #{status}#{signal}\n#{last_words(state)}")
+  end
+
+  @doc "How Python gets what a training needs."
+  def install do
+    mlx = if match?({:unix, :darwin}, :os.type()), do: "mlx", else: "\"mlx[cpu]\""
+    "python3 -m pip install #{mlx} mlx-lm (with the Python that :python names)"
+  end
+
+  defp reason("missing_module", _message), do: :mlx_lm_missing
+  defp reason("NoNumber", _message), do: :loss_is_nan
+  defp reason("MemoryError", _message), do: :out_of_memory
+
+  defp reason(_kind, message) do
+    cond do
+      message =~ ~r/No space left|Unable to write/ -> :disk_full
+      message =~ ~r/out of memory|Unable to allocate|malloc/i -> :out_of_memory
+      true -> :training_failed
+    end
+  end
+
+  defp last_words(state) do
+    log = Path.join(state.path, "training.log")
+    logged = with {:ok, text} <- File.read(log), do: String.split(text, "\n"), else: (_none -> [])
+    words = Enum.reverse(state.words) ++ logged
+    words |> Enum.reject(&(String.trim(&1) == "")) |> Enum.take(-6) |> Enum.join("\n")
+  end
+
+  defp cancelled(state) do
+    Port.close(state.port)
+    gone(state.os_pid, 30)
+    Error.error(:cancelled, "the training was cancelled")
+  end
+
+  # Python ends when its pipe closes; a moment later, not when it feels like it.
+  defp gone(os_pid, 0), do: System.cmd("kill", ["-KILL", "#{os_pid}"], stderr_to_stdout: true)
+
+  defp gone(os_pid, tries) do
+    if Events.alive?(os_pid) do
+      Process.sleep(100)
+      gone(os_pid, tries - 1)
+    end
+  end
+end
