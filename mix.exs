@@ -28,8 +28,9 @@ defmodule Bombus.MixProject do
   defp package do
     [
       licenses: ["Apache-2.0"],
-      files: ~w(lib native/Cargo.toml native/Cargo.lock native/bombus native/bombus_nif
-                native/xtask priv/models config mix.exs README.md CHANGELOG.md LICENSE)
+      files:
+        ~w(lib native/Cargo.toml native/Cargo.lock native/bombus native/bombus_nif
+                native/xtask priv/models priv/python guides config mix.exs README.md CHANGELOG.md LICENSE)
     ]
   end
 end

@@ -78,9 +78,24 @@ if [ "$(uname)" != Darwin ]; then
   fi
 fi
 
+# A Python with mlx_lm, for training: the one that BOMBUS_PYTHON names, else one of its own.
+python=${BOMBUS_PYTHON:-$tools/python/bin/python}
+if [ ! -x "$python" ]; then
+  [ -z "${BOMBUS_PYTHON:-}" ] || missing "the Python in BOMBUS_PYTHON=$BOMBUS_PYTHON" 'name one that has mlx_lm, or unset it'
+  need python3 'install Python 3.10 or newer'
+  echo "setup: mlx_lm $MLX_VERSION into .toolchain/python"
+  # Made beside its place, a virtual environment would name the wrong one.
+  rm -rf "$tools/python"
+  python3 -m venv "$tools/python" || missing 'venv' 'apt-get install python3-venv'
+  extra=; [ "$(uname)" = Darwin ] || extra='[cpu]'
+  "$tools/python/bin/python" -m pip --disable-pip-version-check -q install "mlx$extra==$MLX_VERSION" "mlx-lm==$MLX_VERSION" ||
+    { rm -rf "$tools/python"; exit 1; }
+fi
+
 {
   echo "# Written by scripts/setup.sh: what Bombus is built and run with."
   [ -z "$path" ] || echo "case \$PATH in '$path':*) ;; *) export PATH='$path':\"\$PATH\" ;; esac"
+  echo "export BOMBUS_PYTHON='$python'"
   [ -z "$mlx" ] || echo "export BOMBUS_MLX_DIR='$mlx' LIBCLANG_PATH='$tools/libclang'"
 } > "$tools/env.new"
 mv "$tools/env.new" "$tools/env"

@@ -28,6 +28,35 @@ pub fn make(options: &Options) -> Result<PathBuf> {
     Ok(folder)
 }
 
+/// The folders of so many adapters of rank 8, on all layers, in mlx-lm's format.
+pub fn adapters(folder: &Path, count: usize) -> Result<Vec<PathBuf>> {
+    const RANK: usize = 8;
+    let config = Config::open(folder)?;
+    let adapter = |index: usize| {
+        let adapter = folder.join(format!("adapter-{index}"));
+        std::fs::create_dir_all(&adapter)?;
+        let parameters = serde_json::json!({ "rank": RANK, "scale": 20.0, "dropout": 0.0 });
+        let settings = serde_json::json!({ "lora_parameters": parameters });
+        std::fs::write(adapter.join("adapter_config.json"), settings.to_string())?;
+        let layers = 0..config.num_hidden_layers;
+        let modules = layers.flat_map(|layer| projections(&config, layer));
+        let tensors = modules.enumerate().flat_map(|(place, module)| {
+            let Module { path, in_features, out_features } = module;
+            let seed = (index * 1000 + place) as u64;
+            let half = |name, shape: [usize; 2]| {
+                let kind = Kind::About(1e-3);
+                let random = Random { dtype: Dtype::F32, shape: shape.into(), kind, seed };
+                (format!("{path}.{name}"), random)
+            };
+            [half("lora_a", [in_features, RANK]), half("lora_b", [RANK, out_features])]
+        });
+        let weights = adapter.join("adapters.safetensors");
+        safetensors::serialize_to_file(tensors.collect::<Vec<_>>(), None, &weights)?;
+        Ok(adapter)
+    };
+    (0..count).map(adapter).collect()
+}
+
 pub fn bytes(folder: &Path) -> Result<u64> {
     Ok(std::fs::metadata(folder.join("model.safetensors"))?.len())
 }

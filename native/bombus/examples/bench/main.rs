@@ -26,6 +26,8 @@ usage: bench [options]
   --prompt N,...     prefill of so many tokens (64,512)
   --depth N,...      decode behind so many tokens (0,512)
   --batch N,...      so many sequences at once (1,2,4,8)
+  --adapters N       of rank 8 on all layers: one stream with one, 16 sequences with one, and with N
+                     mixed (0)
   --tokens N         generated for each figure (64)
   --repeat N         rounds; every figure is their median (3)
   --dir PATH         where checkpoints are kept (a folder of the system's for temporary files)
@@ -47,6 +49,7 @@ pub struct Options {
     pub llama_cpp: Option<PathBuf>,
     pub gguf: Option<PathBuf>,
     pub mlx_lm: Option<PathBuf>,
+    pub adapters: usize,
 }
 
 impl Options {
@@ -69,6 +72,7 @@ impl Options {
             llama_cpp: None,
             gguf: None,
             mlx_lm: None,
+            adapters: 0,
         };
         let mut parser = Parser::from_env();
         while let Some(argument) = parser.next()? {
@@ -93,6 +97,7 @@ impl Options {
                 "prompt" => options.sizes.prompt = numbers()?,
                 "depth" => options.sizes.depth = numbers()?,
                 "batch" => options.sizes.batch = numbers()?,
+                "adapters" => options.adapters = value.parse()?,
                 "tokens" => options.sizes.tokens = value.parse()?,
                 "repeat" => options.repeat = value.parse()?,
                 "dir" => options.dir = value.into(),
@@ -131,10 +136,11 @@ fn main() -> Result<()> {
     let options = Options::parse()?;
     let device = options.device()?;
     let folder = checkpoint::make(&options)?;
+    let adapters = checkpoint::adapters(&folder, options.adapters)?;
     let mut report = report::Report::new(&options, checkpoint::bytes(&folder)?);
     for round in 0..options.repeat {
         report.bandwidth(machine::bandwidth(options.cpu.threads));
-        let (figures, load) = measure::run(&folder, device, &options.sizes)?;
+        let (figures, load) = measure::run(&folder, &adapters, device, &options.sizes)?;
         report.add("bombus", figures);
         report.load(load);
         for (name, figures) in peers::llama_cpp(&options)? {

@@ -2,11 +2,13 @@
 
 use crate::machine;
 use anyhow::{Context, Result, bail};
+use bombus::adapter::Adapter;
 use bombus::engine::{Device, Engine, Event, Generation, Prompt, Request, Sink};
 use bombus::gauge;
 use bombus::sampler::Sampling;
 use bombus::scheduler::Limits;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Instant;
@@ -32,46 +34,84 @@ pub struct Load {
     pub kv: u64,
 }
 
-pub fn run(folder: &Path, device: Device, sizes: &Sizes) -> Result<(Figures, Load)> {
+pub fn run(
+    folder: &Path,
+    adapters: &[PathBuf],
+    device: Device,
+    sizes: &Sizes,
+) -> Result<(Figures, Load)> {
     let before = machine::resident();
     let start = Instant::now();
     let limits = Limits { max_batch_size: 256, ..Limits::default() };
     let engine = Engine::load(folder, device, limits)?;
     let seconds = start.elapsed().as_secs_f64();
     // The first pass touches every page of the file.
-    decode(&engine, 8, 1, 8)?;
+    decode(&engine, 8, &[None], sizes.tokens.min(8))?;
     let mut figures = vec![];
     let mut kv = 0;
     for &prompt in &sizes.prompt {
         figures.push((format!("prefill {prompt}"), prefill(&engine, prompt)?));
     }
     for &depth in &sizes.depth {
-        let (rate, bytes) = decode(&engine, depth.max(8), 1, sizes.tokens)?;
+        let (rate, bytes) = decode(&engine, depth.max(8), &[None], sizes.tokens)?;
         figures.push((format!("decode at {depth}"), rate));
         kv = kv.max(bytes);
     }
     for &batch in &sizes.batch {
-        let (rate, bytes) = decode(&engine, 8, batch, sizes.tokens)?;
+        let (rate, bytes) = decode(&engine, 8, &vec![None; batch], sizes.tokens)?;
         figures.push((format!("{batch} sequences"), rate));
         kv = kv.max(bytes);
+    }
+    if !adapters.is_empty() {
+        figures.extend(adapted(&engine, adapters, sizes.tokens)?);
     }
     let resident = machine::resident().zip(before).map(|(after, before)| after - before);
     Ok((figures, Load { seconds, resident, kv }))
 }
 
+/// What adapters cost, with the same without them measured right before.
+fn adapted(engine: &Engine, folders: &[PathBuf], tokens: usize) -> Result<Figures> {
+    const SEQUENCES: usize = 16;
+    let load = |path: &PathBuf| Ok(Arc::new(Adapter::open(path, None)?));
+    let adapters = folders.iter().map(load).collect::<Result<Vec<_>>>()?;
+    let one = || Some(adapters[0].clone());
+    let mixed = |place: usize| Some(adapters[place % adapters.len()].clone());
+    // The first use binds them.
+    decode(engine, 8, &(0..adapters.len()).map(mixed).collect::<Vec<_>>(), 8)?;
+    let mixed: Vec<_> = (0..SEQUENCES).map(mixed).collect();
+    let batches = [
+        ("1 sequence, no adapter".into(), vec![None]),
+        ("1 sequence, adapter".into(), vec![one()]),
+        (format!("{SEQUENCES} sequences, no adapter"), vec![None; SEQUENCES]),
+        (format!("{SEQUENCES} sequences, 1 adapter"), vec![one(); SEQUENCES]),
+        (format!("{SEQUENCES} sequences, {} adapters", adapters.len()), mixed),
+    ];
+    let measure =
+        |(name, batch): (String, Vec<_>)| Ok((name, decode(engine, 8, &batch, tokens)?.0));
+    batches.into_iter().map(measure).collect()
+}
+
 /// From the request to the first token, whose logits alone are computed.
 fn prefill(engine: &Engine, prompt: usize) -> Result<f64> {
     let start = Instant::now();
-    let (_generation, events) = generate(engine, prompt, 1, 0)?;
+    let (_generation, events) = generate(engine, prompt, 1, 0, None)?;
     token(&events)?;
     Ok(prompt as f64 / start.elapsed().as_secs_f64())
 }
 
 /// Tokens a second of all sequences together, from the moment when each has its first; and the
 /// bytes of their caches.
-fn decode(engine: &Engine, depth: usize, batch: usize, tokens: usize) -> Result<(f64, u64)> {
-    let running: Vec<_> =
-        (0..batch).map(|seed| generate(engine, depth, tokens + 1, seed)).collect::<Result<_>>()?;
+fn decode(
+    engine: &Engine,
+    depth: usize,
+    batch: &[Option<Arc<Adapter>>],
+    tokens: usize,
+) -> Result<(f64, u64)> {
+    let running: Vec<_> = batch
+        .iter()
+        .enumerate()
+        .map(|(seed, adapter)| generate(engine, depth, tokens + 1, seed, adapter.clone()))
+        .collect::<Result<_>>()?;
     let first: Vec<Instant> =
         running.iter().map(|(_, events)| token(events)).collect::<Result<_>>()?;
     let start = first.into_iter().max().context("no sequences")?;
@@ -92,14 +132,20 @@ fn decode(engine: &Engine, depth: usize, batch: usize, tokens: usize) -> Result<
 
 type Running = (Generation, Receiver<(Event, Instant)>);
 
-fn generate(engine: &Engine, prompt: usize, tokens: usize, seed: usize) -> Result<Running> {
+fn generate(
+    engine: &Engine,
+    prompt: usize,
+    tokens: usize,
+    seed: usize,
+    adapter: Option<Arc<Adapter>>,
+) -> Result<Running> {
     let (sender, events) = channel();
     let sink = Sink::new(move |event| sender.send((event, Instant::now())).is_ok());
     let ids = (0..prompt).map(|place| ((place * 7919 + seed * 104_729 + 11) % 2000) as u32);
     let request = Request {
         prompt: Prompt::Ids(ids.collect()),
         tokenizer: None,
-        adapter: None,
+        adapter,
         sampling: Sampling::default(),
         max_new_tokens: tokens,
         max_context: None,

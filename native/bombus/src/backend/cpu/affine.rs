@@ -29,7 +29,7 @@ pub struct Affine {
     codes: Mapped,
     scales: Mapped,
     biases: Mapped,
-    float: Float,
+    pub float: Float,
     layout: Quantization,
     pub rows: usize,
     pub columns: usize,

@@ -11,7 +11,7 @@ use std::ops::Range;
 /// `[rows, columns]`, as it lies in the file.
 pub struct Dense {
     pub weight: Mapped,
-    float: Float,
+    pub float: Float,
     pub rows: usize,
     pub columns: usize,
 }

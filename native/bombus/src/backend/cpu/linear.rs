@@ -50,6 +50,14 @@ impl Weights {
         }
     }
 
+    /// Of the scales, or of the weights themselves.
+    fn float(&self) -> Float {
+        match self {
+            Weights::Affine(affine) => affine.float,
+            Weights::Dense(dense) => dense.float,
+        }
+    }
+
     fn row(&self, n: usize, out: &mut [f32]) {
         match self {
             Weights::Affine(affine) => affine.dequantize(n, out),
@@ -192,11 +200,16 @@ impl Weights {
 
 /// One adapter's pair for one layer, both halves `[rank, features]`.
 pub struct Lora {
+    /// Of the numbers in both halves: f16 beside 16-bit weights, since they are read for every
+    /// token. Each half's largest is then about 1, so that f16 rounds to 2^-11 of a number, or
+    /// 2^-25 of the largest.
+    float: Float,
     /// a, transposed: `[rank, in]`
-    down: Vec<f32>,
+    down: Vec<u8>,
     /// b: `[rank, out]`
-    up: Vec<f32>,
+    up: Vec<u8>,
     rank: usize,
+    /// also what the halves were divided by
     scale: f32,
     /// DoRA: what each output, or each token of an embedding, is multiplied with.
     factors: Option<Vec<f32>>,
@@ -210,34 +223,43 @@ impl Lora {
             true => (Float::read(a)?, turned(b)?, a.shape[0]),
             false => (turned(a)?, Float::read(b)?, b.shape[0]),
         };
+        let float = match adapted.weights().float() {
+            Float::F32 => Float::F32,
+            _ => Float::F16,
+        };
+        let ((down, down_unit), (up, up_unit)) = (packed(float, &down), packed(float, &up));
+        let scale = scale * down_unit * up_unit;
         let share = gauge::Share::of(&gauge::CPU_BYTES);
-        let mut lora = Self { down, up, rank, scale: *scale, factors: None, share };
+        let mut lora = Self { float, down, up, rank, scale, factors: None, share };
         if let Some(magnitude) = magnitude {
             let mut factors = lora.row_norms(cpu, adapted);
             let magnitudes = Float::read(magnitude)?;
             factors.iter_mut().zip(magnitudes).for_each(|(norm, own)| *norm = own / *norm);
             lora.factors = Some(factors);
         }
-        let numbers = lora.down.len() + lora.up.len() + lora.factors.as_ref().map_or(0, Vec::len);
-        lora.share.set(numbers * size_of::<f32>());
+        let factors = lora.factors.as_ref().map_or(0, Vec::len) * size_of::<f32>();
+        lora.share.set(lora.down.len() + lora.up.len() + factors);
         Ok(lora)
     }
 
     /// The norms of the rows of `W + scale * B A`: a row belongs to an output, or to a token.
     fn row_norms(&self, cpu: &Cpu, adapted: Adapted<Cpu>) -> Vec<f32> {
-        let (linear, part, left, right) = match adapted {
-            Adapted::Projection(linear, part) => (linear, part, &self.up, &self.down),
-            Adapted::TiedHead(embedding) => (embedding, 0, &self.up, &self.down),
-            Adapted::Embedding(embedding) => (embedding, 0, &self.down, &self.up),
+        let (left, right) = match adapted {
+            Adapted::Embedding(_) => (&self.down, &self.up),
+            _ => (&self.up, &self.down),
         };
+        let [left, right] = [self.float.to_f32(left), self.float.to_f32(right)];
         let (count, width) = (left.len() / self.rank, right.len() / self.rank);
         let mut norms = vec![0.0; count];
         let out = Shared(norms.as_mut_ptr());
         cpu.pool.split(count, GRAIN, |rows| {
             let mut row = vec![0.0; width];
             for n in rows {
-                linear.parts[part].row(n, &mut row);
-                self.add_row(left, right, n, &mut row);
+                adapted.weights().row(n, &mut row);
+                for (left, right) in left.chunks_exact(count).zip(right.chunks_exact(width)) {
+                    let weight = self.scale * left[n];
+                    row.iter_mut().zip(right).for_each(|(x, right)| *x += weight * right);
+                }
                 let squares: f32 = row.iter().map(|x| x * x).sum();
                 // SAFETY: each row is one thread's.
                 unsafe { *out.at(n) = squares.sqrt() };
@@ -246,22 +268,39 @@ impl Lora {
         norms
     }
 
-    /// Adds row n of the product of two halves: left `[rank, rows]`, right `[rank, width]`.
-    fn add_row(&self, left: &[f32], right: &[f32], n: usize, row: &mut [f32]) {
-        let rows = left.len() / self.rank;
-        for (place, right) in right.chunks_exact(row.len()).enumerate() {
-            let weight = self.scale * left[place * rows + n];
-            row.iter_mut().zip(right).for_each(|(x, right)| *x += weight * right);
-        }
-    }
-
     /// Adds an embedding's share to the row of token `id`.
     pub fn embed(&self, id: usize, row: &mut [f32]) {
-        self.add_row(&self.down, &self.up, id, row);
+        let bytes = self.float.bytes();
+        let (down, up) = (self.down.len() / self.rank, self.up.len() / self.rank);
+        for (down, up) in self.down.chunks_exact(down).zip(self.up.chunks_exact(up)) {
+            let weight = self.scale * self.float.to_f32(&down[id * bytes..][..bytes])[0];
+            let up = self.float.to_f32(up);
+            row.iter_mut().zip(up).for_each(|(x, up)| *x += weight * up);
+        }
         if let Some(factors) = &self.factors {
             row.iter_mut().for_each(|x| *x *= factors[id]);
         }
     }
+}
+
+impl<'a> Adapted<'a, Cpu> {
+    fn weights(&self) -> &'a Weights {
+        match self {
+            Adapted::Projection(linear, part) => &linear.parts[*part],
+            Adapted::Embedding(embedding) | Adapted::TiedHead(embedding) => &embedding.parts[0],
+        }
+    }
+}
+
+/// The numbers' bytes, and what they were divided by: a power of two.
+fn packed(float: Float, numbers: &[f32]) -> (Vec<u8>, f32) {
+    if float == Float::F32 {
+        return (numbers.iter().flat_map(|number| number.to_le_bytes()).collect(), 1.0);
+    }
+    let largest = numbers.iter().fold(0.0f32, |largest, number| largest.max(number.abs()));
+    let unit = if largest > 0.0 { largest.log2().ceil().exp2() } else { 1.0 };
+    let half = |number: &f32| half::f16::from_f32(number / unit).to_le_bytes();
+    (numbers.iter().flat_map(half).collect(), unit)
 }
 
 /// `[rows, columns]` as `[columns, rows]`
@@ -279,35 +318,51 @@ fn turned(matrix: &TensorView) -> Result<Vec<f32>> {
 /// What an adapter adds to some rows of output `part`: `inner` times `up`.
 pub struct Delta<'a> {
     part: usize,
-    rows: Range<usize>,
+    rows: Vec<usize>,
     /// `scale * x A`: `[rows, rank]`
     inner: Vec<f32>,
     lora: &'a Lora,
 }
 
 impl<'a> Delta<'a> {
-    pub fn new(cpu: &Cpu, x: &Tensor, loras: &LoraRows<'a, Cpu>) -> Self {
-        let LoraRows { part, ref rows, lora } = *loras;
-        let mut inner = vec![0.0; rows.len() * lora.rank];
-        let out = Shared(inner.as_mut_ptr());
-        cpu.rows(rows.len(), x.width * lora.rank, |range| {
-            for row in range {
-                let x = x.row(rows.start + row);
+    /// One for each pair, with all its rows: so it is read once.
+    pub fn all(cpu: &Cpu, x: &Tensor, loras: &[LoraRows<'a, Cpu>]) -> Vec<Self> {
+        let mut deltas: Vec<Self> = vec![];
+        for &LoraRows { part, ref rows, lora } in loras {
+            let same = |delta: &&mut Self| delta.part == part && std::ptr::eq(delta.lora, lora);
+            match deltas.iter_mut().find(same) {
+                Some(delta) => delta.rows.extend(rows.clone()),
+                None => {
+                    deltas.push(Self { part, rows: rows.clone().collect(), inner: vec![], lora })
+                }
+            }
+        }
+        let mut jobs = vec![];
+        for delta in &mut deltas {
+            delta.inner.resize(delta.rows.len() * delta.lora.rank, 0.0);
+            let out = Shared(delta.inner.as_mut_ptr());
+            jobs.extend(
+                delta.rows.iter().enumerate().map(|(place, &row)| (delta.lora, out, place, row)),
+            );
+        }
+        let rank = loras.iter().map(|lora| lora.lora.rank).max().unwrap_or(0);
+        cpu.rows(jobs.len(), x.width * rank, |range| {
+            for &(lora, out, place, row) in &jobs[range] {
                 // SAFETY: each row is written by one thread.
                 unsafe {
-                    let inner = std::slice::from_raw_parts_mut(out.at(row * lora.rank), lora.rank);
-                    cpu.level.run(Down { x, down: &lora.down, scale: lora.scale, inner });
+                    let inner =
+                        std::slice::from_raw_parts_mut(out.at(place * lora.rank), lora.rank);
+                    cpu.level.run(Down { x: x.row(row), lora, inner });
                 }
             }
         });
-        Self { part, rows: rows.clone(), inner, lora }
+        deltas
     }
 }
 
 struct Down<'a> {
     x: &'a [f32],
-    down: &'a [f32],
-    scale: f32,
+    lora: &'a Lora,
     inner: &'a mut [f32],
 }
 
@@ -316,18 +371,42 @@ impl Kernel for Down<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let width = self.x.len();
-        for (row, inner) in self.down.chunks_exact(width).zip(self.inner) {
-            let mut acc = S::splat(0.0);
-            for place in (0..width).step_by(LANES) {
-                let lanes = LANES.min(width - place);
-                let x = Float::F32.load::<S>(self.x.as_ptr().cast(), place, lanes);
-                let a = Float::F32.load::<S>(row.as_ptr().cast(), place, lanes);
-                acc = S::fma(x, a, acc);
-            }
-            *inner = self.scale * S::sum(acc);
+        match self.lora.float {
+            Float::F32 => self.all::<S, false>(),
+            _ => self.all::<S, true>(),
         }
     }
+}
+
+/// The ranks whose sums stay in registers.
+const RANKS: usize = 8;
+
+impl Down<'_> {
+    #[inline(always)]
+    unsafe fn all<S: Simd, const F16: bool>(self) {
+        let width = self.x.len();
+        for (block, inner) in self.inner.chunks_mut(RANKS).enumerate() {
+            let mut acc = [S::splat(0.0); RANKS];
+            for place in (0..width).step_by(LANES) {
+                let lanes = LANES.min(width - place);
+                let x = number::<S, false>(self.x.as_ptr().cast(), place, lanes);
+                for r in 0..RANKS {
+                    // The last block may have fewer: then its last one again.
+                    let row = block * RANKS + r.min(inner.len() - 1);
+                    let a = number::<S, F16>(self.lora.down.as_ptr(), row * width + place, lanes);
+                    acc[r] = S::fma(x, a, acc[r]);
+                }
+            }
+            for (inner, acc) in inner.iter_mut().zip(acc) {
+                *inner = self.lora.scale * S::sum(acc);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn number<S: Simd, const F16: bool>(p: *const u8, place: usize, lanes: usize) -> S::F {
+    if F16 { Float::F16.load::<S>(p, place, lanes) } else { Float::F32.load::<S>(p, place, lanes) }
 }
 
 struct Add<'a> {
@@ -340,23 +419,31 @@ impl Kernel for Add<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
+        match self.delta.lora.float {
+            Float::F32 => self.all::<S, false>(),
+            _ => self.all::<S, true>(),
+        }
+    }
+}
+
+impl Add<'_> {
+    #[inline(always)]
+    unsafe fn all<S: Simd, const F16: bool>(self) {
         let Target { y, range, stride } = self.target;
         let Delta { rows, inner, lora, .. } = self.delta;
-        let Lora { up, rank, factors, .. } = lora;
-        let out_features = up.len() / rank;
-        for (row, inner) in rows.clone().zip(inner.chunks_exact(*rank)) {
-            for place in range.clone().step_by(LANES) {
-                let lanes = LANES.min(range.end - place);
+        let Lora { float, up, rank, factors, .. } = lora;
+        let out_features = up.len() / float.bytes() / rank;
+        for place in range.clone().step_by(LANES) {
+            let lanes = LANES.min(range.end - place);
+            for (&row, inner) in rows.iter().zip(inner.chunks_exact(*rank)) {
                 let y = y.at(row * stride + place);
-                let mut sum = Float::F32.load::<S>(y.cast(), 0, lanes);
+                let mut sum = number::<S, false>(y.cast(), 0, lanes);
                 for (r, &weight) in inner.iter().enumerate() {
-                    let up = up.as_ptr().add(r * out_features).cast();
-                    let up = Float::F32.load::<S>(up, place, lanes);
+                    let up = number::<S, F16>(up.as_ptr(), r * out_features + place, lanes);
                     sum = S::fma(S::splat(weight), up, sum);
                 }
                 if let Some(factors) = factors {
-                    let factors = factors.as_ptr().cast();
-                    sum = S::mul(sum, Float::F32.load::<S>(factors, place, lanes));
+                    sum = S::mul(sum, number::<S, false>(factors.as_ptr().cast(), place, lanes));
                 }
                 S::store_part(y, sum, lanes);
             }

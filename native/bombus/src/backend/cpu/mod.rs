@@ -200,8 +200,7 @@ impl Backend for Cpu {
         x: &Tensor,
         loras: &[LoraRows<Self>],
     ) -> Result<Vec<Tensor>> {
-        let deltas: Vec<Delta> = loras.iter().map(|lora| Delta::new(self, x, lora)).collect();
-        Ok(linear.apply(self, x, &deltas))
+        Ok(linear.apply(self, x, &Delta::all(self, x, loras)))
     }
 
     fn rms_norm(&self, x: &Tensor, norm: &Norm, eps: f32) -> Result<Tensor> {

@@ -1,0 +1,137 @@
+defmodule Mix.Tasks.Bombus.Train do
+  @shortdoc "Trains a LoRA adapter with mlx_lm"
+
+  @moduledoc """
+  Trains a LoRA adapter with mlx_lm, in a Python beside the VM.
+
+      mix bombus.train --model mlx-community/Qwen3-0.6B-4bit --data data --output adapters/my-posts
+      mix bombus.train --model demo --texts posts.txt --prompt "Write a post" --output adapters/mine
+
+  ## Options
+
+    * `--model` (required) - a Hub id, a folder in MLX's format, or `demo`
+    * `--output` (required) - the adapter's folder
+    * `--data` - a folder with `train.jsonl` and `valid.jsonl`
+    * `--texts` - in place of `--data`: a file of texts with a line `---` between them, from which
+      the data is made, in the folder `data` of the output; `--prompt` is what they answer
+      ("Write a post" by default)
+    * `--resume` - goes on from the last checkpoint in the output; `--resume-from` from another one
+    * `--iterations`, `--rank`, `--scale`, `--dropout`, `--fine-tune-type` (`lora` or `dora`),
+      `--num-layers`, `--learning-rate`, `--batch-size`, `--grad-accumulation`,
+      `--max-seq-length`, `--no-mask-prompt`, `--steps-per-report`, `--steps-per-eval`,
+      `--save-every`, `--seed`, `--python` - as in `Bombus.Training.LoRA.train/1`
+  """
+
+  use Mix.Task
+
+  alias Bombus.Training.LoRA
+
+  @training [
+    iterations: :integer,
+    rank: :integer,
+    scale: :float,
+    dropout: :float,
+    fine_tune_type: :string,
+    num_layers: :integer,
+    learning_rate: :float,
+    batch_size: :integer,
+    grad_accumulation: :integer,
+    max_seq_length: :integer,
+    mask_prompt: :boolean,
+    steps_per_report: :integer,
+    steps_per_eval: :integer,
+    save_every: :integer,
+    seed: :integer,
+    python: :string,
+    resume_from: :string
+  ]
+  @own [
+    model: :string,
+    output: :string,
+    data: :string,
+    texts: :string,
+    prompt: :string,
+    resume: :boolean
+  ]
+
+  @impl true
+  def run(arguments) do
+    options = parse(arguments)
+    Mix.Task.run("app.start")
+
+    try do
+      train(options)
+    rescue
+      error in ArgumentError -> Mix.raise(Exception.message(error))
+    end
+  end
+
+  defp parse(arguments) do
+    case OptionParser.parse!(arguments, strict: @own ++ @training) do
+      {options, []} -> options
+      {_options, [other | _rest]} -> Mix.raise("expected only options, got: #{other}")
+    end
+  rescue
+    error in OptionParser.ParseError -> Mix.raise(Exception.message(error))
+  end
+
+  defp train(options) do
+    output = required(options, :output)
+    training = Keyword.take(options, Keyword.keys(@training))
+
+    [
+      base_model: model(required(options, :model)),
+      training_data: data(options, output),
+      output_path: output,
+      on_progress: unless(IO.ANSI.enabled?(), do: &report/1)
+    ]
+    |> Keyword.merge(if options[:resume], do: [resume_from: output], else: [])
+    |> Keyword.merge(Keyword.replace_lazy(training, :fine_tune_type, &kind/1))
+    |> LoRA.train()
+    |> case do
+      {:ok, path} ->
+        Mix.shell().info("The adapter is in #{path}: Bombus.load_adapter(#{inspect(path)})")
+
+      {:error, error} ->
+        Mix.raise(Exception.message(error))
+    end
+  end
+
+  defp required(options, key) do
+    options[key] || Mix.raise("expected --#{key}: see mix help bombus.train")
+  end
+
+  defp model("demo"), do: :demo
+  defp model(model), do: model
+
+  defp kind("lora"), do: :lora
+  defp kind("dora"), do: :dora
+  defp kind(other), do: Mix.raise("expected --fine-tune-type to be lora or dora, got: #{other}")
+
+  defp data(options, output) do
+    case {options[:data], options[:texts]} do
+      {nil, nil} -> Mix.raise("expected --data or --texts: see mix help bombus.train")
+      {data, nil} -> data
+      {nil, texts} -> prepare(texts, Path.join(output, "data"), Keyword.take(options, [:prompt]))
+      {_data, _texts} -> Mix.raise("expected --data or --texts, got both")
+    end
+  end
+
+  defp prepare(texts, data, options) do
+    with {:ok, text} <- File.read(texts),
+         :ok <- text |> String.split(~r/^---\s*$/m) |> LoRA.prepare_data(data, options) do
+      data
+    else
+      {:error, :no_valid_content} -> Mix.raise("there is no text in #{texts}")
+      {:error, %Bombus.Error{message: message}} -> Mix.raise(message)
+      {:error, reason} -> Mix.raise("cannot read #{texts}: #{:file.format_error(reason)}")
+    end
+  end
+
+  # A line an event, where there is no terminal for a bar.
+  defp report(%{type: type, iteration: iteration, loss: loss}) do
+    Mix.shell().info("iteration #{iteration}: #{type} loss #{loss}")
+  end
+
+  defp report(_event), do: :ok
+end
