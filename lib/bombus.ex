@@ -90,11 +90,21 @@ defmodule Bombus do
   def load_model!(source, options \\ []), do: Error.unwrap!(load_model(source, options))
 
   @doc """
-  Loads a LoRA adapter in mlx-lm's format: `adapters.safetensors` and `adapter_config.json`.
+  Loads a LoRA or DoRA adapter from a folder, in one of two formats:
+
+    * mlx-lm's: `adapters.safetensors` and `adapter_config.json`
+    * PEFT's: `adapter_model.safetensors` and `adapter_config.json`; its scale is `lora_alpha / r`,
+      with rsLoRA `lora_alpha / sqrt(r)`, for each module as `rank_pattern` and `alpha_pattern` say
+
+  The path of a file of tensors works too, with `adapter_config.json` beside it: the checkpoint of
+  a training (`0000100_adapters.safetensors`).
+
+  An adapter is bound to a model when it is first used with it. Every tensor must then find its
+  module with the right shape: else the answer is an error that lists all that do not.
 
   ## Options
 
-    * `:scale` - takes the place of the scale in `adapter_config.json`
+    * `:scale` - takes the place of what `adapter_config.json` says, for every module
 
   ## Examples
 

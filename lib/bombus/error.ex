@@ -12,6 +12,7 @@ defmodule Bombus.Error do
     * `:no_gpu` - `device: :gpu` where MLX finds none, or is not built in
     * `:bad_request`, `:prompt_too_long` - found only once the text was tokens
     * `:overloaded` - the queue is full
+    * those of a training: see `Bombus.Training.LoRA.train/1`
     * `:stopped` - the model's engine or the serving has stopped
     * `:out_of_memory`, `:backend`, `:panic` - the computation failed; the engine serves on
 
