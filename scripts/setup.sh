@@ -27,6 +27,8 @@ has_elixir() {
   elixir -e 'unless Version.match?(System.version(), ">= 1.18.0"), do: System.halt(1)' >/dev/null 2>&1
 }
 
+# The private one may be on the path already, from .toolchain/env: it does not count.
+PATH=$(printf %s "$PATH" | sed "s|$tools/beam/bin:||g")
 path=
 if [ "$(uname)" = Darwin ]; then
   has_elixir || missing 'Elixir 1.18 or newer' 'brew install elixir'
