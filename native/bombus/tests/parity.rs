@@ -89,24 +89,31 @@ fn log_probabilities_are_mlx_lms() {
     assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
-/// `scripts/make_peft_fixtures.py` made the adapters, and let PEFT score with them.
+/// Adapters in PEFT's format beside PEFT's own model (`scripts/make_peft_fixtures.py`), and DoRA of
+/// an embedding and a head beside mlx-lm's (`scripts/make_dora_fixtures.py`).
 #[test]
-fn adapters_in_pefts_format_score_as_pefts_do() {
-    let case = "f32-dense";
-    let text = std::fs::read(parity(case).join("expected_peft.json")).unwrap();
-    let runs: serde_json::Map<String, Value> = serde_json::from_slice(&text).unwrap();
-    assert_eq!(runs.len(), 6);
-    let ids = ids(&expected(case)["token_ids"]);
+fn adapters_of_other_kinds_score_as_their_makers_do() {
+    let files = [
+        ("f32-dense", "expected_peft.json", 6),
+        ("f32-dense", "expected_dora.json", 1),
+        ("f32-untied", "expected_dora.json", 1),
+    ];
     let mut faults = vec![];
-    for device in all_devices() {
+    for (device, (case, file, count)) in
+        all_devices().into_iter().flat_map(|device| files.map(|file| (device, file)))
+    {
+        let text = std::fs::read(parity(case).join(file)).unwrap();
+        let runs: serde_json::Map<String, Value> = serde_json::from_slice(&text).unwrap();
+        assert_eq!(runs.len(), count);
         let engine = load_on(device, case);
-        for (name, pefts) in &runs {
+        for (name, theirs) in &runs {
+            let ids = ids(&expected(case)["token_ids"]);
             let scored = score(&engine, &ids, Some(adapter(case, name))).unwrap();
             let distances =
-                scored.iter().zip(floats(pefts)).map(|(a, b)| (f64::from(*a) - b).abs());
+                scored.iter().zip(floats(theirs)).map(|(a, b)| (f64::from(*a) - b).abs());
             let worst = distances.fold(0.0, f64::max);
             if worst > 1e-3 {
-                faults.push(format!("{device:?} {name}: {worst} from PEFT"));
+                faults.push(format!("{device:?} {case} {name}: {worst} from {file}"));
             }
         }
     }
