@@ -189,6 +189,39 @@ defmodule Bombus.ServingTest do
     assert_soon(fn -> Bombus.memory_info().adapters == before end)
   end
 
+  test "adapters come and go while others generate, and their memory comes back" do
+    {serving, input} = endless()
+    load = &Bombus.load_adapter!(Fixtures.adapter("f32-untied", &1))
+    control = Map.merge(input, %{adapter: load.("all-layers"), max_new_tokens: 300})
+    alone = ids(Serving.run(serving, control))
+    assert_soon(&free?/0)
+    before = Bombus.memory_info()
+
+    running = Task.async(fn -> ids(Serving.run(serving, control)) end)
+
+    visits =
+      for name <- ~w(last-qv head dora-head all-layers last-qv dora-head), seed <- 1..3 do
+        Task.async(fn ->
+          visit = Map.merge(input, %{adapter: load.(name), max_new_tokens: 4, seed: seed})
+          {name, ids(Serving.run(serving, visit))}
+        end)
+      end
+
+    answers = Task.await_many(visits)
+    assert Task.await(running) == alone
+    # Each name's answers agree, and the adapters differ.
+    assert answers |> Enum.uniq() |> length() == 4
+    assert answers |> Enum.uniq_by(&elem(&1, 1)) |> length() > 1
+
+    assert_soon(fn ->
+      now = Bombus.memory_info()
+      free?(now) and now.adapters == before.adapters and now.active == before.active
+    end)
+
+    # Also holds on to the model and the first adapter until here.
+    assert ids(Serving.run(serving, control)) == alone
+  end
+
   describe "a sequence is freed" do
     test "when its stream is halted" do
       {serving, input} = endless()
