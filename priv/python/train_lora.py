@@ -121,13 +121,10 @@ def main():
     try:
         train(settings)
         emit(type="done")
-    except ModuleNotFoundError as error:
-        traceback.print_exc()
-        emit(type="error", kind="missing_module", message=str(error), module=error.name)
     except BaseException as error:
         traceback.print_exc()
-        emit(type="error", kind=type(error).__name__, message=str(error))
-        events.flush()
+        module = error.name if isinstance(error, ModuleNotFoundError) else None
+        emit(type="error", kind=type(error).__name__, message=str(error), module=module)
         os._exit(1)
 
 

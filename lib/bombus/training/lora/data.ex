@@ -3,6 +3,7 @@ defmodule Bombus.Training.LoRA.Data do
   # train.jsonl and valid.jsonl: what mlx_lm's lora command reads.
 
   alias Bombus.Error
+  alias Bombus.Training.LoRA.Options
 
   @defaults [prompt: "Write a post", split_ratio: 0.9, min_length: 1, shuffle_seed: 0]
 
@@ -18,27 +19,17 @@ defmodule Bombus.Training.LoRA.Data do
 
   defp options!(options) do
     options = Keyword.validate!(options, @defaults)
-    ratio = options[:split_ratio]
 
-    unless is_number(ratio) and ratio > 0 and ratio <= 1 do
-      raise ArgumentError,
-            "expected :split_ratio to be above 0 and at most 1, got: #{inspect(ratio)}"
-    end
+    Options.check!(
+      options,
+      :split_ratio,
+      "above 0 and at most 1",
+      &(is_number(&1) and &1 > 0 and &1 <= 1)
+    )
 
-    unless is_integer(options[:min_length]) and options[:min_length] >= 0 do
-      raise ArgumentError,
-            "expected :min_length to be a number of characters, got: #{inspect(options[:min_length])}"
-    end
-
-    unless text?(options[:prompt]) do
-      raise ArgumentError, "expected :prompt to be a text, got: #{inspect(options[:prompt])}"
-    end
-
-    unless is_integer(options[:shuffle_seed]) do
-      raise ArgumentError,
-            "expected :shuffle_seed to be an integer, got: #{inspect(options[:shuffle_seed])}"
-    end
-
+    Options.check!(options, :min_length, "a number of characters", &(is_integer(&1) and &1 >= 0))
+    Options.check!(options, :prompt, "a text", &text?/1)
+    Options.check!(options, :shuffle_seed, "an integer", &is_integer/1)
     options
   end
 

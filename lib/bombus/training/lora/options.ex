@@ -81,7 +81,8 @@ defmodule Bombus.Training.LoRA.Options do
     Map.new(options)
   end
 
-  defp check!(options, key, expected, valid?) do
+  @doc "Raises where an option is not what is expected."
+  def check!(options, key, expected, valid?) do
     unless valid?.(options[key]) do
       raise ArgumentError,
             "expected #{inspect(key)} to be #{expected}, got: #{inspect(options[key])}"

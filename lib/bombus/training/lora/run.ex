@@ -157,7 +157,7 @@ defmodule Bombus.Training.LoRA.Run do
     "python3 -m pip install #{mlx} mlx-lm (with the Python that :python names)"
   end
 
-  defp reason("missing_module", _message), do: :mlx_lm_missing
+  defp reason("ModuleNotFoundError", _message), do: :mlx_lm_missing
   defp reason("NoNumber", _message), do: :loss_is_nan
   defp reason("MemoryError", _message), do: :out_of_memory
 

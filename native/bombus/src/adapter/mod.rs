@@ -132,18 +132,16 @@ impl Adapter {
     }
 
     fn check(&self, config: &Config) -> Result<()> {
-        let mut modules = vec![(vocabulary(config, LM_HEAD), true)];
-        modules.push((turned(vocabulary(config, EMBED_TOKENS)), true));
-        for layer in 0..config.num_hidden_layers {
-            modules.extend(projections(config, layer).map(|module| (module, true)));
-        }
+        let layers = 0..config.num_hidden_layers;
+        let mut modules: Vec<Module> =
+            layers.flat_map(|layer| projections(config, layer)).collect();
+        modules.push(turned(vocabulary(config, EMBED_TOKENS)));
         // mlx-lm has no head of its own where it is tied; PEFT adapts it all the same.
-        modules[0].1 = !config.tie_word_embeddings || self.transposed;
-        let modules: BTreeMap<&str, &Module> = modules
-            .iter()
-            .filter(|(_, there)| *there)
-            .map(|(module, _)| (module.path.as_str(), module))
-            .collect();
+        if !config.tie_word_embeddings || self.transposed {
+            modules.push(vocabulary(config, LM_HEAD));
+        }
+        let modules: BTreeMap<&str, &Module> =
+            modules.iter().map(|module| (module.path.as_str(), module)).collect();
         let mut problems = vec![];
         for (path, pair) in &self.pairs {
             match modules.get(path.as_str()) {

@@ -119,22 +119,16 @@ impl Patterns {
             let number = number.as_f64().filter(|number| *number > 0.0).ok_or_else(|| {
                 file.wrong(format!("`{field}` has {number} for `{pattern}`, no number above 0"))
             })?;
-            Ok((regex(file, field, pattern, r"^(?:.*\.)?(?:", ")$")?, number))
+            let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$"))
+                .map_err(|error| file.wrong(format!("`{field}` has `{pattern}`: {error}")))?;
+            Ok((regex, number))
         };
         Ok(Self(patterns.into_iter().flatten().map(one).collect::<Result<_>>()?))
     }
 
+    /// A pattern that gives up (it may backtrack) matches nothing.
     fn find(&self, module: &str) -> Option<f64> {
-        self.0.iter().find(|(pattern, _)| matches(pattern, module)).map(|(_, number)| *number)
+        let matches = |(pattern, _): &&(Regex, f64)| pattern.is_match(module).unwrap_or(false);
+        self.0.iter().find(matches).map(|(_, number)| *number)
     }
-}
-
-/// A pattern that gives up (it may backtrack) matches nothing.
-fn matches(pattern: &Regex, module: &str) -> bool {
-    pattern.is_match(module).unwrap_or(false)
-}
-
-fn regex(file: &File, field: &str, pattern: &str, before: &str, after: &str) -> Result<Regex> {
-    Regex::new(&format!("{before}{pattern}{after}"))
-        .map_err(|error| file.wrong(format!("`{field}` has `{pattern}`: {error}")))
 }

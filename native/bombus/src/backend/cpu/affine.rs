@@ -9,7 +9,7 @@ use super::codes;
 use super::digits::{Digits, Format, Shape, digit_bits};
 use super::float::Float;
 use super::simd::{BYTES, Kernel, LANES, Level, Simd, prefetch};
-use super::tensor::Shared;
+use super::tensor::Target;
 use crate::backend::{LinearWeights, QuantizedWeights};
 use crate::config::Quantization;
 use crate::error::Result;
@@ -106,14 +106,11 @@ impl Affine {
     }
 }
 
-/// Columns `range` of y, whose rows are `stride` numbers apart.
 pub struct Product<'a> {
     pub affine: &'a Affine,
     pub x: &'a Digits,
     pub format: Format,
-    pub range: Range<usize>,
-    pub y: Shared,
-    pub stride: usize,
+    pub target: Target,
 }
 
 /// Some columns of N rows of weights that stay in the L1 cache, unpacked; 32 of them are the
@@ -198,8 +195,8 @@ impl Product<'_> {
         scratch.resize(affine.columns, 0);
         // The sums over lanes, four at once.
         let mut lanes = [[S::splat(0.0); 4]; M];
-        for first in self.range.clone().step_by(4) {
-            let count = 4.min(self.range.end - first);
+        for first in self.target.range.clone().step_by(4) {
+            let count = 4.min(self.target.range.end - first);
             for place in 0..count {
                 let row = affine.row(first + place);
                 let codes = match as_they_are {
@@ -215,7 +212,7 @@ impl Product<'_> {
                 }
             }
             for m in 0..M {
-                let y = self.y.at(m * self.stride + first);
+                let y = self.target.at(m, first);
                 std::ptr::copy_nonoverlapping(S::sums(lanes[m]).as_ptr(), y, count);
             }
         }
@@ -279,8 +276,8 @@ impl Product<'_> {
         out.resize(block, [[0.0; LANES]; WIDEST]);
         for first_tile in (0..tiles).step_by(block) {
             let tiles = first_tile..tiles.min(first_tile + block);
-            for first in self.range.clone().step_by(N) {
-                let count = N.min(self.range.end - first);
+            for first in self.target.range.clone().step_by(N) {
+                let count = N.min(self.target.range.end - first);
                 out.fill([[0.0; LANES]; WIDEST]);
                 for chunk in (0..columns).step_by(CHUNK) {
                     let chunk = chunk..columns.min(chunk + CHUNK);
@@ -320,7 +317,7 @@ impl Product<'_> {
             }
         }
         for place in 0..rows.min(self.x.rows - row) {
-            let y = self.y.at((row + place) * self.stride + first);
+            let y = self.target.at(row + place, first);
             for (n, out) in out.iter().enumerate() {
                 *y.add(n) = out[place * lanes];
             }

@@ -146,7 +146,7 @@ pub fn attend(
         segments,
         pages: &pages,
     };
-    cpu.rows(q.rows, q.width, |rows| {
+    cpu.pool.rows(q.rows, q.width, |rows| {
         // SAFETY: each row is written by one thread, to places of its own.
         unsafe { cpu.level.run(Prepare { step: &step, rows }) };
     });

@@ -2,11 +2,10 @@
 
 use super::float::Float;
 use super::simd::{Kernel, LANES, Simd};
-use super::tensor::{Shared, Tensor};
+use super::tensor::{Target, Tensor};
 use crate::backend::LinearWeights;
 use crate::error::Result;
 use crate::mapped_file::Mapped;
-use std::ops::Range;
 
 /// `[rows, columns]`, as it lies in the file.
 pub struct Dense {
@@ -28,13 +27,10 @@ impl Dense {
     }
 }
 
-/// Columns `range` of y: `[x.rows, stride]`.
 pub struct Product<'a> {
     pub dense: &'a Dense,
     pub x: &'a Tensor,
-    pub range: Range<usize>,
-    pub y: Shared,
-    pub stride: usize,
+    pub target: Target,
 }
 
 /// Rows of weights, and of x, that are multiplied together.
@@ -45,8 +41,8 @@ impl Kernel for Product<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        for first in self.range.clone().step_by(TILE) {
-            let count = TILE.min(self.range.end - first);
+        for first in self.target.range.clone().step_by(TILE) {
+            let count = TILE.min(self.target.range.end - first);
             for row in (0..self.x.rows).step_by(TILE) {
                 match self.x.rows - row {
                     1 => self.tile::<S, 1>(first, count, row),
@@ -83,7 +79,7 @@ impl Product<'_> {
         }
         for n in 0..count {
             for m in 0..M {
-                *self.y.at((row + m) * self.stride + first + n) = S::sum(acc[n][m]);
+                *self.target.at(row + m, first + n) = S::sum(acc[n][m]);
             }
         }
     }

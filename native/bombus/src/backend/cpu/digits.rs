@@ -83,9 +83,6 @@ pub struct Digits {
 #[repr(align(64))]
 struct Line(#[allow(dead_code)] [i8; BYTES]);
 
-/// Fewer numbers than this are done before a second thread has begun.
-pub const SERIAL: usize = 6 * 1024;
-
 impl Digits {
     pub fn fill(&mut self, level: Level, pool: &Pool, x: &Tensor, format: Format) {
         let Format { group_size, planes, shape, .. } = format;
@@ -119,15 +116,11 @@ impl Digits {
             sums: self.sums.as_mut_ptr(),
         };
         let (groups, plane, stride) = (self.groups, self.plane, self.stride);
-        let work = |rows: Range<usize>| {
+        pool.rows(x.rows, x.width, |rows| {
             let kernel = Fill { x, rows, format, groups, plane, stride, out };
             // SAFETY: `out` has room for all rows, and each is written by one thread.
             unsafe { level.run(kernel) }
-        };
-        match x.rows > 1 && x.rows * x.width > SERIAL {
-            true => pool.split(x.rows, 1, work),
-            false => work(0..x.rows),
-        }
+        });
     }
 
     /// The digits of `row`, plane after plane (rows).

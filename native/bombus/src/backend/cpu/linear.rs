@@ -5,13 +5,12 @@ use super::dense::{self, Dense};
 use super::digits::{Digits, Format};
 use super::float::Float;
 use super::simd::{Kernel, LANES, Level, Simd};
-use super::tensor::{Shared, Tensor};
+use super::tensor::{Shared, Target, Tensor};
 use super::{Adapted, Cpu, LinearWeights, LoraRows, LoraWeights, lock};
 use crate::error::Result;
 use crate::gauge;
 use crate::mapped_file::{Mapped, MappedFile};
 use crate::tensor_file::TensorView;
-use std::ops::Range;
 use std::sync::Arc;
 
 pub enum Weights {
@@ -165,14 +164,6 @@ impl Linear {
 /// Threads get multiples of so many columns, whole tiles in every kernel.
 const GRAIN: usize = 24;
 
-/// Columns of an output, whose rows are `stride` numbers apart.
-#[derive(Clone)]
-struct Target {
-    y: Shared,
-    range: Range<usize>,
-    stride: usize,
-}
-
 impl Weights {
     unsafe fn product(
         &self,
@@ -181,15 +172,14 @@ impl Weights {
         digits: Option<(&Digits, Format)>,
         target: Target,
     ) {
-        let Target { y, range, stride } = target;
         match (self, digits) {
             (Weights::Affine(affine), Some((x, format))) => {
-                let product = affine::Product { affine, x, format, range, y, stride };
+                let product = affine::Product { affine, x, format, target };
                 // SAFETY: the caller's.
                 unsafe { cpu.level.run(product) };
             }
             (Weights::Dense(dense), _) => {
-                let product = dense::Product { dense, x, range, y, stride };
+                let product = dense::Product { dense, x, target };
                 // SAFETY: the caller's.
                 unsafe { cpu.level.run(product) };
             }
@@ -346,7 +336,7 @@ impl<'a> Delta<'a> {
             );
         }
         let rank = loras.iter().map(|lora| lora.lora.rank).max().unwrap_or(0);
-        cpu.rows(jobs.len(), x.width * rank, |range| {
+        cpu.pool.rows(jobs.len(), x.width * rank, |range| {
             for &(lora, out, place, row) in &jobs[range] {
                 // SAFETY: each row is written by one thread.
                 unsafe {
@@ -429,14 +419,13 @@ impl Kernel for Add<'_> {
 impl Add<'_> {
     #[inline(always)]
     unsafe fn all<S: Simd, const F16: bool>(self) {
-        let Target { y, range, stride } = self.target;
         let Delta { rows, inner, lora, .. } = self.delta;
         let Lora { float, up, rank, factors, .. } = lora;
         let out_features = up.len() / float.bytes() / rank;
-        for place in range.clone().step_by(LANES) {
-            let lanes = LANES.min(range.end - place);
+        for place in self.target.range.clone().step_by(LANES) {
+            let lanes = LANES.min(self.target.range.end - place);
             for (&row, inner) in rows.iter().zip(inner.chunks_exact(*rank)) {
-                let y = y.at(row * stride + place);
+                let y = self.target.at(row, place);
                 let mut sum = number::<S, false>(y.cast(), 0, lanes);
                 for (r, &weight) in inner.iter().enumerate() {
                     let up = number::<S, F16>(up.as_ptr(), r * out_features + place, lanes);

@@ -35,13 +35,12 @@ use crate::mapped_file::MappedFile;
 use crate::sampler::Draw;
 use crate::tensor_file::TensorView;
 use attention::{Cache, Rope};
-use digits::{Digits, Format, SERIAL};
+use digits::{Digits, Format};
 use float::Float;
 use linear::{Delta, Linear, Lora};
 use pool::Pool;
 use rows::{Gated, Norm, RmsNorm, Sum};
 use sample::Samples;
-use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tensor::{Shared, Spare, Tensor};
 
@@ -111,19 +110,11 @@ impl Cpu {
         lock(&self.files).iter().try_for_each(|file| file.check())
     }
 
-    /// Spreads rows over the threads, where they are worth it.
-    fn rows(&self, rows: usize, width: usize, work: impl Fn(Range<usize>) + Sync) {
-        match rows > 1 && rows * width > SERIAL {
-            true => self.pool.split(rows, 1, work),
-            false => work(0..rows),
-        }
-    }
-
     /// `[rows, width]` from what `work` writes into each row.
     fn map(&self, rows: usize, width: usize, work: impl Fn(usize, &mut [f32]) + Sync) -> Tensor {
         let mut out = self.spare.tensor(rows, width);
         let (target, stride) = (Shared(out.data_mut().as_mut_ptr()), out.stride);
-        self.rows(rows, width, |range| {
+        self.pool.rows(rows, width, |range| {
             for row in range {
                 // SAFETY: each row is written by one thread.
                 let out = unsafe { std::slice::from_raw_parts_mut(target.at(row * stride), width) };

@@ -19,6 +19,8 @@ const PATIENCE: Duration = Duration::from_micros(300);
 /// The pieces of a thread's share: enough for a thread that is slow for a while, and each large
 /// enough to be read at the memory's speed.
 const PIECES: usize = 8;
+/// Fewer numbers than this are done before a second thread has begun.
+const SERIAL: usize = 6 * 1024;
 /// Looks at the clock once in so many turns.
 const SPINS: u32 = 200;
 
@@ -134,6 +136,14 @@ impl Pool {
                 }
             }
         });
+    }
+
+    /// Spreads rows of `width` numbers over the threads, where they are worth it.
+    pub fn rows(&self, rows: usize, width: usize, work: impl Fn(Range<usize>) + Sync) {
+        match rows > 1 && rows * width > SERIAL {
+            true => self.split(rows, 1, work),
+            false => work(0..rows),
+        }
     }
 
     /// Calls `work` for each of `0..items`; a thread that is done with one takes the next.

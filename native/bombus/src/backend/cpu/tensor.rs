@@ -1,6 +1,7 @@
 //! Activations: rows of f32.
 
 use super::lock;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 /// `[rows, width]`, row by row. Its memory goes back to where it came from.
@@ -76,5 +77,20 @@ impl Shared {
     pub unsafe fn at(self, offset: usize) -> *mut f32 {
         // SAFETY: the caller's.
         unsafe { self.0.add(offset) }
+    }
+}
+
+/// Some columns of an output, whose rows are `stride` numbers apart.
+#[derive(Clone)]
+pub struct Target {
+    pub y: Shared,
+    pub range: Range<usize>,
+    pub stride: usize,
+}
+
+impl Target {
+    #[inline(always)]
+    pub unsafe fn at(&self, row: usize, column: usize) -> *mut f32 {
+        self.y.at(row * self.stride + column)
     }
 }
