@@ -31,6 +31,7 @@ ADAPTERS = {
     "peft-embedding": LoraConfig(r=4, lora_alpha=8, target_modules=["embed_tokens", "o_proj"]),
     "peft-tied": LoraConfig(r=4, lora_alpha=8, target_modules=["embed_tokens"], ensure_weight_tying=True),
     "peft-head": LoraConfig(r=4, lora_alpha=8, target_modules=["lm_head", *ATTENTION]),
+    "peft-dora-embedding": LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=["embed_tokens", "v_proj"]),
 }
 
 

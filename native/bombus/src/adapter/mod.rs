@@ -165,8 +165,9 @@ impl Adapter {
             false => [[inputs, rank], [rank, outputs]],
             true => [[rank, inputs], [outputs, rank]],
         };
-        // Of an embedding, every token has its own.
-        let magnitudes = if module.path == EMBED_TOKENS { inputs } else { outputs };
+        // Of mlx-lm's embedding, every token has its own.
+        let by_token = module.path == EMBED_TOKENS && !self.transposed;
+        let magnitudes = if by_token { inputs } else { outputs };
         let magnitude = pair.magnitude.iter().map(|name| (name, std::slice::from_ref(&magnitudes)));
         for (name, shape) in [(&pair.a, &a[..]), (&pair.b, &b[..])].into_iter().chain(magnitude) {
             let Some(tensor) = self.tensors.get(name) else { continue };

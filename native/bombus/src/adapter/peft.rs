@@ -53,11 +53,6 @@ pub fn read(file: &File, config: Value) -> Result<Contents> {
         let scale = scale(alpha, rank, config.use_rslora);
         pairs.insert(module, Pair { a, b, magnitude, rank, scale });
     }
-    if pairs.get(EMBED_TOKENS).is_some_and(|pair: &Pair| pair.magnitude.is_some()) {
-        return Err(
-            file.unsupported("DoRA on the embedding is not supported in this format".into())
-        );
-    }
     Ok(Contents {
         pairs,
         transposed: true,

@@ -33,7 +33,8 @@ pub struct QuantizedWeights<'a> {
 
 /// An adapter's pair for one linear layer, as it lies in the file: `y = W x + scale * B A x`, and
 /// with a magnitude (DoRA) `y * magnitude / norm`, where the norm is that of the row of
-/// `W + scale * B A`. Reference: mlx-lm's `tuner/{lora,dora}.py`.
+/// `W + scale * B A`. Reference: mlx-lm's `tuner/{lora,dora}.py`,
+/// PEFT's `tuners/lora/dora.py`.
 pub struct LoraWeights<'a> {
     /// `[in, rank]`, transposed `[rank, in]`; of an embedding `in` is the vocabulary
     pub a: TensorView<'a>,
@@ -41,7 +42,8 @@ pub struct LoraWeights<'a> {
     pub b: TensorView<'a>,
     pub transposed: bool,
     pub scale: f32,
-    /// `[out]`, of an embedding `[vocab]`
+    /// `[out]`, where a norm is that of a row; of an embedding in mlx-lm's format `[vocab]`, in
+    /// PEFT's (transposed) `[hidden]`, where a norm is that of a column
     pub magnitude: Option<TensorView<'a>>,
 }
 

@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::gauge;
 use crate::mapped_file::{Mapped, MappedFile};
 use crate::tensor_file::TensorView;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 pub enum Weights {
     Affine(Affine),
@@ -201,9 +201,17 @@ pub struct Lora {
     rank: usize,
     /// also what the halves were divided by
     scale: f32,
-    /// DoRA: what each output, or each token of an embedding, is multiplied with.
-    factors: Option<Vec<f32>>,
+    /// DoRA: magnitude / norm
+    factors: Option<Factors>,
     share: gauge::Share,
+}
+
+/// What DoRA multiplies.
+enum Factors {
+    /// each number of a row of y
+    Outputs(Vec<f32>),
+    /// a token's whole embedding
+    Tokens(Vec<f32>),
 }
 
 impl Lora {
@@ -221,41 +229,32 @@ impl Lora {
         let scale = scale * down_unit * up_unit;
         let share = gauge::Share::of(&gauge::CPU_BYTES);
         let mut lora = Self { float, down, up, rank, scale, factors: None, share };
+        let mut bytes = lora.down.len() + lora.up.len();
         if let Some(magnitude) = magnitude {
-            let mut factors = lora.row_norms(cpu, adapted);
+            let rows = lora.adapted_rows(&adapted);
+            let by_token = matches!(adapted, Adapted::Embedding(_)) && !transposed;
+            let by_column = matches!(adapted, Adapted::Embedding(_)) && *transposed;
+            let norms = if by_column { rows.column_norms(cpu) } else { rows.norms(cpu) };
             let magnitudes = Float::read(magnitude)?;
-            factors.iter_mut().zip(magnitudes).for_each(|(norm, own)| *norm = own / *norm);
-            lora.factors = Some(factors);
+            let factors: Vec<f32> =
+                magnitudes.iter().zip(norms).map(|(magnitude, norm)| magnitude / norm).collect();
+            bytes += factors.len() * size_of::<f32>();
+            lora.factors =
+                Some(if by_token { Factors::Tokens(factors) } else { Factors::Outputs(factors) });
         }
-        let factors = lora.factors.as_ref().map_or(0, Vec::len) * size_of::<f32>();
-        lora.share.set(lora.down.len() + lora.up.len() + factors);
+        lora.share.set(bytes);
         Ok(lora)
     }
 
-    /// The norms of the rows of `W + scale * B A`: a row belongs to an output, or to a token.
-    fn row_norms(&self, cpu: &Cpu, adapted: Adapted<Cpu>) -> Vec<f32> {
+    fn adapted_rows<'a>(&self, adapted: &Adapted<'a, Cpu>) -> AdaptedRows<'a> {
         let (left, right) = match adapted {
             Adapted::Embedding(_) => (&self.down, &self.up),
             _ => (&self.up, &self.down),
         };
-        let [left, right] = [self.float.to_f32(left), self.float.to_f32(right)];
-        let (count, width) = (left.len() / self.rank, right.len() / self.rank);
-        let mut norms = vec![0.0; count];
-        let out = Shared(norms.as_mut_ptr());
-        cpu.pool.split(count, GRAIN, |rows| {
-            let mut row = vec![0.0; width];
-            for n in rows {
-                adapted.weights().row(n, &mut row);
-                for (left, right) in left.chunks_exact(count).zip(right.chunks_exact(width)) {
-                    let weight = self.scale * left[n];
-                    row.iter_mut().zip(right).for_each(|(x, right)| *x += weight * right);
-                }
-                let squares: f32 = row.iter().map(|x| x * x).sum();
-                // SAFETY: each row is one thread's.
-                unsafe { *out.at(n) = squares.sqrt() };
-            }
-        });
-        norms
+        let weights = adapted.weights();
+        let mut left = self.float.to_f32(left);
+        left.iter_mut().for_each(|left| *left *= self.scale);
+        AdaptedRows { weights, left, right: self.float.to_f32(right), rank: self.rank }
     }
 
     /// Adds an embedding's share to the row of token `id`.
@@ -267,9 +266,73 @@ impl Lora {
             let up = self.float.to_f32(up);
             row.iter_mut().zip(up).for_each(|(x, up)| *x += weight * up);
         }
-        if let Some(factors) = &self.factors {
-            row.iter_mut().for_each(|x| *x *= factors[id]);
+        match &self.factors {
+            None => {}
+            Some(Factors::Tokens(factors)) => row.iter_mut().for_each(|x| *x *= factors[id]),
+            Some(Factors::Outputs(factors)) => {
+                row.iter_mut().zip(factors).for_each(|(x, factor)| *x *= factor);
+            }
         }
+    }
+}
+
+/// The rows of `W + scale * B A`, for DoRA's norms: one for each output, or for each token of an
+/// embedding.
+struct AdaptedRows<'a> {
+    weights: &'a Weights,
+    /// `[rank, rows]`, the scale in it
+    left: Vec<f32>,
+    /// `[rank, width]`
+    right: Vec<f32>,
+    rank: usize,
+}
+
+impl AdaptedRows<'_> {
+    fn count(&self) -> usize {
+        self.left.len() / self.rank
+    }
+
+    fn width(&self) -> usize {
+        self.right.len() / self.rank
+    }
+
+    fn row(&self, n: usize, row: &mut [f32]) {
+        self.weights.row(n, row);
+        let halves =
+            self.left.chunks_exact(self.count()).zip(self.right.chunks_exact(self.width()));
+        for (left, right) in halves {
+            row.iter_mut().zip(right).for_each(|(x, right)| *x += left[n] * right);
+        }
+    }
+
+    fn norms(&self, cpu: &Cpu) -> Vec<f32> {
+        let mut norms = vec![0.0; self.count()];
+        let out = Shared(norms.as_mut_ptr());
+        cpu.pool.split(self.count(), GRAIN, |rows| {
+            let mut row = vec![0.0; self.width()];
+            for n in rows {
+                self.row(n, &mut row);
+                let squares: f32 = row.iter().map(|x| x * x).sum();
+                // SAFETY: each row is one thread's.
+                unsafe { *out.at(n) = squares.sqrt() };
+            }
+        });
+        norms
+    }
+
+    /// Over all rows.
+    fn column_norms(&self, cpu: &Cpu) -> Vec<f32> {
+        let sums = Mutex::new(vec![0.0f64; self.width()]);
+        cpu.pool.split(self.count(), GRAIN, |rows| {
+            let mut row = vec![0.0; self.width()];
+            let mut own = vec![0.0f64; self.width()];
+            for n in rows {
+                self.row(n, &mut row);
+                own.iter_mut().zip(&row).for_each(|(sum, x)| *sum += f64::from(x * x));
+            }
+            lock(&sums).iter_mut().zip(own).for_each(|(sum, own)| *sum += own);
+        });
+        lock(&sums).iter().map(|sum| sum.sqrt() as f32).collect()
     }
 }
 
@@ -431,7 +494,7 @@ impl Add<'_> {
                     let up = number::<S, F16>(up.as_ptr(), r * out_features + place, lanes);
                     sum = S::fma(S::splat(weight), up, sum);
                 }
-                if let Some(factors) = factors {
+                if let Some(Factors::Outputs(factors)) = factors {
                     sum = S::mul(sum, number::<S, false>(factors.as_ptr().cast(), place, lanes));
                 }
                 S::store_part(y, sum, lanes);

@@ -133,8 +133,10 @@ pub struct Lora {
     a: Array,
     b: Array,
     scale: Array,
-    /// DoRA: what each output, or each token of an embedding, is multiplied with.
+    /// DoRA: what each output is multiplied with
     factors: Option<Array>,
+    /// or the whole of a token's embedding
+    by_token: bool,
 }
 
 impl Lora {
@@ -143,18 +145,23 @@ impl Lora {
         if weights.transposed {
             (a, b) = (a.t(), b.t());
         }
-        let mut lora = Self { a, b, scale: Array::from_f32(weights.scale), factors: None };
+        let embedding = matches!(adapted, Adapted::Embedding(_));
+        let by_token = embedding && !weights.transposed;
+        let scale = Array::from_f32(weights.scale);
+        let mut lora = Self { a, b, scale, factors: None, by_token };
         if let Some(magnitude) = &weights.magnitude {
             let magnitude = array::load(magnitude)?.as_dtype(Dtype::Float32)?;
-            let factors = magnitude.divide(lora.row_norms(adapted)?)?;
+            let by_column = embedding && weights.transposed;
+            let factors = magnitude.divide(lora.norms(adapted, by_column)?)?;
             transforms::eval([&factors])?;
             lora.factors = Some(factors);
         }
         Ok(lora)
     }
 
-    /// The norms of the rows of `W + scale * B A`: a row belongs to an output, or to a token.
-    fn row_norms(&self, adapted: Adapted<Mlx>) -> Result<Array> {
+    /// The norms of the rows of `W + scale * B A` (a row belongs to an output, or to a token), or of
+    /// its columns.
+    fn norms(&self, adapted: Adapted<Mlx>, by_column: bool) -> Result<Array> {
         // Dequantized, the largest matrices are too large for one go.
         const AT_ONCE: usize = 16 * 1024;
         let (linear, part, [left, right]) = match adapted {
@@ -164,19 +171,23 @@ impl Lora {
         };
         let (weight, first) = linear.part(part);
         let count = left.dim(0) as usize;
-        let mut norms = vec![];
+        let mut sums = vec![];
         for start in (0..count).step_by(AT_ONCE) {
             let rows = start..count.min(start + AT_ONCE);
             let ids: Vec<usize> = rows.clone().map(|row| first + row).collect();
             let own = weight.take(&array::indices(&ids))?.as_dtype(Dtype::Float32)?;
             let delta = array::rows(left, &rows)?.as_dtype(Dtype::Float32)?;
             let delta = delta.matmul(right.as_dtype(Dtype::Float32)?)?.multiply(&self.scale)?;
-            let squares = own.add(delta)?.square()?.sum_axis(1, false)?;
-            let norm = squares.sqrt()?;
-            transforms::eval([&norm])?;
-            norms.push(norm);
+            let axis = if by_column { 0 } else { 1 };
+            let sum = own.add(delta)?.square()?.sum_axis(axis, false)?;
+            transforms::eval([&sum])?;
+            sums.push(sum);
         }
-        Ok(ops::concatenate(&norms, 0)?)
+        let sums = match by_column {
+            true => ops::stack(&sums, 0)?.sum_axis(0, false)?,
+            false => ops::concatenate(&sums, 0)?,
+        };
+        Ok(sums.sqrt()?)
     }
 
     /// x: `[rows, in]`; what `y` becomes
@@ -192,7 +203,10 @@ impl Lora {
     /// ids: `[rows]`; what their embeddings become
     pub fn embed(&self, ids: &Array, embedded: Array) -> Result<Array> {
         let own = |factors| Ok::<_, Error>(take_axis(factors, ids, 0)?.reshape(&[-1, 1])?);
-        let factors = self.factors.as_ref().map(own).transpose()?;
+        let factors = match &self.factors {
+            Some(factors) if self.by_token => Some(own(factors)?),
+            factors => factors.clone(),
+        };
         self.add(embedded, take_axis(&self.a, ids, 0)?.matmul(&self.b)?, factors)
     }
 
