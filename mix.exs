@@ -19,7 +19,8 @@ defmodule Bombus.MixProject do
   end
 
   def application do
-    [extra_applications: [:logger]]
+    # Where the application has telemetry, that starts first.
+    [extra_applications: [:logger, telemetry: :optional], mod: {Bombus.Application, []}]
   end
 
   defp elixirc_paths(:test), do: ["lib", "test/support"]

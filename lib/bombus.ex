@@ -24,19 +24,12 @@ defmodule Bombus do
   raises `ArgumentError`. Every `load_x` has a `load_x!`, which raises both.
   """
 
-  alias Bombus.{Adapter, Error, Model, Native, Source, Tokenizer}
+  alias Bombus.{Adapter, Error, Model, Native, Source, Telemetry, Tokenizer}
 
   @type source :: Source.t()
 
-  @load_model_options [
-    :device,
-    :backend,
-    :threads,
-    :quantization,
-    max_batch_size: 32,
-    max_queue: 1024,
-    prefill_chunk: 512
-  ]
+  @limits [:max_batch_size, :max_queue, :prefill_chunk, :max_context, :prefix_cache]
+  @load_model_options [:device, :backend, :threads, :quantization] ++ @limits
 
   @doc """
   Loads a model: a folder with `config.json` and safetensors in MLX's format.
@@ -58,7 +51,14 @@ defmodule Bombus do
     * `:max_batch_size` - how many sequences run together, 32 by default
     * `:max_queue` - how many requests may wait, 1024 by default; beyond that they are answered
       with `{:error, %Bombus.Error{reason: :overloaded}}`
-    * `:prefill_chunk` - how many prompt tokens go into one step, 512 by default
+    * `:prefill_chunk` - how many prompt tokens go into one step, beside a token of every sequence
+      that is being generated: what a long prompt holds the others up for. 512 by default
+    * `:max_context` - how many tokens a sequence may have, prompt and all; what the model was made
+      for is the most, and the default
+    * `:prefix_cache` - how many bytes of keys and values of finished sequences are kept, 1 GiB by
+      default, 0 for none. A request whose tokens begin as those did, with the same adapter, computes
+      only the rest: the next turn of a conversation, the same instructions for another visitor. What
+      was used longest ago goes first
 
   ## Examples
 
@@ -74,15 +74,30 @@ defmodule Bombus do
     native = %{
       device: device!(options),
       threads: options[:threads] && positive!(options, :threads, 1024),
-      max_batch_size: positive!(options, :max_batch_size),
-      max_queue: positive!(options, :max_queue),
-      prefill_chunk: positive!(options, :prefill_chunk)
+      limits: limits!(options)
     }
 
-    with {:ok, path} <- Source.resolve(source),
-         {:ok, loaded} <- Native.await(&Native.load_model(path, native, &1)) do
-      check_quantization(Model.from_native(loaded), wanted)
-    end
+    Telemetry.load(:model, source, fn ->
+      with {:ok, path} <- Source.resolve(source),
+           {:ok, loaded} <- Native.await(&Native.load_model(path, native, &1)),
+           {:ok, model} <-
+             check_quantization(Model.from_native(loaded, Source.name(source)), wanted) do
+        Telemetry.watch(model)
+        {:ok, model}
+      end
+    end)
+  end
+
+  @doc false
+  # Of the names in `@limits`; what is not given is nil.
+  def limits!(options) do
+    Map.new(@limits, fn
+      :prefix_cache ->
+        {:prefix_cache, options[:prefix_cache] && limit!(options, :prefix_cache, 0)}
+
+      key ->
+        {key, options[key] && positive!(options, key)}
+    end)
   end
 
   @doc "As `load_model/2`, but returns the model or raises."
@@ -115,11 +130,13 @@ defmodule Bombus do
     options = options!(options, [:scale])
     scale = scale!(options[:scale])
 
-    with {:ok, path} <- Source.resolve_adapter(source),
-         {:ok, loaded} <- Native.await(&Native.load_adapter(path, scale, &1)) do
-      {ref, rank, scale} = loaded
-      {:ok, %Adapter{ref: ref, rank: rank, scale: scale}}
-    end
+    Telemetry.load(:adapter, source, fn ->
+      with {:ok, path} <- Source.resolve_adapter(source),
+           {:ok, loaded} <- Native.await(&Native.load_adapter(path, scale, &1)) do
+        {ref, rank, scale} = loaded
+        {:ok, %Adapter{ref: ref, rank: rank, scale: scale}}
+      end
+    end)
   end
 
   @doc "As `load_adapter/2`, but returns the adapter or raises."
@@ -138,11 +155,13 @@ defmodule Bombus do
   def load_tokenizer(source, options \\ []) do
     options!(options, [])
 
-    with {:ok, path} <- Source.resolve(source),
-         {:ok, loaded} <- Native.await(&Native.load_tokenizer(path, &1)) do
-      {ref, vocab_size, chat_template?} = loaded
-      {:ok, %Tokenizer{ref: ref, vocab_size: vocab_size, chat_template?: chat_template?}}
-    end
+    Telemetry.load(:tokenizer, source, fn ->
+      with {:ok, path} <- Source.resolve(source),
+           {:ok, loaded} <- Native.await(&Native.load_tokenizer(path, &1)) do
+        {ref, vocab_size, chat_template?} = loaded
+        {:ok, %Tokenizer{ref: ref, vocab_size: vocab_size, chat_template?: chat_template?}}
+      end
+    end)
   end
 
   @doc "As `load_tokenizer/2`, but returns the tokenizer or raises."
@@ -182,8 +201,9 @@ defmodule Bombus do
 
     * `:active`, `:cached`, `:peak` - bytes that MLX holds for arrays, keeps for the next ones, and
       has held at most; with what the CPU backend holds in weights (mapped from their files),
-      adapters and caches
-    * `:kv` - bytes in the KV caches of running sequences
+      adapters and caches. The keys and values of finished sequences that are kept for others
+      (`:prefix_cache`) are `:cached`, and not `:active`
+    * `:kv` - bytes in the KV caches of running sequences, without what they share with those
     * `:models`, `:adapters`, `:sequences` - how many are alive
   """
   @spec memory_info() :: %{atom() => non_neg_integer()}
@@ -225,14 +245,17 @@ defmodule Bombus do
     end
   end
 
-  defp positive!(options, key, most \\ 0x7FFFFFFF) do
+  defp positive!(options, key, most \\ 0x7FFFFFFF), do: limit!(options, key, 1, most)
+
+  defp limit!(options, key, least, most \\ 0x7FFFFFFFFFFF) do
     case Keyword.fetch!(options, key) do
-      value when is_integer(value) and value in 1..most//1 ->
+      value when is_integer(value) and value in least..most//1 ->
         value
 
       other ->
         raise ArgumentError,
-              "expected #{inspect(key)} to be a whole number in 1..#{most}, got: #{inspect(other)}"
+              "expected #{inspect(key)} to be a whole number in #{least}..#{most}, " <>
+                "got: #{inspect(other)}"
     end
   end
 

@@ -2,7 +2,9 @@ defmodule Bombus.Model do
   @moduledoc """
   A loaded model, made by `Bombus.load_model/2`.
 
-    * `:spec` - `%{family:, layers:, context:, hidden_size:, vocab_size:}`
+    * `:name` - what its source is called: an id, or a folder
+    * `:spec` - `%{family:, layers:, context:, hidden_size:, vocab_size:}`; `:context` is how many
+      tokens a sequence may have, prompt and all
     * `:quantization` - `%{bits:, group_size:, mode:, overrides:}`, or `nil` for a dense checkpoint;
       `:overrides` maps module paths to `%{bits:, group_size:}`, or to `nil` where one is dense
     * `:device` - `:cpu`, `:gpu` or `{:mlx, :cpu}`
@@ -13,6 +15,7 @@ defmodule Bombus.Model do
   """
 
   @type t :: %__MODULE__{
+          name: String.t(),
           spec: map(),
           quantization: map() | nil,
           device: :cpu | :gpu | {:mlx, :cpu},
@@ -20,14 +23,15 @@ defmodule Bombus.Model do
           ref: reference()
         }
 
-  @derive {Inspect, only: [:spec, :quantization, :device]}
-  @enforce_keys [:ref, :spec, :quantization, :device, :generation_config]
+  @derive {Inspect, only: [:name, :spec, :quantization, :device]}
+  @enforce_keys [:ref, :name, :spec, :quantization, :device, :generation_config]
   defstruct @enforce_keys
 
   @doc false
-  def from_native({ref, native}) do
+  def from_native({ref, native}, name) do
     %__MODULE__{
       ref: ref,
+      name: name,
       spec: Map.take(native, [:family, :layers, :context, :hidden_size, :vocab_size]),
       quantization: native.quantization && quantization(native.quantization),
       device: if(native.device == :mlx_cpu, do: {:mlx, :cpu}, else: native.device),

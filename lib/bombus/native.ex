@@ -15,10 +15,20 @@ defmodule Bombus.Native do
   def load_model(_path, _options, _reference), do: nif()
   def load_adapter(_path, _scale, _reference), do: nif()
   def load_tokenizer(_path, _reference), do: nif()
-  def generate(_model, _tokenizer, _adapter, _prompt, _options, _reference), do: nif()
+  def generate(_model, _tokenizer, _adapter, _group, _prompt, _options, _reference), do: nif()
   def cancel(_generation), do: nif()
   def score(_model, _ids, _adapter, _reference), do: nif()
   def memory_info, do: nif()
+
+  # Limits that some requests share, and how many of them have not ended.
+  def new_group(_limits), do: nif()
+  def group_size(_group), do: nif()
+
+  # {reference, step} to a process after every step of a model.
+  def watch(_model, _pid, _reference), do: nif()
+
+  # For tests: the next step of a model ends in :panic or :error.
+  def fail_next_step(_model, _fault), do: nif()
 
   @doc false
   # Calls a NIF that answers later, and waits for its answer. What it started is kept until then,

@@ -19,8 +19,20 @@ defmodule Bombus.Serving do
       Bombus.Serving.batched_run(MyLLM, "Write a post about coffee")
       Bombus.Serving.stream(MyLLM, "Write a post about coffee")
 
+  It may load the model itself, when it starts and after a crash:
+
+      children = [{Bombus.Serving, name: MyLLM, model: {:local, "models/Qwen3-8B-MLX-4bit"}}]
+
   The named process only holds the serving: requests go from the caller to the engine. When it
-  stops, its requests end with `{:error, %Bombus.Error{reason: :stopped}}`.
+  stops, its requests end with `{:error, %Bombus.Error{reason: :stopped}}`; `:drain` gives them time
+  to end by themselves. From another node of a cluster, where Bombus is loaded too:
+
+      Bombus.Serving.batched_run({MyLLM, :"llm@host"}, "Write a post about coffee")
+      Bombus.Serving.stream({MyLLM, :"llm@host"}, "Write a post about coffee")
+
+  All of a model's requests share its limits (see `Bombus.load_model/2`): so many sequences run
+  together, so many requests wait, first come, first served, and one more is answered with
+  `{:error, %Bombus.Error{reason: :overloaded}}` at once. A serving may have narrower ones of its own.
 
   ## Inputs
 
@@ -37,15 +49,21 @@ defmodule Bombus.Serving do
   For a serving, and for each request in its map:
 
     * `:max_new_tokens` - 256 by default; the context of the model is a limit too
+    * `:min_new_tokens` - the model's own end of a text does not come before there are so many; a
+      stop string may. 0 by default
+    * `:max_context` - how many tokens prompt and text may have together, within the model's context
     * `:temperature` - 0 is greedy
     * `:top_k` - only the k most probable tokens; 0 is all
     * `:top_p` - only the most probable tokens that make up this share, in 0.0..1.0
     * `:min_p` - only tokens with at least this share of the highest probability, in 0.0..1.0
     * `:repetition_penalty` - divides the positive logits of tokens that were there before, and
       multiplies the negative ones; 1.0 is none
-    * `:seed` - a whole number in 0..2**64-1: the same seed draws the same text, whatever else is
-      in the batch, as far as the logits are the same: alone and in a batch they are added up in
-      another order, which on `:cpu` changes the last digits of a float32; random by default
+    * `:presence_penalty` - taken from the logits of tokens that were generated before; 0.0 is none
+    * `:frequency_penalty` - the same, once for each time; 0.0 is none
+    * `:logit_bias` - `%{token_id => number}`: added to the logits of these tokens; -1.0e6 bans one
+    * `:logprobs` - a whole number n in 0..100: the result says for every token how probable the model
+      found it, and which n it found most probable
+    * `:seed` - a whole number in 0..2**64-1: the same seed draws the same text; random by default
     * `:stop` - a string or a list of strings that end the text, and are not part of it
     * `:adapter` - made by `Bombus.load_adapter/2`; `nil` is none
     * `:chat_template` - `false` completes a string as it stands
@@ -55,7 +73,13 @@ defmodule Bombus.Serving do
     * `:compile` - as in Bumblebee, `[batch_size: n, sequence_length: n]`: `:sequence_length` bounds
       prompt and text together, beside the model's context; nothing is compiled
 
-  The filters apply in this order: repetition penalty, temperature, top_k, top_p, min_p. Defaults
+  For a serving alone:
+
+    * `:max_batch_size`, `:max_queue`, `:prefill_chunk` - as in `Bombus.load_model/2`, for the requests
+      of this serving within the model's limits; none by default
+
+  They apply in this order: repetition penalty, presence and frequency penalty, logit bias,
+  temperature, top_k, top_p, min_p. Defaults
   come from the repository's `generation_config.json`; its temperature, top_p, top_k and min_p
   count where it says `do_sample`. Otherwise generation is greedy.
 
@@ -64,24 +88,44 @@ defmodule Bombus.Serving do
   ## Results
 
   A map as Bumblebee's. Each entry of `:results` has `:text` (`nil` without a tokenizer),
-  `:token_ids` (without the token that ended the text), `:token_summary` and `:finish_reason`:
+  `:token_ids` (without the token that ended the text), `:token_summary` (`:input` tokens, of which
+  `:cached` were not computed again, `:output` and `:padding`, which is 0), with `:logprobs` a list of
+  `%{token_id: id, logprob: ln p, top: [%{token_id: id, logprob: ln p}]}` (the model's own, before all of
+  the options above, as `Bombus.score/3` has them), and `:finish_reason`:
 
     * `:stop` - the model ended the text, or a stop string was found
     * `:length` - `:max_new_tokens`, or the end of the context
     * `:cancelled` - the request was cancelled
 
+  ## The same answer, alone or in a crowd
+
+  What a request answers depends on its own input, options and seed, and not on what else runs. What
+  remains is float arithmetic: alone, in a batch, and behind a beginning that is cached, sums are added
+  up in another order. On `:cpu` that moves a token's log-probability by less than 0.0001 in a float32
+  checkpoint (the tests check it); with 16-bit numbers, where keys and values are rounded to f16, by
+  about 0.001. Two tokens that are closer than this may change places. MLX adds up in the numbers of the
+  checkpoint on its CPU device, where bfloat16 may move a log-probability by 0.1.
   """
 
-  alias Bombus.{Error, Model, Tokenizer}
-  alias Bombus.Serving.{Input, Options, Request, Server}
+  alias Bombus.{Error, Model, Native, Tokenizer}
+  alias Bombus.Serving.{Input, Loader, Options, Request, Server}
 
-  @type t :: %__MODULE__{model: Model.t(), tokenizer: Tokenizer.t() | nil, options: map()}
+  @type t :: %__MODULE__{
+          model: Model.t(),
+          tokenizer: Tokenizer.t() | nil,
+          options: map(),
+          limits: map(),
+          group: reference() | nil,
+          name: term()
+        }
   @type input :: String.t() | map()
   @type result :: %{results: [map()]}
 
   @derive {Inspect, only: [:model, :tokenizer]}
-  @enforce_keys [:model, :tokenizer, :options]
-  defstruct @enforce_keys
+  @enforce_keys [:model, :tokenizer, :options, :limits]
+  defstruct [:group, :name | @enforce_keys]
+
+  @limits [:max_batch_size, :max_queue, :prefill_chunk]
 
   @doc """
   A serving of a model, with the options of all its requests.
@@ -93,10 +137,15 @@ defmodule Bombus.Serving do
   def new(model, tokenizer, options \\ [])
 
   def new(%Model{} = model, tokenizer, options) when is_list(options) do
+    {limits, options} = Enum.split_with(options, &match?({key, _value} when key in @limits, &1))
+    limits = Bombus.limits!(limits)
+
     %__MODULE__{
       model: model,
       tokenizer: tokenizer!(tokenizer, model),
-      options: Options.new!(options, model)
+      options: Options.new!(options, model),
+      limits: limits,
+      group: if(Enum.any?(limits, fn {_key, limit} -> limit end), do: Native.new_group(limits))
     }
   end
 
@@ -156,24 +205,27 @@ defmodule Bombus.Serving do
 
   ## Options
 
-    * `:serving` - made by `new/3`; required
     * `:name` - the name to call it by, any that a `GenServer` takes; required
+    * `:serving` - made by `new/3`, or
+    * `:model` - a model, or the source of one, which is loaded when the process starts. With it go
+      the options of `new/3`, and:
+        * `:tokenizer` - a tokenizer, a source, or `nil`; the source of the model by default
+        * `:adapter` - an adapter, or a source
+        * those of `Bombus.load_model/2`, where the model is a source: they are the model's
+    * `:drain` - how many milliseconds requests may go on when the process is told to stop, or
+      `:infinity`; meanwhile new ones are refused. 0 by default: all are cancelled
   """
   @spec child_spec(keyword()) :: Supervisor.child_spec()
-  def child_spec(options) when not is_list(options) do
-    raise ArgumentError, "expected serving: and name:, got: #{inspect(options)}"
-  end
-
   def child_spec(options) do
-    options = Keyword.validate!(options, [:serving, :name])
+    Loader.check!(options)
+    drain = Keyword.get(options, :drain, 0)
 
-    for key <- [:serving, :name], options[key] == nil do
-      raise ArgumentError, "expected #{inspect(key)} among the options of Bombus.Serving"
-    end
-
-    serving!(options[:serving], "new/3")
-
-    %{id: options[:name], start: {Server, :start_link, [options]}}
+    %{
+      id: options[:name],
+      start: {Server, :start_link, [options]},
+      # With time for the answers to those who are cancelled.
+      shutdown: if(drain == :infinity, do: :infinity, else: drain + 5_000)
+    }
   end
 
   @doc "Starts a named serving; see `child_spec/1` for the options."
@@ -238,7 +290,7 @@ defmodule Bombus.Serving do
   defp raise_errors(result), do: result
 
   defp stream_with(serving, {_prompt, options} = input, server) do
-    fn -> {Error.unwrap!(Request.start(serving, input, server)), [], []} end
+    fn -> {Error.unwrap!(Request.start(serving, input, server)), []} end
     |> Stream.resource(&next(&1, options), &halt/1)
     # Raised behind the resource: a request that has ended must not be cancelled.
     |> Stream.map(fn
@@ -249,24 +301,27 @@ defmodule Bombus.Serving do
 
   defp next(:done, _options), do: {:halt, :done}
 
-  defp next({request, ids, text}, options) do
+  defp next({request, chunks}, options) do
     case Request.next(request) do
-      {:chunk, new_ids, new_text} ->
-        {elements(request, new_ids, new_text), {request, [new_ids | ids], [new_text | text]}}
+      {:chunk, _id, _text, _logprobs} = chunk ->
+        # Only a result at the end needs them again.
+        chunks = if options.stream_done, do: [chunk | chunks], else: []
+        {elements(request, chunk), {request, chunks}}
 
-      {:done, reason, prompt_tokens} ->
-        result = Request.result(request, ids, text, reason, prompt_tokens)
-        {if(options.stream_done, do: [done: result], else: []), :done}
+      {:done, reason, usage} ->
+        if options.stream_done,
+          do: {[done: Request.result(request, chunks, reason, usage)], :done},
+          else: {[], :done}
 
       {:error, error} ->
         {[error: error], :done}
     end
   end
 
-  defp elements(%{tokenizer?: false}, ids, _text), do: ids
-  defp elements(_request, _ids, ""), do: []
-  defp elements(_request, _ids, text), do: [text]
+  defp elements(%{tokenizer?: false}, {:chunk, id, _text, _logprobs}), do: [id]
+  defp elements(_request, {:chunk, _id, "", _logprobs}), do: []
+  defp elements(_request, {:chunk, _id, text, _logprobs}), do: [text]
 
   defp halt(:done), do: :ok
-  defp halt({request, _ids, _text}), do: Request.cancel(request)
+  defp halt({request, _chunks}), do: Request.cancel(request)
 end

@@ -37,6 +37,14 @@ defmodule Bombus.Source do
             "folder as a string, got: #{inspect(other)}"
   end
 
+  @doc "What a source is called, where it is shown: nothing of its options, which may hold a token."
+  @spec name(t()) :: String.t()
+  def name(:demo), do: "demo"
+  def name({:hf, id, _options}) when is_binary(id), do: id
+  def name({_kind, name}) when is_binary(name), do: name
+  def name(name) when is_binary(name), do: name
+  def name(other), do: inspect(other)
+
   @doc "The folder of an adapter, or one of its files of tensors (a checkpoint of a training)."
   @spec resolve_adapter(t()) :: {:ok, Path.t()} | {:error, Error.t()}
   def resolve_adapter({:local, path}) when is_binary(path), do: adapter(Path.expand(path))

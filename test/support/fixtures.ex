@@ -23,6 +23,14 @@ defmodule Bombus.Fixtures do
     %{model: model, before: before}
   end
 
+  @doc "Results without what depends on earlier requests: how many tokens were cached."
+  def plain(results) when is_list(results), do: Enum.map(results, &plain/1)
+  def plain({:error, _error} = error), do: error
+
+  def plain(%{results: [result]}) do
+    %{results: [%{result | token_summary: Map.delete(result.token_summary, :cached)}]}
+  end
+
   @doc "A copy of a checkpoint or an adapter that may be broken."
   def copy(folder, dir) do
     target = Path.join(dir, "copy-#{System.unique_integer([:positive])}")

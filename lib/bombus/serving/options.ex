@@ -6,11 +6,17 @@ defmodule Bombus.Serving.Options do
 
   @defaults [
     max_new_tokens: 256,
+    min_new_tokens: 0,
+    max_context: nil,
     temperature: 0,
     top_p: 1.0,
     top_k: 0,
     min_p: 0.0,
     repetition_penalty: 1.0,
+    presence_penalty: 0.0,
+    frequency_penalty: 0.0,
+    logit_bias: %{},
+    logprobs: nil,
     seed: nil,
     stop: [],
     adapter: nil,
@@ -22,6 +28,8 @@ defmodule Bombus.Serving.Options do
   ]
 
   @keys Keyword.keys(@defaults)
+
+  def keys, do: @keys
 
   @doc "A serving's options over the repository's over the defaults."
   def new!(options, %Model{generation_config: generation_config}) do
@@ -42,16 +50,24 @@ defmodule Bombus.Serving.Options do
   def to_native(options) do
     %{
       max_new_tokens: options.max_new_tokens,
-      max_context: options.compile[:sequence_length],
+      min_new_tokens: options.min_new_tokens,
+      max_context: max_context(options.max_context, options.compile[:sequence_length]),
       temperature: options.temperature * 1.0,
       top_k: options.top_k,
       top_p: options.top_p * 1.0,
       min_p: options.min_p * 1.0,
       repetition_penalty: options.repetition_penalty * 1.0,
+      presence_penalty: options.presence_penalty * 1.0,
+      frequency_penalty: options.frequency_penalty * 1.0,
+      logit_bias: for({id, bias} <- options.logit_bias, do: {id, bias * 1.0}),
+      logprobs: options.logprobs,
       seed: options.seed || :rand.uniform(0x1_0000_0000_0000_0000) - 1,
       stop: options.stop
     }
   end
+
+  # nil is above all numbers.
+  defp max_context(one, other), do: min(one, other)
 
   def adapter!(nil), do: nil
   def adapter!(%Adapter{} = adapter), do: adapter
@@ -87,17 +103,23 @@ defmodule Bombus.Serving.Options do
 
   defp check!(:adapter, value), do: adapter!(value)
   defp check!(:compile, nil), do: []
+
+  defp check!(:logit_bias, value) when is_list(value) do
+    if Keyword.keyword?(value) or not Enum.all?(value, &match?({_id, _bias}, &1)),
+      do: wrong!(:logit_bias, value),
+      else: check!(:logit_bias, Map.new(value))
+  end
+
   defp check!(:stop, value) when is_binary(value), do: check!(:stop, [value])
   defp check!(:template_options, value) when is_list(value), do: check_template_options!(value)
   defp check!(:template_options, value) when is_map(value), do: check_template_options!(value)
 
   defp check!(key, value) do
-    if valid?(key, value) do
-      value
-    else
-      raise ArgumentError,
-            "expected #{inspect(key)} to be #{expected(key)}, got: #{inspect(value)}"
-    end
+    if valid?(key, value), do: value, else: wrong!(key, value)
+  end
+
+  defp wrong!(key, value) do
+    raise ArgumentError, "expected #{inspect(key)} to be #{expected(key)}, got: #{inspect(value)}"
   end
 
   defp check_template_options!(options) do
@@ -109,12 +131,29 @@ defmodule Bombus.Serving.Options do
             "expected :template_options to be names and values as in JSON, got: #{inspect(options)}"
   end
 
-  defp valid?(:max_new_tokens, value), do: is_integer(value) and value in 0..0x7FFFFFFF
+  defp valid?(key, value) when key in [:max_new_tokens, :min_new_tokens],
+    do: is_integer(value) and value in 0..0x7FFFFFFF
+
+  defp valid?(:max_context, nil), do: true
+  defp valid?(:max_context, value), do: is_integer(value) and value in 1..0x7FFFFFFF
   defp valid?(:temperature, value), do: is_number(value) and value >= 0 and value < 1.0e6
   defp valid?(:top_p, value), do: is_number(value) and value >= 0 and value <= 1
   defp valid?(:top_k, value), do: is_integer(value) and value in 0..0x7FFFFFFF
   defp valid?(:min_p, value), do: is_number(value) and value >= 0 and value <= 1
   defp valid?(:repetition_penalty, value), do: is_number(value) and value > 0 and value < 1.0e6
+
+  defp valid?(key, value) when key in [:presence_penalty, :frequency_penalty],
+    do: is_number(value) and abs(value) <= 1.0e6
+
+  defp valid?(:logit_bias, %{} = biases) when not is_struct(biases) do
+    Enum.all?(biases, fn {id, bias} ->
+      is_integer(id) and id in 0..0xFFFFFFFF and is_number(bias) and abs(bias) <= 1.0e6
+    end)
+  end
+
+  defp valid?(:logit_bias, _value), do: false
+  defp valid?(:logprobs, nil), do: true
+  defp valid?(:logprobs, value), do: is_integer(value) and value in 0..100
   defp valid?(:seed, nil), do: true
   defp valid?(:seed, value), do: is_integer(value) and value in 0..0xFFFFFFFFFFFFFFFF
   defp valid?(:chat_template, value), do: is_boolean(value)
@@ -135,11 +174,17 @@ defmodule Bombus.Serving.Options do
   end
 
   defp expected(:max_new_tokens), do: "a whole number, 0 or above"
+  defp expected(:min_new_tokens), do: "a whole number, 0 or above"
+  defp expected(:max_context), do: "a whole number above 0, or nil"
   defp expected(:temperature), do: "a number, 0 (greedy) or above, below 1.0e6"
   defp expected(:top_p), do: "in 0.0..1.0"
   defp expected(:top_k), do: "a whole number, 0 (all tokens) or above"
   defp expected(:min_p), do: "in 0.0..1.0"
   defp expected(:repetition_penalty), do: "a number above 0"
+  defp expected(:presence_penalty), do: "a number, within 1.0e6 of 0"
+  defp expected(:frequency_penalty), do: "a number, within 1.0e6 of 0"
+  defp expected(:logit_bias), do: "a map from token ids to numbers within 1.0e6 of 0"
+  defp expected(:logprobs), do: "a whole number in 0..100, or nil"
   defp expected(:seed), do: "a whole number in 0..2**64-1, or nil"
   defp expected(:stop), do: "a string or a list of strings, none of them empty"
   defp expected(:compile), do: "[batch_size: n, sequence_length: n]"

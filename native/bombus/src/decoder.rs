@@ -3,7 +3,7 @@
 //! Module paths are the checkpoint's: `model.layers.0.self_attn.q_proj`. Reference:
 //! mlx-lm's `models/qwen3.py`.
 
-use crate::backend::{AttentionShape, Backend, LoraRows, Segment, Token};
+use crate::backend::{AttentionShape, Backend, LoraRows, Page, Segment, Token};
 use crate::error::Result;
 use crate::modules::PROJECTIONS;
 use std::ops::Range;
@@ -72,6 +72,23 @@ type Span<'a, B> = (Range<usize>, &'a BoundAdapter<B>);
 impl<B: Backend> Decoder<B> {
     pub fn kv_cache(&self) -> KvCache<B> {
         self.layers.iter().map(|_| self.backend.cache()).collect()
+    }
+
+    /// What shares the first `positions` with `cache`.
+    pub fn fork(&self, cache: &KvCache<B>, positions: usize) -> Result<KvCache<B>> {
+        cache.iter().map(|layer| self.backend.fork(layer, positions)).collect()
+    }
+
+    /// Makes room for so many positions.
+    pub fn reserve(&self, cache: &mut KvCache<B>, positions: usize) -> Result<()> {
+        let mut layers = self.layers.iter().zip(cache);
+        layers.try_for_each(|(layer, cache)| {
+            self.backend.reserve(&self.attention, &layer.k_norm, cache, positions)
+        })
+    }
+
+    pub fn pages(&self, cache: &KvCache<B>) -> Vec<Page> {
+        cache.iter().flat_map(|layer| self.backend.pages(layer)).collect()
     }
 
     /// The logits `[outputs, vocab]` of the rows named in `outputs`, in ascending order.

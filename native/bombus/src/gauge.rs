@@ -5,7 +5,10 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 pub static MODELS: AtomicUsize = AtomicUsize::new(0);
 pub static ADAPTERS: AtomicUsize = AtomicUsize::new(0);
 pub static SEQUENCES: AtomicUsize = AtomicUsize::new(0);
+/// Keys and values of running sequences, without what prefix caches hold.
 pub static KV_BYTES: AtomicUsize = AtomicUsize::new(0);
+/// What prefix caches hold.
+pub static PREFIX_BYTES: AtomicUsize = AtomicUsize::new(0);
 /// What the CPU backend holds: weights, adapters, caches.
 pub static CPU_BYTES: AtomicUsize = AtomicUsize::new(0);
 
@@ -32,6 +35,10 @@ impl Share {
 
     pub fn of(gauge: &'static AtomicUsize) -> Self {
         Self { gauge, amount: 0 }
+    }
+
+    pub fn amount(&self) -> usize {
+        self.amount
     }
 
     pub fn set(&mut self, amount: usize) {

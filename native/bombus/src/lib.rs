@@ -16,6 +16,7 @@ pub mod engine;
 pub mod error;
 pub mod gauge;
 pub mod mapped_file;
+pub mod memory;
 pub mod modules;
 pub mod sampler;
 pub mod scheduler;

@@ -5,9 +5,11 @@
 //! the batch.
 
 use crate::error::{Error, Result};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
-/// The sampling options of a request. The filters apply in this order: repetition penalty,
-/// temperature, top_k, top_p, min_p, as in transformers.
+/// The sampling options of a request. They apply in this order: repetition penalty, presence and
+/// frequency penalty, logit bias, temperature, top_k, top_p, min_p, as in transformers and vLLM.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
     /// 0 is greedy.
@@ -20,6 +22,15 @@ pub struct Sampling {
     pub min_p: f32,
     /// Divides the positive logits of tokens seen before, multiplies the negative ones.
     pub repetition_penalty: f32,
+    /// Taken from the logits of tokens that were generated before.
+    pub presence_penalty: f32,
+    /// The same, once for each time.
+    pub frequency_penalty: f32,
+    /// Added to the logits of these tokens.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// How many of the most probable tokens to report with each token; the model's own
+    /// log-probabilities, before all of the above.
+    pub logprobs: Option<usize>,
     pub seed: u64,
 }
 
@@ -31,6 +42,10 @@ impl Default for Sampling {
             top_p: 1.0,
             min_p: 0.0,
             repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: vec![],
+            logprobs: None,
             seed: 0,
         }
     }
@@ -40,6 +55,7 @@ impl Sampling {
     pub fn check(&self) -> Result<()> {
         let positive = |value: f32| value > 0.0 && value.is_finite();
         let share = |value: f32| (0.0..=1.0).contains(&value);
+        let bias = self.logit_bias.iter().find(|(_, bias)| !bias.is_finite());
         let wrong = if !(positive(self.temperature) || self.temperature == 0.0) {
             Some(format!("temperature of at least 0, got: {}", self.temperature))
         } else if !share(self.top_p) {
@@ -48,8 +64,10 @@ impl Sampling {
             Some(format!("min_p in 0..1, got: {}", self.min_p))
         } else if !positive(self.repetition_penalty) {
             Some(format!("repetition_penalty above 0, got: {}", self.repetition_penalty))
+        } else if !self.presence_penalty.is_finite() || !self.frequency_penalty.is_finite() {
+            Some("finite presence_penalty and frequency_penalty".into())
         } else {
-            None
+            bias.map(|(id, bias)| format!("finite logit_bias, got: {bias} for {id}"))
         };
         wrong.map_or(Ok(()), |wrong| Err(Error::Request(format!("expected a {wrong}"))))
     }
@@ -58,28 +76,80 @@ impl Sampling {
         self.temperature == 0.0
     }
 
-    /// Whether the choice depends on the tokens before, so that they must be known.
+    /// Whether the choice depends on the tokens generated before, so that they must be known.
     pub fn penalizes(&self) -> bool {
-        self.repetition_penalty != 1.0
+        self.repetition_penalty != 1.0 || self.counts()
     }
 
-    /// What token number `place` of the request is drawn with; `seen` are the tokens before it.
-    pub fn draw(&self, place: usize, seen: impl Iterator<Item = u32>) -> Draw {
-        let mut seen: Vec<u32> = if self.penalizes() { seen.collect() } else { vec![] };
-        seen.sort_unstable();
-        seen.dedup();
-        Draw { sampling: self.clone(), uniform: uniform(self.seed, place), seen }
+    fn counts(&self) -> bool {
+        self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
     }
 }
 
 /// One row's draw; greedy by default.
 #[derive(Clone, Debug, Default)]
 pub struct Draw {
-    pub sampling: Sampling,
+    pub sampling: Arc<Sampling>,
     /// in `0.0..1.0`
     pub uniform: f32,
     /// The tokens that the repetition penalty falls on.
     pub seen: Vec<u32>,
+    /// What is added to logits, after that penalty: each token once.
+    pub bias: Vec<(u32, f32)>,
+}
+
+impl Draw {
+    /// For the token behind these; `withheld` are those that it must not be.
+    pub fn new(
+        sampling: &Arc<Sampling>,
+        place: usize,
+        prompt: &[u32],
+        generated: &[u32],
+        withheld: &[u32],
+    ) -> Self {
+        let mut seen = vec![];
+        if sampling.repetition_penalty != 1.0 {
+            seen.extend(prompt.iter().chain(generated));
+            seen.sort_unstable();
+            seen.dedup();
+        }
+        let mut bias: BTreeMap<u32, f32> = BTreeMap::new();
+        for &(id, own) in &sampling.logit_bias {
+            *bias.entry(id).or_default() += own;
+        }
+        if sampling.counts() {
+            let mut counts: BTreeMap<u32, f32> = BTreeMap::new();
+            generated.iter().for_each(|id| *counts.entry(*id).or_default() += 1.0);
+            for (id, count) in counts {
+                let penalty = sampling.presence_penalty + count * sampling.frequency_penalty;
+                *bias.entry(id).or_default() -= penalty;
+            }
+        }
+        bias.extend(withheld.iter().map(|id| (*id, f32::NEG_INFINITY)));
+        let uniform = uniform(sampling.seed, place);
+        Self { sampling: sampling.clone(), uniform, seen, bias: bias.into_iter().collect() }
+    }
+
+    /// Whether logits change before one is chosen.
+    pub fn changes(&self) -> bool {
+        !(self.seen.is_empty() && self.bias.is_empty())
+    }
+}
+
+/// A token that was drawn.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sample {
+    pub id: u32,
+    /// where they were asked for
+    pub logprobs: Option<Logprobs>,
+}
+
+/// ln p of a token, and of the most probable ones, by the model alone.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Logprobs {
+    pub chosen: f32,
+    /// the most probable first
+    pub top: Vec<(u32, f32)>,
 }
 
 /// A uniform number for each place in a seed's sequence: SplitMix64 (Steele, Lea and Flood,
@@ -124,5 +194,21 @@ mod tests {
         assert!(wrong.check().unwrap_err().to_string().contains("temperature"));
         let wrong = Sampling { top_p: 1.5, ..Sampling::default() };
         assert!(wrong.check().unwrap_err().to_string().contains("top_p"));
+        let wrong = Sampling { logit_bias: vec![(3, f32::NAN)], ..Sampling::default() };
+        assert!(wrong.check().unwrap_err().to_string().contains("logit_bias"));
+    }
+
+    #[test]
+    fn what_is_added_to_logits_adds_up() {
+        let sampling = Arc::new(Sampling {
+            presence_penalty: 0.5,
+            frequency_penalty: 0.25,
+            logit_bias: vec![(7, 1.0), (9, 2.0), (7, 1.0)],
+            ..Sampling::default()
+        });
+        // The prompt's tokens are no business of these penalties.
+        let draw = Draw::new(&sampling, 0, &[4, 4, 9], &[7, 5, 7], &[2]);
+        assert_eq!(draw.bias, [(2, f32::NEG_INFINITY), (5, -0.75), (7, 1.0), (9, 2.0)]);
+        assert!(draw.seen.is_empty());
     }
 }

@@ -38,7 +38,8 @@ fn next_tokens(decoder: &Decoder<Cpu>, ids: &[u32]) -> Vec<Option<u32>> {
     let logits = decoder.forward(&tokens, None, &mut [part], &outputs).unwrap();
     let greedy = vec![Draw::default(); ids.len()];
     let samples = decoder.backend.sample(&logits, &greedy).unwrap();
-    decoder.backend.read(&samples).unwrap()
+    let samples = decoder.backend.read(&samples).unwrap();
+    samples.into_iter().map(|sample| sample.map(|sample| sample.id)).collect()
 }
 
 #[test]

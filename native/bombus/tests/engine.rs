@@ -46,6 +46,11 @@ fn soon(what: impl Fn() -> bool) {
     }
 }
 
+fn was_cancelled(event: &Event, prompt_tokens: usize) -> bool {
+    let Event::Done { reason: FinishReason::Cancelled, usage } = event else { return false };
+    usage.prompt_tokens == prompt_tokens
+}
+
 fn all_free() -> bool {
     gauge::SEQUENCES.load(Relaxed) == 0 && gauge::KV_BYTES.load(Relaxed) == 0
 }
@@ -81,7 +86,8 @@ fn a_cancelled_request_has_one_end_and_frees_its_memory() {
         running.generation.cancel();
         let ends: Vec<_> =
             running.events.iter().filter(|event| !matches!(event, Event::Chunk { .. })).collect();
-        assert_eq!(ends, [Event::Done { reason: FinishReason::Cancelled, prompt_tokens: 5 }]);
+        assert_eq!(ends.len(), 1);
+        assert!(was_cancelled(&ends[0], 5), "{ends:?}");
         assert!(all_free());
     });
 }
@@ -226,10 +232,8 @@ fn a_request_is_cancelled_in_prefill_and_in_the_queue() {
         for running in [queued, prefills] {
             running.generation.cancel();
             let events: Vec<_> = running.events.iter().collect();
-            assert_eq!(
-                events,
-                [Event::Done { reason: FinishReason::Cancelled, prompt_tokens: 400 }]
-            );
+            assert_eq!(events.len(), 1);
+            assert!(was_cancelled(&events[0], 400), "{events:?}");
         }
         assert!(all_free());
     });

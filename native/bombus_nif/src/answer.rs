@@ -32,9 +32,13 @@ pub struct Address {
 impl Address {
     /// The calling process.
     pub fn caller(env: Env, reference: Term) -> Self {
-        let own = OwnedEnv::new();
-        let reference = own.save(reference);
-        Self { pid: env.pid(), env: own, reference }
+        Self::new(env.pid(), reference)
+    }
+
+    pub fn new(pid: LocalPid, reference: Term) -> Self {
+        let env = OwnedEnv::new();
+        let reference = env.save(reference);
+        Self { pid, env, reference }
     }
 
     /// Sends `{reference, answer}` from a thread that is not the BEAM's; false where the process

@@ -2,15 +2,17 @@
 
 use crate::adapter::AdapterHandle;
 use crate::answer::{Address, error_term, result_term};
+use crate::group::GroupHandle;
 use crate::model::ModelHandle;
 use crate::tokenizer::TokenizerHandle;
-use bombus::engine::{Event, Generation, Prompt, Request, Sink};
+use bombus::engine::{Event, Generation, Prompt, Request, Sink, Usage};
 use bombus::error::Result;
-use bombus::sampler::Sampling;
+use bombus::sampler::{Logprobs, Sampling};
 use bombus::sequence::FinishReason;
 use rustler::{
     Encoder, Env, LocalPid, Monitor, NifMap, NifTaggedEnum, Resource, ResourceArc, Term,
 };
+use std::time::Duration;
 
 pub struct GenerationHandle(Generation);
 
@@ -39,39 +41,66 @@ enum PromptTerm {
 #[derive(NifMap)]
 struct RequestOptions {
     max_new_tokens: usize,
+    min_new_tokens: usize,
     max_context: Option<usize>,
     temperature: f64,
     top_k: usize,
     top_p: f64,
     min_p: f64,
     repetition_penalty: f64,
+    presence_penalty: f64,
+    frequency_penalty: f64,
+    logit_bias: Vec<(u32, f64)>,
+    logprobs: Option<usize>,
     seed: u64,
     stop: Vec<String>,
 }
 
-/// `{:ok, handle}` at once, then messages `{reference, event}`: `{:chunk, ids, text}`, and one of
-/// `{:done, finish_reason, prompt_tokens}` and `{:error, {reason, message}}` at the end.
+/// What a request has used; times in nanoseconds.
+#[derive(NifMap)]
+struct UsageTerm {
+    prompt_tokens: usize,
+    cached_tokens: usize,
+    output_tokens: usize,
+    queued: u64,
+    first_token: Option<u64>,
+    total: u64,
+}
+
+/// `{:ok, handle}` at once, then messages `{reference, event}`: `{:chunk, id, text, logprobs}`, and
+/// one of `{:done, finish_reason, usage}` and `{:error, {reason, message}}` at the end.
 #[rustler::nif]
+// A NIF's arguments are a call's.
+#[allow(clippy::too_many_arguments)]
 fn generate<'a>(
     env: Env<'a>,
     model: ResourceArc<ModelHandle>,
     tokenizer: Option<ResourceArc<TokenizerHandle>>,
     adapter: Option<ResourceArc<AdapterHandle>>,
+    group: Option<ResourceArc<GroupHandle>>,
     prompt: PromptTerm,
     options: RequestOptions,
     reference: Term<'a>,
 ) -> Term<'a> {
+    let member = group.as_ref().map(|handle| handle.member());
     let request = Request {
         prompt: prompt.into(),
         tokenizer: tokenizer.map(|handle| handle.0.clone()),
         adapter: adapter.map(|handle| handle.0.clone()),
         sampling: options.sampling(),
         max_new_tokens: options.max_new_tokens,
+        min_new_tokens: options.min_new_tokens,
         max_context: options.max_context,
+        group: group.as_ref().map(|handle| handle.group.clone()),
         stop: options.stop,
     };
-    let started = model.0.generate(request, sink(env, reference));
-    monitored(env, started)
+    let mut events = events(env, reference);
+    // It is a member until its end is told.
+    let sink = Sink::new(move |event| {
+        _ = &member;
+        events(event)
+    });
+    monitored(env, model.0.generate(request, sink))
 }
 
 /// `{:ok, handle}` at once, then one message `{reference, event}`: `{:scores, log_probs}` or
@@ -85,13 +114,14 @@ fn score<'a>(
     reference: Term<'a>,
 ) -> Term<'a> {
     let adapter = adapter.map(|handle| handle.0.clone());
-    let started = model.0.score(ids, adapter, sink(env, reference));
-    monitored(env, started)
+    let sink = Sink::new(events(env, reference));
+    monitored(env, model.0.score(ids, adapter, sink))
 }
 
-fn sink(env: Env, reference: Term) -> Sink {
+/// Sends events to the caller; false where that is dead.
+fn events(env: Env, reference: Term) -> impl FnMut(Event) -> bool + Send + 'static {
     let address = Address::caller(env, reference);
-    Sink::new(move |event| address.send(|env| term(env, &event)))
+    move |event| address.send(|env| term(env, &event))
 }
 
 /// A handle of the request, which ends with its caller.
@@ -112,18 +142,39 @@ fn cancel(handle: ResourceArc<GenerationHandle>) -> rustler::Atom {
 
 fn term<'a>(env: Env<'a>, event: &Event) -> Term<'a> {
     match event {
-        Event::Chunk { ids, text } => (atoms::chunk(), ids, text).encode(env),
+        Event::Chunk { id, text, logprobs } => {
+            (atoms::chunk(), id, text, logprobs.as_ref().map(logprobs_term)).encode(env)
+        }
         // The engine answers with finite numbers only: another would be no term.
         Event::Scores(log_probs) => (atoms::scores(), log_probs).encode(env),
         Event::Failed(error) => (atoms::error(), error_term(env, error)).encode(env),
-        Event::Done { reason, prompt_tokens } => {
+        Event::Done { reason, usage } => {
             let reason = match reason {
                 FinishReason::Stop => atoms::stop(),
                 FinishReason::Length => atoms::length(),
                 FinishReason::Cancelled => atoms::cancelled(),
             };
-            (atoms::done(), reason, prompt_tokens).encode(env)
+            (atoms::done(), reason, usage_term(usage)).encode(env)
         }
+    }
+}
+
+/// `{log_prob, [{id, log_prob}]}`
+fn logprobs_term(logprobs: &Logprobs) -> (f64, Vec<(u32, f64)>) {
+    // Infinity would be no term; the lowest number says the same.
+    let finite = |number: f32| f64::from(number.clamp(f32::MIN, f32::MAX));
+    (finite(logprobs.chosen), logprobs.top.iter().map(|&(id, lp)| (id, finite(lp))).collect())
+}
+
+fn usage_term(usage: &Usage) -> UsageTerm {
+    let nanoseconds = |time: Duration| time.as_nanos() as u64;
+    UsageTerm {
+        prompt_tokens: usage.prompt_tokens,
+        cached_tokens: usage.cached_tokens,
+        output_tokens: usage.output_tokens,
+        queued: nanoseconds(usage.queued),
+        first_token: usage.first_token.map(nanoseconds),
+        total: nanoseconds(usage.total),
     }
 }
 
@@ -145,6 +196,10 @@ impl RequestOptions {
             top_p: self.top_p as f32,
             min_p: self.min_p as f32,
             repetition_penalty: self.repetition_penalty as f32,
+            presence_penalty: self.presence_penalty as f32,
+            frequency_penalty: self.frequency_penalty as f32,
+            logit_bias: self.logit_bias.iter().map(|&(id, bias)| (id, bias as f32)).collect(),
+            logprobs: self.logprobs,
             seed: self.seed,
         }
     }

@@ -7,6 +7,7 @@
 mod adapter;
 mod answer;
 mod generation;
+mod group;
 mod memory;
 mod model;
 mod tokenizer;

@@ -2,7 +2,7 @@
 
 use crate::answer::result_term;
 use bombus::error::Result;
-use bombus::gauge::{self, ADAPTERS, KV_BYTES, MODELS, SEQUENCES};
+use bombus::gauge::{self, ADAPTERS, KV_BYTES, MODELS, PREFIX_BYTES, SEQUENCES};
 use rustler::{Env, NifMap, Term};
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -31,14 +31,14 @@ fn memory_info(env: Env) -> Term {
     result_term(env, &info)
 }
 
-/// Bytes: active, cached, peak. Those of MLX, if it is built in, and of the CPU backend together.
+/// Bytes: active, cached, peak. Those of MLX, if it is built in, and of the CPU backend together;
+/// what a prefix cache holds is cached, and not active.
 fn memory() -> Result<[usize; 3]> {
+    let prefixes = PREFIX_BYTES.load(Relaxed);
     let [active, peak] = gauge::cpu_bytes();
     #[cfg(feature = "mlx")]
-    {
-        let mlx = bombus::backend::mlx::memory()?;
-        Ok([active + mlx[0], mlx[1], peak + mlx[2]])
-    }
+    let mlx = bombus::backend::mlx::memory()?;
     #[cfg(not(feature = "mlx"))]
-    Ok([active, 0, peak])
+    let mlx = [0; 3];
+    Ok([(active + mlx[0]).saturating_sub(prefixes), prefixes + mlx[1], peak + mlx[2]])
 }

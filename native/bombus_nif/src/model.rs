@@ -5,12 +5,12 @@ use bombus::backend::cpu;
 #[cfg(feature = "mlx")]
 use bombus::backend::mlx;
 use bombus::config::{Config, Quantization};
-use bombus::engine::{Device, Engine};
+use bombus::engine::{Device, Engine, Fault, Step};
 #[cfg(not(feature = "mlx"))]
 use bombus::error::Error;
 use bombus::error::Result;
 use bombus::scheduler::Limits;
-use rustler::{Atom, Env, NifMap, NifUnitEnum, Resource, ResourceArc, Term};
+use rustler::{Atom, Encoder, Env, LocalPid, NifMap, NifUnitEnum, Resource, ResourceArc, Term};
 use std::path::PathBuf;
 
 pub struct ModelHandle(pub Engine);
@@ -31,9 +31,44 @@ struct LoadOptions {
     device: DeviceOption,
     /// of the CPU backend
     threads: Option<usize>,
-    max_batch_size: usize,
-    max_queue: usize,
-    prefill_chunk: usize,
+    limits: LimitOptions,
+}
+
+/// What is not given is as in `Limits`.
+#[derive(NifMap)]
+pub struct LimitOptions {
+    max_batch_size: Option<usize>,
+    max_queue: Option<usize>,
+    prefill_chunk: Option<usize>,
+    max_context: Option<usize>,
+    prefix_cache: Option<usize>,
+}
+
+impl LimitOptions {
+    fn of_model(&self) -> Limits {
+        self.over(Limits::default())
+    }
+
+    /// Those of some requests, within the model's.
+    pub fn of_group(&self) -> Limits {
+        let none = usize::MAX;
+        self.over(Limits {
+            max_batch_size: none,
+            max_queue: none,
+            prefill_chunk: none,
+            ..Limits::default()
+        })
+    }
+
+    fn over(&self, default: Limits) -> Limits {
+        Limits {
+            max_batch_size: self.max_batch_size.unwrap_or(default.max_batch_size),
+            max_queue: self.max_queue.unwrap_or(default.max_queue),
+            prefill_chunk: self.prefill_chunk.unwrap_or(default.prefill_chunk),
+            max_context: self.max_context,
+            prefix_cache: self.prefix_cache.unwrap_or(default.prefix_cache),
+        }
+    }
 }
 
 /// What Elixir shows of a model.
@@ -73,13 +108,8 @@ fn load_model<'a>(
 ) -> Term<'a> {
     let started = Address::caller(env, reference).answer_later(move || {
         let device = options.device()?;
-        let limits = Limits {
-            max_batch_size: options.max_batch_size,
-            max_queue: options.max_queue,
-            prefill_chunk: options.prefill_chunk,
-        };
-        let engine = Engine::load(&PathBuf::from(path), device, limits)?;
-        let spec = spec(engine.config(), device);
+        let engine = Engine::load(&PathBuf::from(path), device, options.limits.of_model())?;
+        let spec = spec(&engine, device);
         Ok((ResourceArc::new(ModelHandle(engine)), spec))
     });
     result_term(env, &started.map(|()| rustler::types::atom::ok()))
@@ -116,11 +146,57 @@ const NO_MLX: &str = "this build of Bombus has no MLX: on Linux, unpack one of i
      (pip download mlx-cuda-13 for an NVIDIA card), name the folder by BOMBUS_MLX_DIR or \
      `config :bombus, mlx_dir: \"...\"`, and compile again; `device: :cpu` works everywhere";
 
-fn spec(config: &Config, device: Device) -> Spec {
+/// A step, as Elixir hears of it; the duration in nanoseconds.
+#[derive(NifMap)]
+struct StepTerm {
+    batch_size: usize,
+    rows: usize,
+    queue: usize,
+    kv_bytes: usize,
+    prefix_cache_bytes: usize,
+    duration: u64,
+}
+
+/// Sends `{reference, step}` to the process after every step, as long as it lives.
+#[rustler::nif]
+fn watch(model: ResourceArc<ModelHandle>, pid: LocalPid, reference: Term) -> Atom {
+    let address = Address::new(pid, reference);
+    model.0.watch(Box::new(move |step: Step| {
+        let term = StepTerm {
+            batch_size: step.sequences,
+            rows: step.rows,
+            queue: step.waiting,
+            kv_bytes: step.kv_bytes,
+            prefix_cache_bytes: step.prefix_bytes,
+            duration: step.duration.as_nanos() as u64,
+        };
+        address.send(|env| term.encode(env))
+    }));
+    rustler::types::atom::ok()
+}
+
+#[derive(NifUnitEnum)]
+enum FaultOption {
+    Panic,
+    Error,
+}
+
+/// For tests: the model's next step fails.
+#[rustler::nif]
+fn fail_next_step(model: ResourceArc<ModelHandle>, fault: FaultOption) -> Atom {
+    model.0.fail_next_step(match fault {
+        FaultOption::Panic => Fault::Panic,
+        FaultOption::Error => Fault::Error,
+    });
+    rustler::types::atom::ok()
+}
+
+fn spec(engine: &Engine, device: Device) -> Spec {
+    let config = engine.config();
     Spec {
         family: config.model_type.clone(),
         layers: config.num_hidden_layers,
-        context: config.max_position_embeddings,
+        context: engine.context(),
         hidden_size: config.hidden_size,
         vocab_size: config.vocab_size,
         quantization: config.quantization.map(|default| quantization_spec(config, default)),

@@ -12,7 +12,7 @@ mod sample_tests;
 
 use crate::config::Quantization;
 use crate::error::Result;
-use crate::sampler::Draw;
+use crate::sampler::{Draw, Sample};
 use crate::tensor_file::TensorView;
 use std::ops::Range;
 
@@ -73,6 +73,13 @@ pub struct Segment {
     pub start: usize,
 }
 
+/// A piece of a cache's memory: the same id is the same memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Page {
+    pub id: usize,
+    pub bytes: usize,
+}
+
 /// The token of a row: known, or still on the device as a row of the previous step's samples.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Token {
@@ -120,7 +127,18 @@ pub trait Backend {
     fn embedding(&self, weights: &LinearWeights) -> Result<Self::Embedding>;
     fn lora(&self, weights: &LoraWeights, adapted: Adapted<Self>) -> Result<Self::Lora>;
     fn cache(&self) -> Self::Cache;
-    fn cache_bytes(&self, cache: &Self::Cache) -> usize;
+    /// A cache that begins as this one, up to so many positions: what is the same is shared.
+    fn fork(&self, cache: &Self::Cache, positions: usize) -> Result<Self::Cache>;
+    /// The memory of a cache, in pieces that forks may share.
+    fn pages(&self, cache: &Self::Cache) -> Vec<Page>;
+    /// Makes room for so many positions: an error where there is no memory for them.
+    fn reserve(
+        &self,
+        shape: &AttentionShape,
+        k_norm: &Self::Norm,
+        cache: &mut Self::Cache,
+        positions: usize,
+    ) -> Result<()>;
 
     /// -> `[rows, hidden]`
     fn embed(
@@ -172,5 +190,5 @@ pub trait Backend {
     /// Starts the work that `samples` stands for, without waiting for it.
     fn submit(&self, samples: &Self::Samples) -> Result<()>;
     /// Waits for the samples; none where a row's logits were not numbers.
-    fn read(&self, samples: &Self::Samples) -> Result<Vec<Option<u32>>>;
+    fn read(&self, samples: &Self::Samples) -> Result<Vec<Option<Sample>>>;
 }

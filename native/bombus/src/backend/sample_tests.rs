@@ -1,11 +1,11 @@
 //! What sampling is, for whichever backend does it.
 
-use crate::sampler::{Draw, Sampling};
+use crate::sampler::{Draw, Logprobs, Sample as Drawn, Sampling};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
 /// Rows of logits and their draws -> one token each, none where a row is no numbers.
-pub type Sample<'a> = &'a dyn Fn(&[Vec<f32>], &[Draw]) -> Vec<Option<u32>>;
+pub type Sample<'a> = &'a dyn Fn(&[Vec<f32>], &[Draw]) -> Vec<Option<Drawn>>;
 
 pub fn run(sample: Sample) {
     greedy_takes_the_highest_even_beside_sampled_rows(sample);
@@ -14,10 +14,12 @@ pub fn run(sample: Sample) {
     logits_that_are_no_numbers_are_found(sample);
     extreme_temperatures_and_logits_stay_finite(sample);
     what_is_drawn_passes_the_filters(sample);
+    a_bias_moves_logits_and_bans_tokens(sample);
+    logprobs_are_the_models_own(sample);
 }
 
 fn sample_rows(sample: Sample, rows: &[Vec<f32>], draws: &[Draw]) -> Vec<u32> {
-    sample(rows, draws).into_iter().map(Option::unwrap).collect()
+    sample(rows, draws).into_iter().map(|drawn| drawn.unwrap().id).collect()
 }
 
 /// The definition, for one row: filters on the sorted distribution, then its inverse.
@@ -53,7 +55,7 @@ fn reference(logits: &[f32], draw: &Draw) -> Vec<usize> {
 }
 
 fn draw(sampling: Sampling, uniform: f32, seen: &[u32]) -> Draw {
-    Draw { sampling, uniform, seen: seen.to_vec() }
+    Draw { sampling: sampling.into(), uniform, seen: seen.to_vec(), bias: vec![] }
 }
 
 const LOGITS: [f32; 5] = [1.0, 3.0, 2.0, -1.0, 2.5];
@@ -87,7 +89,7 @@ fn tokens_come_as_often_as_their_probability(sample: Sample) {
 fn logits_that_are_no_numbers_are_found(sample: Sample) {
     let rows = [vec![1.0, f32::NAN, 3.0], vec![1.0, f32::NEG_INFINITY, 3.0]];
     let draws = [draw(Sampling::default(), 0.5, &[]), draw(Sampling::default(), 0.5, &[])];
-    assert_eq!(sample(&rows, &draws), [None, Some(2)]);
+    assert_eq!(sample(&rows, &draws), [None, Some(Drawn { id: 2, logprobs: None })]);
 }
 
 fn extreme_temperatures_and_logits_stay_finite(sample: Sample) {
@@ -111,10 +113,10 @@ fn what_is_drawn_passes_the_filters(sample: Sample) {
             let draw = draw(sampling, uniform, &[]);
             // A token at the very edge of a filter may fall on either side of it.
             let wider = |by: f32| {
-                let mut wide = draw.clone();
-                wide.sampling.top_p = (top_p * (1.0 + by)).min(1.0);
-                wide.sampling.min_p = min_p * (1.0 - by);
-                reference(&logits, &wide)
+                let mut wide = Sampling::clone(&draw.sampling);
+                wide.top_p = (top_p * (1.0 + by)).min(1.0);
+                wide.min_p = min_p * (1.0 - by);
+                reference(&logits, &Draw { sampling: wide.into(), ..draw.clone() })
             };
             let id =
                 sample_rows(sample, std::slice::from_ref(&logits), std::slice::from_ref(&draw))[0];
@@ -122,4 +124,44 @@ fn what_is_drawn_passes_the_filters(sample: Sample) {
             Ok(())
         };
     TestRunner::deterministic().run(&options, test).unwrap();
+}
+
+fn a_bias_moves_logits_and_bans_tokens(sample: Sample) {
+    let plain = draw(Sampling::default(), 0.5, &[]);
+    let raised = Draw { bias: vec![(3, 4.5), (4, 0.25)], ..plain.clone() };
+    // After the repetition penalty, which makes the two highest 1.5 and 1.25.
+    let penalty = Sampling { repetition_penalty: 2.0, ..Sampling::default() };
+    let both = Draw { bias: vec![(4, 2.0)], ..draw(penalty, 0.5, &[1, 4]) };
+    let banned = vec![(1, f32::NEG_INFINITY), (4, f32::NEG_INFINITY)];
+    let hot = Sampling { temperature: 100.0, ..Sampling::default() };
+    let banned = Draw { bias: banned, ..draw(hot, 0.9999, &[]) };
+    let rows = vec![LOGITS.to_vec(); 4];
+    assert_eq!(sample_rows(sample, &rows, &[plain, raised, both, banned]), [1, 3, 4, 3]);
+}
+
+fn logprobs_are_the_models_own(sample: Sample) {
+    let total = LOGITS.map(|logit| f64::from(logit).exp()).iter().sum::<f64>().ln();
+    let expected = |id: u32| (f64::from(LOGITS[id as usize]) - total) as f32;
+    let sampling = Sampling { temperature: 0.3, logprobs: Some(2), ..Sampling::default() };
+    let all = Sampling { logprobs: Some(9), ..Sampling::default() };
+    let none = Sampling { logprobs: Some(0), ..Sampling::default() };
+    let draws = [
+        Draw { bias: vec![(3, 9.0)], ..draw(sampling, 0.1, &[]) },
+        draw(Sampling::default(), 0.5, &[]),
+        draw(all, 0.5, &[]),
+        draw(none, 0.5, &[]),
+    ];
+    let drawn = sample(&vec![LOGITS.to_vec(); 4], &draws);
+    let near = |logprobs: &Option<Logprobs>, id: u32, top: &[u32]| {
+        let Logprobs { chosen, top: theirs } = logprobs.as_ref().unwrap();
+        assert!((chosen - expected(id)).abs() < 1e-5);
+        assert_eq!(theirs.iter().map(|(id, _)| *id).collect::<Vec<_>>(), top);
+        assert!(theirs.iter().all(|(id, own)| (own - expected(*id)).abs() < 1e-5));
+    };
+    let drawn: Vec<Drawn> = drawn.into_iter().map(Option::unwrap).collect();
+    assert_eq!(drawn.iter().map(|drawn| drawn.id).collect::<Vec<_>>(), [3, 1, 1, 1]);
+    near(&drawn[0].logprobs, 3, &[1, 4]);
+    assert_eq!(drawn[1].logprobs, None);
+    near(&drawn[2].logprobs, 1, &[1, 4, 2, 0, 3]);
+    near(&drawn[3].logprobs, 1, &[]);
 }

@@ -1,17 +1,24 @@
 //! A loaded model and the thread that it lives on.
 //!
-//! `Engine` is a handle: it sends commands and returns at once. The thread (`worker`) owns the
-//! decoder, the caches and the scheduler. It ends when the handle and all generations are gone.
+//! `Engine` is a handle: it sends commands and returns at once. A text becomes token ids on a thread
+//! of its own; the engine's thread (`worker`) owns the decoder, the caches and the scheduler. It
+//! ends when the handle and all generations are gone.
 
 mod exit;
+mod live;
+mod monitor;
+mod prefix;
+mod queue;
 mod request;
 mod score;
 mod sink;
 mod threads;
 mod worker;
 
+pub use monitor::{Monitor, Step};
+pub use queue::Group;
 pub use request::{Prompt, Request};
-pub use sink::{Event, Sink};
+pub use sink::{Event, Sink, Usage};
 
 use crate::adapter::Adapter;
 use crate::backend::Backend;
@@ -23,10 +30,14 @@ use crate::config::Config;
 use crate::error::{Error, Result, catch};
 use crate::gauge;
 use crate::scheduler::Limits;
+use crate::sequence::Task;
+use crate::tokenizer::TextStream;
+use queue::{Place, Queue};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Once, Weak};
+use std::time::Instant;
 use worker::Worker;
 
 /// What a model runs on.
@@ -37,19 +48,21 @@ pub enum Device {
     Mlx(mlx::Device),
 }
 
+/// What a test can make of the next step.
+#[derive(Clone, Copy, Debug)]
+pub enum Fault {
+    Panic,
+    Error,
+}
+
 enum Command {
-    Generate {
-        id: u64,
-        request: Box<Request>,
-        sink: Sink,
-        place: Place,
-    },
+    Generate(Box<Order>, Task),
     Score {
         id: u64,
         ids: Vec<u32>,
         adapter: Option<Arc<Adapter>>,
         sink: Sink,
-        place: Place,
+        places: Vec<Place>,
     },
     Cancel {
         id: u64,
@@ -58,14 +71,36 @@ enum Command {
     Forget {
         adapter: usize,
     },
+    Watch(Monitor),
+    Fail(Fault),
+}
+
+/// A request on its way to the engine's thread.
+struct Order {
+    id: u64,
+    adapter: Option<Arc<Adapter>>,
+    text: Option<TextStream>,
+    sink: Sink,
+    places: Vec<Place>,
+    asked: Instant,
+    cancelled: Arc<AtomicBool>,
+}
+
+impl Order {
+    /// Whoever hears of the end has the places back.
+    fn fail(self, error: Error) {
+        drop(self.places);
+        self.sink.end(Event::Failed(error));
+    }
 }
 
 impl Command {
     /// A command that no engine takes: the caller learns of it at once.
     fn discard(self) {
         match self {
-            Command::Generate { sink, .. } | Command::Score { sink, .. } => sink.discard(),
-            Command::Cancel { .. } | Command::Forget { .. } => {}
+            Command::Generate(order, _) => order.sink.discard(),
+            Command::Score { sink, .. } => sink.discard(),
+            _ => {}
         }
     }
 }
@@ -76,53 +111,91 @@ struct Inbox {
     commands: Weak<Sender<Command>>,
 }
 
-/// A place in the queue, given back when the request runs or ends.
-struct Place(Arc<AtomicUsize>);
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Relaxed);
-    }
-}
-
 /// The engine's thread ends when no handle holds this any more.
 type Commands = Arc<Sender<Command>>;
 
+type Job = Box<dyn FnOnce() + Send>;
+
 pub struct Engine {
     commands: Commands,
-    waiting: Arc<AtomicUsize>,
+    encoder: Sender<Job>,
+    queue: Queue,
     next_id: AtomicU64,
-    limits: Limits,
     config: Arc<Config>,
+    context: usize,
 }
 
 impl Engine {
     /// Loads a checkpoint on a thread of its own and waits for it.
     pub fn load(folder: &Path, device: Device, limits: Limits) -> Result<Self> {
+        if limits.max_batch_size == 0 || limits.prefill_chunk == 0 {
+            return Err(Error::Request("expected a max_batch_size and a prefill_chunk".into()));
+        }
         let config = Arc::new(Config::open(folder)?);
+        let queue = Queue::new(limits.max_queue);
+        let longest = config.max_position_embeddings;
+        let context = limits.max_context.map_or(longest, |max| max.min(longest));
+        let encoder = encoder()?;
         let (commands, receiver) = mpsc::channel();
         let commands = Arc::new(commands);
         let (ready, loaded) = mpsc::channel();
         threads::run({
-            let (folder, config, limits) = (folder.to_owned(), config.clone(), limits.clone());
+            let (folder, config) = (folder.to_owned(), config.clone());
             let inbox = Inbox { receiver, commands: Arc::downgrade(&commands) };
             move || serve(&folder, &config, device, limits, &ready, inbox)
         })?;
         loaded.recv().map_err(|_| Error::Stopped)??;
-        let waiting = Arc::new(AtomicUsize::new(0));
-        Ok(Self { commands, waiting, next_id: AtomicU64::new(0), limits, config })
+        Ok(Self { commands, encoder, queue, next_id: AtomicU64::new(0), config, context })
     }
 
     pub fn config(&self) -> &Config {
         &self.config
     }
 
-    /// Puts a request into the queue and returns; fails at once where the queue is full. The
-    /// sink gets chunks and one end: `Done` or `Failed`.
+    /// What a sequence may have of tokens, prompt and all.
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// Puts a request into the queue and returns; fails at once where the queue is full, or where
+    /// what is wrong shows without a tokenizer. Else the sink gets chunks and one end: `Done` or
+    /// `Failed`, on another thread than the caller's.
     pub fn generate(&self, request: Request, sink: Sink) -> Result<Generation> {
-        let request = Box::new(request);
-        let checked = request.sampling.check();
-        self.start(checked, sink, |id, sink, place| Command::Generate { id, request, sink, place })
+        let asked = Instant::now();
+        let known = matches!(request.prompt, Prompt::Ids(_));
+        let checked = request.sampling.check().and_then(|()| match known {
+            true => request.task(&self.config, self.context).map(Some),
+            false => Ok(None),
+        });
+        let places = checked.and_then(|task| Ok((task, self.places(request.group.as_deref())?)));
+        let ((task, places), sink) = admitted(places, sink)?;
+        let generation = self.generation();
+        let order = Order {
+            id: generation.id,
+            adapter: request.adapter.clone(),
+            text: request.tokenizer.clone().map(|it| TextStream::new(it, request.stop.clone())),
+            sink,
+            places,
+            asked,
+            cancelled: generation.cancelled.clone(),
+        };
+        match task {
+            Some(task) => self.send(Command::Generate(Box::new(order), task))?,
+            None => self.encode(request, order)?,
+        }
+        Ok(generation)
+    }
+
+    /// Makes token ids of a text, and sends it on; its sink hears of what goes wrong.
+    fn encode(&self, request: Request, order: Order) -> Result<()> {
+        let (commands, config, context) =
+            (self.commands.clone(), self.config.clone(), self.context);
+        let job = move || match catch(|| request.task(&config, context)) {
+            // An engine that is gone drops the order, whose sink then says so.
+            Ok(task) => _ = commands.send(Command::Generate(Box::new(order), task)),
+            Err(error) => order.fail(error),
+        };
+        self.encoder.send(Box::new(job)).map_err(|_| Error::Stopped)
     }
 
     /// ln p of every token but the first, given those before it: `ids.len() - 1` numbers. The
@@ -133,49 +206,75 @@ impl Engine {
         adapter: Option<Arc<Adapter>>,
         sink: Sink,
     ) -> Result<Generation> {
-        self.start(Ok(()), sink, |id, sink, place| Command::Score { id, ids, adapter, sink, place })
+        let (places, sink) = admitted(self.places(None), sink)?;
+        let generation = self.generation();
+        let id = generation.id;
+        self.send(Command::Score { id, ids, adapter, sink, places })?;
+        Ok(generation)
     }
 
-    /// What is refused here does not reach the sink.
-    fn start(
-        &self,
-        checked: Result<()>,
-        sink: Sink,
-        command: impl FnOnce(u64, Sink, Place) -> Command,
-    ) -> Result<Generation> {
-        let place = match checked.and_then(|()| self.place()) {
-            Ok(place) => place,
-            Err(error) => {
-                sink.discard();
-                return Err(error);
-            }
-        };
-        let id = self.next_id.fetch_add(1, Relaxed);
-        self.commands.send(command(id, sink, place)).map_err(|unsent| {
+    fn send(&self, command: Command) -> Result<()> {
+        self.commands.send(command).map_err(|unsent| {
             unsent.0.discard();
             Error::Stopped
-        })?;
-        Ok(Generation { id, commands: self.commands.clone() })
+        })
     }
 
-    fn place(&self) -> Result<Place> {
-        let max = self.limits.max_queue;
-        let taken = self
-            .waiting
-            .fetch_update(Relaxed, Relaxed, |waiting| (waiting < max).then_some(waiting + 1));
-        taken.map(|_| Place(self.waiting.clone())).map_err(Error::Overloaded)
+    /// After every step, `monitor` hears of it.
+    pub fn watch(&self, monitor: Monitor) {
+        _ = self.commands.send(Command::Watch(monitor));
     }
+
+    /// For tests: the next step fails.
+    #[doc(hidden)]
+    pub fn fail_next_step(&self, fault: Fault) {
+        _ = self.commands.send(Command::Fail(fault));
+    }
+
+    fn generation(&self) -> Generation {
+        let id = self.next_id.fetch_add(1, Relaxed);
+        Generation { id, commands: self.commands.clone(), cancelled: Arc::default() }
+    }
+
+    fn places(&self, group: Option<&Group>) -> Result<Vec<Place>> {
+        let own = group.map(Group::place).transpose()?;
+        Ok(own.into_iter().chain([self.queue.place()?]).collect())
+    }
+}
+
+/// What is refused at once does not reach the sink.
+fn admitted<T>(places: Result<T>, sink: Sink) -> Result<(T, Sink)> {
+    match places {
+        Ok(places) => Ok((places, sink)),
+        Err(error) => {
+            sink.discard();
+            Err(error)
+        }
+    }
+}
+
+/// A thread for what would hold up a step: a long text takes milliseconds to become token ids. It
+/// ends with the engine's handle.
+fn encoder() -> Result<Sender<Job>> {
+    let (jobs, todo) = mpsc::channel::<Job>();
+    let work = move || todo.into_iter().for_each(|job| job());
+    let thread = std::thread::Builder::new().name("bombus-encode".into()).spawn(work);
+    thread.map_err(|error| Error::OutOfMemory(format!("no thread for texts: {error}")))?;
+    Ok(jobs)
 }
 
 /// A request in the engine. Dropping it cancels the request.
 pub struct Generation {
     id: u64,
     commands: Commands,
+    /// For the case that it has not reached the engine's thread yet.
+    cancelled: Arc<AtomicBool>,
 }
 
 impl Generation {
     /// Frees the sequence; its sink gets `Done` with `Cancelled`, unless it has ended before.
     pub fn cancel(&self) {
+        self.cancelled.store(true, Relaxed);
         // An engine that has ended has no sequences left to cancel.
         _ = self.commands.send(Command::Cancel { id: self.id });
     }
@@ -230,7 +329,7 @@ fn live<B: Backend + Clone>(
         let _share = gauge::Share::one(&gauge::MODELS);
         // Nobody may wait any more; then there are no commands either.
         _ = ready.send(Ok(()));
-        let mut worker = Worker::new(decoder, config.clone(), limits, inbox);
+        let mut worker = Worker::new(decoder, config.clone(), &limits, inbox);
         let served = catch(|| {
             worker.run();
             Ok(())

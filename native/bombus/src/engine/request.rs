@@ -1,9 +1,11 @@
 //! What a request asks for, and all that can be wrong with it before it joins the others.
 
+use super::queue::Group;
 use crate::adapter::Adapter;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::sampler::Sampling;
+use crate::sequence::Task;
 use crate::tokenizer::Tokenizer;
 use std::sync::Arc;
 
@@ -27,15 +29,33 @@ pub struct Request {
     pub adapter: Option<Arc<Adapter>>,
     pub sampling: Sampling,
     pub max_new_tokens: usize,
+    /// No token that ends the text comes before there are so many.
+    pub min_new_tokens: usize,
     /// At most this many tokens, prompt and all; the model's context is a limit too.
     pub max_context: Option<usize>,
     /// Strings that end the text, and are not part of it.
     pub stop: Vec<String>,
+    /// Limits that it shares with other requests, within the model's.
+    pub group: Option<Arc<Group>>,
 }
 
 impl Request {
-    /// The prompt's ids, and how many may follow.
-    pub(super) fn encode(&self, config: &Config) -> Result<(Vec<u32>, usize)> {
+    pub fn new(prompt: Prompt, max_new_tokens: usize) -> Self {
+        Self {
+            prompt,
+            tokenizer: None,
+            adapter: None,
+            sampling: Sampling::default(),
+            max_new_tokens,
+            min_new_tokens: 0,
+            max_context: None,
+            stop: vec![],
+            group: None,
+        }
+    }
+
+    /// What the scheduler is to do. `context`: the model's
+    pub(super) fn task(&self, config: &Config, context: usize) -> Result<Task> {
         let ids = match &self.prompt {
             Prompt::Ids(ids) => ids.clone(),
             Prompt::Text(text) => self.tokenizer()?.encode(text)?,
@@ -46,11 +66,21 @@ impl Request {
                 self.tokenizer()?.encode_chat(&messages, &options)?
             }
         };
-        let context = config.max_position_embeddings;
         let context = self.max_context.map_or(context, |max| max.min(context));
         check_ids(&ids, config, context)?;
-        let left = context - ids.len();
-        Ok((ids, self.max_new_tokens.min(left)))
+        let biased = self.sampling.logit_bias.iter().map(|(id, _)| id);
+        check_vocabulary(biased, config)?;
+        let mut eos_token_ids = config.eos_token_ids.clone();
+        let own = self.tokenizer.as_ref().and_then(|tokenizer| tokenizer.eos_token_id());
+        eos_token_ids.extend(own.filter(|id| (*id as usize) < config.vocab_size));
+        Ok(Task {
+            max_new_tokens: self.max_new_tokens.min(context - ids.len()),
+            min_new_tokens: self.min_new_tokens,
+            eos_token_ids,
+            sampling: Arc::new(self.sampling.clone()),
+            share: self.group.as_ref().map(|group| group.share()),
+            prompt: ids,
+        })
     }
 
     fn tokenizer(&self) -> Result<&Tokenizer> {
@@ -61,15 +91,10 @@ impl Request {
 }
 
 pub(super) fn check_ids(ids: &[u32], config: &Config, context: usize) -> Result<()> {
-    let vocab = config.vocab_size;
     if ids.is_empty() {
         return Err(Error::Request("the prompt has no tokens".into()));
     }
-    if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
-        return Err(Error::Request(format!(
-            "the token id {id} is outside the vocabulary of {vocab} tokens"
-        )));
-    }
+    check_vocabulary(ids, config)?;
     if ids.len() > context {
         let count = ids.len();
         return Err(Error::PromptTooLong(format!(
@@ -77,4 +102,14 @@ pub(super) fn check_ids(ids: &[u32], config: &Config, context: usize) -> Result<
         )));
     }
     Ok(())
+}
+
+fn check_vocabulary<'a>(ids: impl IntoIterator<Item = &'a u32>, config: &Config) -> Result<()> {
+    let vocab = config.vocab_size;
+    match ids.into_iter().find(|id| **id as usize >= vocab) {
+        None => Ok(()),
+        Some(id) => Err(Error::Request(format!(
+            "the token id {id} is outside the vocabulary of {vocab} tokens"
+        ))),
+    }
 }

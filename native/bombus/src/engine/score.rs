@@ -1,8 +1,8 @@
 //! Scoring: the log-probabilities of a given text, a chunk at a time between the steps of others.
 
-use super::Place;
+use super::live::InUse;
+use super::queue::Place;
 use super::sink::Sink;
-use super::worker::InUse;
 use crate::backend::{Backend, Segment, Token};
 use crate::decoder::{Decoder, KvCache, Part};
 use crate::error::{Error, Result};
@@ -16,7 +16,7 @@ pub struct Score<B: Backend> {
     pub log_probs: Vec<f32>,
     pub sink: Sink,
     pub share: gauge::Share,
-    pub place: Place,
+    pub places: Vec<Place>,
 }
 
 impl<B: Backend> Score<B> {

@@ -1,18 +1,36 @@
 //! Where the events of a request go.
 
 use crate::error::{Error, catch};
+use crate::sampler::Logprobs;
 use crate::sequence::FinishReason;
+use std::time::Duration;
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// New tokens, and the text that became final with them (it may lag behind).
-    Chunk { ids: Vec<u32>, text: String },
+    /// A new token (none at the end of the text, where some of it was held back), with the text
+    /// that became final with it (it may lag behind), and what was asked about the token.
+    Chunk { id: Option<u32>, text: String, logprobs: Option<Logprobs> },
     /// The end of a request for text.
-    Done { reason: FinishReason, prompt_tokens: usize },
+    Done { reason: FinishReason, usage: Usage },
     /// The end of a request for scores: ln p of every token but the first.
     Scores(Vec<f32>),
     /// The end of a request that was not answered.
     Failed(Error),
+}
+
+/// What a request has used.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Usage {
+    pub prompt_tokens: usize,
+    /// Those of them whose keys and values were there already.
+    pub cached_tokens: usize,
+    /// Those that were handed out.
+    pub output_tokens: usize,
+    /// From the request to its first step.
+    pub queued: Duration,
+    /// From the request to its first token.
+    pub first_token: Option<Duration>,
+    pub total: Duration,
 }
 
 /// Takes events on the engine's thread; false where nobody hears them any more.
@@ -26,8 +44,8 @@ impl Sink {
         Self(Some(Box::new(listener)))
     }
 
-    pub(super) fn chunk(&mut self, ids: Vec<u32>, text: String) -> bool {
-        self.0.as_mut().is_some_and(|listener| listener(Event::Chunk { ids, text }))
+    pub(super) fn chunk(&mut self, chunk: Event) -> bool {
+        self.0.as_mut().is_some_and(|listener| listener(chunk))
     }
 
     /// For a request that is refused at once, by an answer of another kind.

@@ -2,23 +2,28 @@
 //! step before while it computes.
 
 use super::exit::{self, Busy};
-use super::request::{Request, check_ids};
+use super::live::{InUse, Live, adapter_key};
+use super::monitor::{Monitor, Step};
+use super::prefix::Prefixes;
+use super::request::check_ids;
 use super::score::Score;
-use super::sink::{Event, Sink};
-use super::{Command, Inbox, Place};
+use super::sink::{Event, Usage};
+use super::{Command, Fault, Inbox, Order};
 use crate::adapter::Adapter;
 use crate::backend::{Backend, Segment, Token};
 use crate::config::Config;
 use crate::decoder::{BoundAdapter, Decoder, KvCache, Part};
 use crate::error::{Error, Result, catch};
 use crate::gauge;
+use crate::sampler::Sample;
 use crate::scheduler::{Limits, Scheduler};
-use crate::sequence::{Chunk, FinishReason, Sequence};
-use crate::tokenizer::TextStream;
-use std::collections::{HashMap, VecDeque};
+use crate::sequence::{Chunk, FinishReason, Sequence, Task};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::TryRecvError;
+use std::time::Instant;
 
 /// The rows of a score that go into a step: each has logits of its own, half a megabyte with a
 /// vocabulary of 150,000.
@@ -32,24 +37,14 @@ pub struct Worker<B: Backend> {
     scheduler: Scheduler,
     live: HashMap<u64, Live<B>>,
     scores: VecDeque<Score<B>>,
-    /// The adapters bound to this model, by the address of what they are bound from.
+    /// The adapters bound to this model, by their keys.
     adapters: HashMap<usize, Rc<BoundAdapter<B>>>,
+    prefixes: Prefixes<KvCache<B>>,
     kv_bytes: gauge::Share,
+    prefix_bytes: gauge::Share,
+    monitor: Option<Monitor>,
+    fault: Option<Fault>,
 }
-
-/// What belongs to a sequence beside its tokens.
-struct Live<B: Backend> {
-    cache: KvCache<B>,
-    adapter: Option<InUse<B>>,
-    text: Option<TextStream>,
-    prompt_tokens: usize,
-    sink: Sink,
-    place: Option<Place>,
-    share: gauge::Share,
-}
-
-/// An adapter that a sequence keeps alive, and its pairs.
-pub type InUse<B> = (Arc<Adapter>, Rc<BoundAdapter<B>>);
 
 /// A step that has been submitted and not read. Every chunk in it has a sample, so that a fault
 /// in any of them shows; only some are tokens.
@@ -57,20 +52,26 @@ struct InFlight<B: Backend> {
     samples: B::Samples,
     /// Whose the samples are, and whether they are tokens.
     chunks: Vec<(u64, bool)>,
+    rows: usize,
+    begun: Instant,
 }
 
 impl<B: Backend> Worker<B> {
-    pub fn new(decoder: Decoder<B>, config: Arc<Config>, limits: Limits, inbox: Inbox) -> Self {
+    pub fn new(decoder: Decoder<B>, config: Arc<Config>, limits: &Limits, inbox: Inbox) -> Self {
         Self {
             decoder,
             config,
             inbox,
             prefill_chunk: limits.prefill_chunk,
-            scheduler: Scheduler::new(limits),
+            scheduler: Scheduler::new(limits.clone()),
             live: HashMap::new(),
             scores: VecDeque::new(),
             adapters: HashMap::new(),
+            prefixes: Prefixes::new(limits.prefix_cache),
             kv_bytes: gauge::Share::of(&gauge::KV_BYTES),
+            prefix_bytes: gauge::Share::of(&gauge::PREFIX_BYTES),
+            monitor: None,
+            fault: None,
         }
     }
 
@@ -95,11 +96,6 @@ impl<B: Backend> Worker<B> {
             }
             if !self.take_commands() {
                 return;
-            }
-            if !B::DEFERS
-                && let Some(step) = in_flight.take()
-            {
-                self.read(step);
             }
             let next = self.submit(in_flight.as_ref());
             if let Some(step) = in_flight {
@@ -133,68 +129,59 @@ impl<B: Backend> Worker<B> {
 
     fn obey(&mut self, command: Command) {
         match command {
-            Command::Generate { id, request, sink, place } => {
-                self.admit(id, *request, sink, place);
+            Command::Generate(order, task) => self.admit(*order, task),
+            Command::Score { id, ids, adapter, sink, places } => {
+                let bound = catch(|| {
+                    check_ids(&ids, &self.config, self.config.max_position_embeddings)?;
+                    self.bind(adapter.as_ref())
+                });
+                let adapter = match bound {
+                    Ok(adapter) => adapter,
+                    Err(error) => return sink.end(Event::Failed(error)),
+                };
+                let (cache, log_probs) = (self.decoder.kv_cache(), vec![]);
+                let share = gauge::Share::one(&gauge::SEQUENCES);
+                let score = Score { id, ids, adapter, cache, log_probs, sink, share, places };
+                self.scores.push_back(score);
             }
-            Command::Score { id, ids, adapter, sink, place } => {
-                self.admit_score(id, ids, adapter, sink, place);
+            Command::Cancel { id } => {
+                self.finish(id, Ok(FinishReason::Cancelled));
+                self.scores.retain(|score| score.id != id);
             }
-            Command::Cancel { id } => self.cancel(id),
-            Command::Forget { adapter } => _ = self.adapters.remove(&adapter),
+            Command::Forget { adapter } => {
+                self.adapters.remove(&adapter);
+                self.prefixes.forget(adapter);
+                self.count();
+            }
+            Command::Watch(monitor) => self.monitor = Some(monitor),
+            Command::Fail(fault) => self.fault = Some(fault),
         }
     }
 
-    fn admit(&mut self, id: u64, request: Request, sink: Sink, place: Place) {
-        let prepared = catch(|| {
-            let (prompt, max_new_tokens) = request.encode(&self.config)?;
-            Ok((prompt, max_new_tokens, self.bind(request.adapter.as_ref())?))
-        });
-        let (prompt, max_new_tokens, adapter) = match prepared {
-            Ok(prepared) => prepared,
-            Err(error) => return sink.end(Event::Failed(error)),
-        };
-        let live = Live {
-            cache: self.decoder.kv_cache(),
-            adapter,
-            text: request.tokenizer.map(|tokenizer| TextStream::new(tokenizer, request.stop)),
-            prompt_tokens: prompt.len(),
-            sink,
-            place: Some(place),
-            share: gauge::Share::one(&gauge::SEQUENCES),
-        };
-        self.live.insert(id, live);
-        match max_new_tokens {
-            0 => self.finish(id, Ok(FinishReason::Length)),
-            _ => {
-                self.scheduler.add(Sequence::new(id, prompt, max_new_tokens, request.sampling));
-            }
-        }
-    }
-
-    fn admit_score(
-        &mut self,
-        id: u64,
-        ids: Vec<u32>,
-        adapter: Option<Arc<Adapter>>,
-        sink: Sink,
-        place: Place,
-    ) {
-        let adapter = catch(|| {
-            check_ids(&ids, &self.config, self.config.max_position_embeddings)?;
-            self.bind(adapter.as_ref())
-        });
-        let adapter = match adapter {
+    fn admit(&mut self, order: Order, task: Task) {
+        let adapter = match catch(|| self.bind(order.adapter.as_ref())) {
             Ok(adapter) => adapter,
-            Err(error) => return sink.end(Event::Failed(error)),
+            Err(error) => return order.fail(error),
         };
-        let (cache, share) = (self.decoder.kv_cache(), gauge::Share::one(&gauge::SEQUENCES));
-        let log_probs = vec![];
-        self.scores.push_back(Score { id, ids, adapter, cache, log_probs, sink, share, place });
+        let Order { id, text, sink, places, asked, cancelled, .. } = order;
+        let usage = Usage { prompt_tokens: task.prompt.len(), ..Usage::default() };
+        let share = gauge::Share::one(&gauge::SEQUENCES);
+        let cache = self.decoder.kv_cache();
+        let live = Live { cache, adapter, text, sink, places, usage, asked, share };
+        self.live.insert(id, live);
+        if cancelled.load(Relaxed) {
+            // The command itself may have come first.
+            self.finish(id, Ok(FinishReason::Cancelled));
+        } else if task.max_new_tokens == 0 {
+            self.finish(id, Ok(FinishReason::Length));
+        } else {
+            self.scheduler.add(Sequence::new(id, task));
+        }
     }
 
     fn bind(&mut self, adapter: Option<&Arc<Adapter>>) -> Result<Option<InUse<B>>> {
         let Some(adapter) = adapter else { return Ok(None) };
-        let key = Arc::as_ptr(adapter) as usize;
+        let key = adapter_key(Some(adapter));
         if let Some(bound) = self.adapters.get(&key) {
             return Ok(Some((adapter.clone(), bound.clone())));
         }
@@ -209,41 +196,75 @@ impl<B: Backend> Worker<B> {
         Ok(Some((adapter.clone(), bound)))
     }
 
-    fn cancel(&mut self, id: u64) {
-        self.finish(id, Ok(FinishReason::Cancelled));
-        self.scores.retain(|score| score.id != id);
+    /// A sequence joins the batch, with what others have left of its beginning.
+    fn start(&mut self, id: u64) -> Result<()> {
+        let Some(sequence) = self.scheduler.running(id) else { return Ok(()) };
+        let Some(live) = self.live.get_mut(&id) else { return Ok(()) };
+        let prompt = &sequence.task.prompt;
+        let mut cached = 0;
+        if let Some((cache, common)) = self.prefixes.find(live.adapter_key(), prompt) {
+            // The last token's logits are needed.
+            cached = common.min(prompt.len() - 1);
+            live.cache = self.decoder.fork(cache, cached)?;
+        }
+        self.decoder.reserve(&mut live.cache, prompt.len())?;
+        sequence.begin_at(cached);
+        live.start(cached);
+        Ok(())
     }
 
     /// Ends a sequence, and gives its memory back.
     fn finish(&mut self, id: u64, end: Result<FinishReason>) {
-        self.scheduler.remove(id);
+        let sequence = self.scheduler.remove(id);
         let Some(mut live) = self.live.remove(&id) else { return };
-        let end = end.and_then(|reason| {
-            let rest = catch(|| live.text.as_mut().map(TextStream::finish).transpose())?;
-            if let Some(text) = rest.filter(|text| !text.is_empty()) {
-                _ = catch(|| Ok(live.sink.chunk(vec![], text)));
-            }
-            Ok(Event::Done { reason, prompt_tokens: live.prompt_tokens })
-        });
-        let Live { sink, cache, adapter, place, share, .. } = live;
-        // Whoever hears of the end finds everything given back.
-        drop((cache, adapter, place, share));
+        if let Some(sequence) = sequence.filter(|_| end.is_ok()) {
+            let cache = std::mem::take(&mut live.cache);
+            let kept = catch(|| self.keep(live.adapter_key(), sequence.into_computed(), &cache));
+            // Without what it might have kept, it has ended as well.
+            kept.unwrap_or_else(|_| self.prefixes.clear());
+        }
+        live.cache.clear();
+        live.places.clear();
+        live.adapter = None;
+        live.share.set(0);
         self.count();
-        sink.end(end.unwrap_or_else(Event::Failed));
+        // Whoever hears of the end finds everything given back.
+        let (sink, event) = match end {
+            Ok(reason) => live.end(reason),
+            Err(error) => (live.sink, Err(error)),
+        };
+        sink.end(event.unwrap_or_else(Event::Failed));
+    }
+
+    fn keep(&mut self, adapter: usize, ids: Vec<u32>, cache: &KvCache<B>) -> Result<()> {
+        if !ids.is_empty() {
+            let cache = self.decoder.fork(cache, ids.len())?;
+            let pages = self.decoder.pages(&cache);
+            self.prefixes.insert(adapter, ids, cache, pages);
+        }
+        Ok(())
+    }
+
+    /// What was computed beside a fault may be of it.
+    fn fail(&mut self, ids: impl Iterator<Item = u64>, error: &Error) {
+        self.prefixes.clear();
+        ids.for_each(|id| self.finish(id, Err(error.clone())));
     }
 
     fn submit(&mut self, previous: Option<&InFlight<B>>) -> Option<InFlight<B>> {
+        for id in self.scheduler.admit() {
+            if let Err(error) = catch(|| self.start(id)) {
+                self.finish(id, Err(error));
+            }
+        }
         let chunks = self.scheduler.step();
         if chunks.is_empty() {
             return None;
         }
-        for chunk in &chunks {
-            self.live.get_mut(&chunk.id).map(|live| live.place.take());
-        }
         match catch(|| self.submit_step(&chunks, previous)) {
             Ok(in_flight) => Some(in_flight),
             Err(error) => {
-                chunks.iter().for_each(|chunk| self.finish(chunk.id, Err(error.clone())));
+                self.fail(chunks.iter().map(|chunk| chunk.id), &error);
                 None
             }
         }
@@ -254,6 +275,7 @@ impl<B: Backend> Worker<B> {
         chunks: &[Chunk],
         previous: Option<&InFlight<B>>,
     ) -> Result<InFlight<B>> {
+        let begun = Instant::now();
         let tokens: Vec<Token> = chunks.iter().flat_map(|chunk| chunk.tokens.clone()).collect();
         let (mut parts, mut outputs, mut end) = (vec![], vec![], 0);
         for (chunk, live) in chunks.iter().zip(lives(&mut self.live, chunks)) {
@@ -267,23 +289,27 @@ impl<B: Backend> Worker<B> {
         let previous = previous.map(|step| &step.samples);
         let _turn = self.decoder.backend.turn();
         let logits = self.decoder.forward(&tokens, previous, &mut parts, &outputs)?;
+        match self.fault.take() {
+            Some(Fault::Panic) => panic!("a test asked for it"),
+            Some(Fault::Error) => return Err(Error::Backend("a test asked for it".into())),
+            None => {}
+        }
         let draws: Vec<_> =
             chunks.iter().map(|chunk| chunk.draw.clone().unwrap_or_default()).collect();
         let samples = self.decoder.backend.sample(&logits, &draws)?;
         self.decoder.backend.submit(&samples)?;
         let chunks = chunks.iter().map(|chunk| (chunk.id, chunk.draw.is_some())).collect();
-        Ok(InFlight { samples, chunks })
+        Ok(InFlight { samples, chunks, rows: tokens.len(), begun })
     }
 
     fn read(&mut self, step: InFlight<B>) {
+        let ids = step.chunks.iter().map(|(id, _)| *id);
         match catch(|| self.decoder.backend.read(&step.samples)) {
-            Err(error) => {
-                step.chunks.iter().for_each(|&(id, _)| self.finish(id, Err(error.clone())));
-            }
+            Err(error) => self.fail(ids, &error),
             Ok(samples) => {
                 for (&(id, is_token), sample) in step.chunks.iter().zip(samples) {
                     let handed = match sample {
-                        Some(token) if is_token => catch(|| self.hand_out(id, token)),
+                        Some(sample) if is_token => catch(|| self.hand_out(id, sample)),
                         Some(_) => Ok(()),
                         None => Err(Error::Backend("the logits are not finite numbers".into())),
                     };
@@ -291,21 +317,35 @@ impl<B: Backend> Worker<B> {
                 }
             }
         }
+        self.report(&step);
+    }
+
+    fn report(&mut self, step: &InFlight<B>) {
+        let Some(monitor) = &mut self.monitor else { return };
+        let step = Step {
+            sequences: step.chunks.len(),
+            rows: step.rows,
+            waiting: self.scheduler.waiting(),
+            kv_bytes: self.kv_bytes.amount(),
+            prefix_bytes: self.prefixes.bytes(),
+            duration: step.begun.elapsed(),
+        };
+        if !catch(|| Ok(monitor(step))).unwrap_or(false) {
+            self.monitor = None;
+        }
     }
 
     /// A sampled token: to its sequence, if that is still there, and to whoever asked for it.
-    fn hand_out(&mut self, id: u64, token: u32) -> Result<()> {
+    fn hand_out(&mut self, id: u64, sample: Sample) -> Result<()> {
         let Some(sequence) = self.scheduler.running(id) else { return Ok(()) };
         let Some(live) = self.live.get_mut(&id) else { return Ok(()) };
-        let tokenizers = live.text.as_ref().and_then(TextStream::eos_token_id);
-        if self.config.eos_token_ids.contains(&token) || tokenizers == Some(token) {
+        live.note_token();
+        if sequence.task.eos_token_ids.contains(&sample.id) {
             self.finish(id, Ok(FinishReason::Stop));
             return Ok(());
         }
-        let exhausted = sequence.accept(token);
-        let text = live.text.as_mut().map(|text| text.push(token)).transpose()?;
-        let (text, stopped) = text.map_or_else(Default::default, |text| (text.text, text.stopped));
-        let heard = live.sink.chunk(vec![token], text);
+        let exhausted = sequence.accept(sample.id);
+        let (heard, stopped) = live.tell(sample)?;
         match (heard, stopped, exhausted) {
             (false, ..) => self.finish(id, Ok(FinishReason::Cancelled)),
             (_, true, _) => self.finish(id, Ok(FinishReason::Stop)),
@@ -324,8 +364,8 @@ impl<B: Backend> Worker<B> {
             Ok(true) => Event::Scores(std::mem::take(&mut score.log_probs)),
             Err(error) => Event::Failed(error),
         };
-        if let Some(Score { sink, cache, adapter, share, place, .. }) = self.scores.pop_front() {
-            drop((cache, adapter, share, place));
+        if let Some(Score { sink, cache, adapter, share, places, .. }) = self.scores.pop_front() {
+            drop((cache, adapter, share, places));
             self.count();
             sink.end(end);
         }
@@ -333,8 +373,12 @@ impl<B: Backend> Worker<B> {
 
     fn count(&mut self) {
         let sequences = self.live.values().map(|live| &live.cache);
-        let caches = sequences.chain(self.scores.iter().map(|score| &score.cache)).flatten();
-        self.kv_bytes.set(caches.map(|cache| self.decoder.backend.cache_bytes(cache)).sum());
+        let caches = sequences.chain(self.scores.iter().map(|score| &score.cache));
+        let pages = caches.flat_map(|cache| self.decoder.pages(cache));
+        let mut seen = HashSet::new();
+        let own = pages.filter(|page| !self.prefixes.holds(page) && seen.insert(page.id));
+        self.kv_bytes.set(own.map(|page| page.bytes).sum());
+        self.prefix_bytes.set(self.prefixes.bytes());
     }
 }
 

@@ -3,9 +3,9 @@
 
 use bombus::adapter::Adapter;
 use bombus::backend::cpu::{Level, Options};
-use bombus::engine::{Device, Engine, Event, Generation, Prompt, Request, Sink};
+use bombus::engine::{Device, Engine, Event, Generation, Prompt, Request, Sink, Usage};
 use bombus::error::{Error, Result};
-use bombus::sampler::Sampling;
+use bombus::sampler::Logprobs;
 use bombus::scheduler::Limits;
 use bombus::sequence::FinishReason;
 use std::path::PathBuf;
@@ -55,15 +55,7 @@ pub fn adapter(case: &str, name: &str) -> Arc<Adapter> {
 }
 
 pub fn ids_request(ids: &[u32], max_new_tokens: usize) -> Request {
-    Request {
-        prompt: Prompt::Ids(ids.to_vec()),
-        tokenizer: None,
-        adapter: None,
-        sampling: Sampling::default(),
-        max_new_tokens,
-        max_context: None,
-        stop: vec![],
-    }
+    Request::new(Prompt::Ids(ids.to_vec()), max_new_tokens)
 }
 
 pub struct Running {
@@ -71,7 +63,7 @@ pub struct Running {
     pub events: Receiver<Event>,
 }
 
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Answer {
     pub ids: Vec<u32>,
     pub text: String,
@@ -86,18 +78,21 @@ pub fn start(engine: &Engine, request: Request) -> Result<Running> {
 
 impl Running {
     pub fn wait(self) -> Result<Answer> {
-        let mut answer =
-            Answer { ids: vec![], text: String::new(), reason: FinishReason::Cancelled };
+        Ok(self.wait_for_all()?.0)
+    }
+
+    pub fn wait_for_all(self) -> Result<(Answer, Usage, Vec<Logprobs>)> {
+        let (mut ids, mut text, mut all) = (vec![], String::new(), vec![]);
         for event in self.events.iter() {
             match event {
-                Event::Chunk { ids, text } => {
-                    answer.ids.extend(ids);
-                    answer.text.push_str(&text);
+                Event::Chunk { id, text: more, logprobs } => {
+                    ids.extend(id);
+                    text.push_str(&more);
+                    all.extend(logprobs);
                 }
                 Event::Failed(error) => return Err(error),
-                Event::Done { reason, .. } => {
-                    answer.reason = reason;
-                    return Ok(answer);
+                Event::Done { reason, usage } => {
+                    return Ok((Answer { ids, text, reason }, usage, all));
                 }
                 Event::Scores(_) => panic!("scores of a request for text"),
             }

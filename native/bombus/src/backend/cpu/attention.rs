@@ -9,51 +9,107 @@ use super::float::Float;
 use super::rows::{Norm, norm_factor, part};
 use super::simd::{Kernel, LANES, Simd, prefetch};
 use super::tensor::{Shared, Tensor};
-use super::{AttentionShape, Cpu, Segment, lock};
+use super::{AttentionShape, Cpu, Page, Segment, lock};
+use crate::error::{Error, Result};
 use crate::gauge;
+use crate::memory;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// The positions of a page.
 const PAGE: usize = 64;
 /// The rows of a prefill that are one piece of work.
 const ROWS: usize = 16;
 
-/// Keys and values of one sequence in one layer.
+/// So many bytes at once are asked for in advance.
+const LARGE: usize = 1 << 20;
+
+/// Keys and values of one sequence in one layer. Forks share pages until one of them writes there.
+#[derive(Default)]
 pub struct Cache {
-    pages: Vec<Vec<u8>>,
-    share: gauge::Share,
+    pages: Vec<Arc<Memory>>,
 }
 
-impl Default for Cache {
-    fn default() -> Self {
-        Self { pages: vec![], share: gauge::Share::of(&gauge::CPU_BYTES) }
+/// A page's.
+struct Memory {
+    bytes: Vec<u8>,
+    _share: gauge::Share,
+}
+
+impl Memory {
+    fn new(size: usize) -> Result<Self> {
+        let mut bytes = vec![];
+        let room = bytes.try_reserve_exact(size);
+        room.map_err(|_| Error::OutOfMemory(format!("no {size} bytes for keys and values")))?;
+        bytes.resize(size, 0);
+        let mut share = gauge::Share::of(&gauge::CPU_BYTES);
+        share.set(size);
+        Ok(Self { bytes, _share: share })
     }
 }
 
 impl Cache {
-    pub fn bytes(&self) -> usize {
-        self.pages.iter().map(Vec::len).sum()
+    pub fn fork(&self, positions: usize) -> Self {
+        let pages = positions.div_ceil(PAGE).min(self.pages.len());
+        Self { pages: self.pages[..pages].to_vec() }
     }
 
-    /// Makes room for positions up to `end`.
-    fn grow(&mut self, end: usize, layout: &Layout) {
-        while self.pages.len() * PAGE < end {
-            self.pages.push(vec![0; layout.page_bytes()]);
+    pub fn pages(&self) -> Vec<Page> {
+        let page =
+            |page: &Arc<Memory>| Page { id: Arc::as_ptr(page) as usize, bytes: page.bytes.len() };
+        self.pages.iter().map(page).collect()
+    }
+
+    /// Makes these positions its own to write to.
+    pub fn reserve(&mut self, positions: Range<usize>, layout: &Layout) -> Result<()> {
+        let new = positions.end.div_ceil(PAGE).saturating_sub(self.pages.len());
+        let bytes = new * layout.page_bytes();
+        // A file of the kernel's is read: not for every page.
+        if bytes > LARGE && !memory::has_room_for(bytes) {
+            return Err(Error::OutOfMemory(format!("no {bytes} bytes for keys and values")));
         }
-        self.share.set(self.bytes());
+        for page in positions.start / PAGE..positions.end.div_ceil(PAGE) {
+            match self.pages.get_mut(page) {
+                None => self.pages.push(Arc::new(Memory::new(layout.page_bytes())?)),
+                Some(shared) if Arc::strong_count(shared) > 1 => {
+                    let mut own = Memory::new(layout.page_bytes())?;
+                    own.bytes.copy_from_slice(&shared.bytes);
+                    *shared = Arc::new(own);
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Pages that are shared are read only.
+    fn pointers(&mut self) -> Pages {
+        let pointer = |page: &mut Arc<Memory>| match Arc::get_mut(page) {
+            Some(own) => own.bytes.as_mut_ptr(),
+            None => page.bytes.as_ptr().cast_mut(),
+        };
+        Pages(self.pages.iter_mut().map(pointer).collect())
     }
 }
 
 /// A page: keys `[head][16 positions][dim][position]`, then values `[head][position][dim]`, the
 /// latter with room for whole vectors.
 #[derive(Clone, Copy)]
-struct Layout {
+pub struct Layout {
     heads: usize,
     dim: usize,
     float: Float,
 }
 
 impl Layout {
+    pub fn new(shape: &AttentionShape, k_norm: &Norm) -> Self {
+        Self {
+            heads: shape.num_key_value_heads,
+            dim: shape.head_dim,
+            float: if k_norm.float == Float::F32 { Float::F32 } else { Float::F16 },
+        }
+    }
+
     fn value_dim(&self) -> usize {
         self.dim.next_multiple_of(LANES)
     }
@@ -117,23 +173,16 @@ pub fn attend(
     [q_norm, k_norm]: [&Norm; 2],
     segments: &[Segment],
     caches: &mut [&mut Cache],
-) -> Tensor {
-    let layout = Layout {
-        heads: shape.num_key_value_heads,
-        dim: shape.head_dim,
-        float: if k_norm.float == Float::F32 { Float::F32 } else { Float::F16 },
-    };
+) -> Result<Tensor> {
+    let layout = Layout::new(shape, k_norm);
     let mut rope = lock(&cpu.rope);
     let positions = |segment: &Segment| segment.start..segment.start + segment.rows.len();
     rope.turn_to(segments.iter().flat_map(positions).collect(), shape);
-    let pages: Vec<Pages> = segments
-        .iter()
-        .zip(caches)
-        .map(|(segment, cache)| {
-            cache.grow(segment.start + segment.rows.len(), &layout);
-            Pages(cache.pages.iter_mut().map(Vec::as_mut_ptr).collect())
-        })
-        .collect();
+    let pages = segments.iter().zip(caches).map(|(segment, cache)| {
+        cache.reserve(positions(segment), &layout)?;
+        Ok(cache.pointers())
+    });
+    let pages = pages.collect::<Result<Vec<_>>>()?;
     let step = Step {
         shape,
         layout,
@@ -157,7 +206,7 @@ pub fn attend(
         // SAFETY: a piece's heads and rows are its own.
         unsafe { cpu.level.run(Attend { step: &step, piece: &pieces[piece], out: target }) };
     });
-    out
+    Ok(out)
 }
 
 /// What all pieces of a step share.

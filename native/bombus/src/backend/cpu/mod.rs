@@ -29,10 +29,10 @@ pub use pool::{Turn, default_threads};
 pub use simd::Level;
 
 use super::{Adapted, AttentionShape, Backend, LinearWeights};
-use super::{LoraRows, LoraWeights, Segment, Token};
+use super::{LoraRows, LoraWeights, Page, Segment, Token};
 use crate::error::{Error, Result};
 use crate::mapped_file::MappedFile;
-use crate::sampler::Draw;
+use crate::sampler::{Draw, Sample};
 use crate::tensor_file::TensorView;
 use attention::{Cache, Rope};
 use digits::{Digits, Format};
@@ -161,8 +161,22 @@ impl Backend for Cpu {
         Cache::default()
     }
 
-    fn cache_bytes(&self, cache: &Cache) -> usize {
-        cache.bytes()
+    fn fork(&self, cache: &Cache, positions: usize) -> Result<Cache> {
+        Ok(cache.fork(positions))
+    }
+
+    fn pages(&self, cache: &Cache) -> Vec<Page> {
+        cache.pages()
+    }
+
+    fn reserve(
+        &self,
+        shape: &AttentionShape,
+        k_norm: &Norm,
+        cache: &mut Cache,
+        positions: usize,
+    ) -> Result<()> {
+        cache.reserve(0..positions, &attention::Layout::new(shape, k_norm))
     }
 
     fn embed(
@@ -210,7 +224,7 @@ impl Backend for Cpu {
         segments: &[Segment],
         caches: &mut [&mut Cache],
     ) -> Result<Tensor> {
-        Ok(attention::attend(self, shape, qkv, head_norms, segments, caches))
+        attention::attend(self, shape, qkv, head_norms, segments, caches)
     }
 
     fn gated(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
@@ -250,7 +264,7 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn read(&self, samples: &Samples) -> Result<Vec<Option<u32>>> {
-        Ok(samples.ids())
+    fn read(&self, samples: &Samples) -> Result<Vec<Option<Sample>>> {
+        Ok(samples.read())
     }
 }

@@ -3,35 +3,62 @@
 use super::rows::part;
 use super::simd::{Kernel, LANES, Simd};
 use super::tensor::{Shared, Tensor};
-use super::{Cpu, Draw};
+use super::{Cpu, Draw, Sample, lock};
+use crate::sampler::Logprobs;
 use std::cell::RefCell;
+use std::sync::Mutex;
 
 /// One token for each row; none where its logits were no numbers.
-pub struct Samples(Vec<Option<u32>>);
+pub struct Samples(Vec<Option<Sample>>);
 
 impl Samples {
     /// The token of a row, where there is one.
     pub fn id(&self, row: usize) -> usize {
-        self.0[row].unwrap_or(0) as usize
+        self.0[row].as_ref().map_or(0, |sample| sample.id as usize)
     }
 
-    pub fn ids(&self) -> Vec<Option<u32>> {
+    pub fn read(&self) -> Vec<Option<Sample>> {
         self.0.clone()
     }
 }
 
 /// logits: `[rows, vocab]`
 pub fn sample(cpu: &Cpu, logits: &Tensor, draws: &[Draw]) -> Samples {
-    let mut samples = vec![0.0; logits.rows];
-    let out = Shared(samples.as_mut_ptr());
+    let samples = Mutex::new(vec![None; logits.rows]);
     cpu.pool.each(logits.rows, |row| {
-        let id = sample_row(cpu, logits.row(row), &draws[row]);
-        // A token's id in the bits of a float: MAX is none.
-        // SAFETY: each row is written by one thread.
-        unsafe { *out.at(row) = f32::from_bits(id.unwrap_or(u32::MAX)) };
+        let (logits, draw) = (logits.row(row), &draws[row]);
+        let sample = sample_row(cpu, logits, draw).map(|id| {
+            let top = draw.sampling.logprobs;
+            Sample { id, logprobs: top.map(|top| logprobs(cpu, logits, id, top)) }
+        });
+        lock(&samples)[row] = sample;
     });
-    let ids = samples.into_iter().map(f32::to_bits);
-    Samples(ids.map(|id| (id != u32::MAX).then_some(id)).collect())
+    Samples(std::mem::take(&mut *lock(&samples)))
+}
+
+/// ln p of token `id`, and of the `top` most probable.
+fn logprobs(cpu: &Cpu, logits: &[f32], id: u32, top: usize) -> Logprobs {
+    let logprob = with_normalizer(cpu, logits);
+    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+    let logit = |id: u32| logits[id as usize];
+    let by_logit = |a: &u32, b: &u32| logit(*b).total_cmp(&logit(*a)).then(a.cmp(b));
+    let top = top.min(order.len());
+    if 0 < top && top < order.len() {
+        order.select_nth_unstable_by(top - 1, by_logit);
+    }
+    order.truncate(top);
+    order.sort_unstable_by(by_logit);
+    Logprobs {
+        chosen: logprob(logit(id)),
+        top: order.into_iter().map(|id| (id, logprob(logit(id)))).collect(),
+    }
+}
+
+/// From a logit of this row to ln p.
+fn with_normalizer(cpu: &Cpu, logits: &[f32]) -> impl Fn(f32) -> f32 {
+    let highest = highest(cpu, logits);
+    let total = with_weights(|weights| weigh(cpu, logits, highest, 1.0, weights)).ln();
+    move |logit| (f64::from(logit - highest) - total) as f32
 }
 
 /// ln p of one target for each row; not a number where a logit of the row is none
@@ -40,26 +67,27 @@ pub fn log_probs(cpu: &Cpu, logits: &Tensor, targets: &[u32]) -> Vec<f32> {
     let out = Shared(log_probs.as_mut_ptr());
     cpu.pool.each(logits.rows, |row| {
         let (logits, target) = (logits.row(row), targets[row] as usize);
-        let highest = highest(cpu, logits);
-        let total = with_weights(|weights| weigh(cpu, logits, highest, 1.0, weights));
-        let log_prob = f64::from(logits[target] - highest) - total.ln();
+        let log_prob = with_normalizer(cpu, logits)(logits[target]);
         // SAFETY: each row is written by one thread.
-        unsafe { *out.at(row) = log_prob as f32 };
+        unsafe { *out.at(row) = log_prob };
     });
     log_probs
 }
 
 fn sample_row(cpu: &Cpu, logits: &[f32], draw: &Draw) -> Option<u32> {
-    if draw.seen.is_empty() {
+    if !draw.changes() {
         return choose(cpu, logits, draw);
     }
-    let mut penalized = logits.to_vec();
+    let mut changed = logits.to_vec();
     let penalty = draw.sampling.repetition_penalty;
     for &id in &draw.seen {
-        let logit = &mut penalized[id as usize];
+        let logit = &mut changed[id as usize];
         *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
     }
-    choose(cpu, &penalized, draw)
+    for &(id, bias) in &draw.bias {
+        changed[id as usize] += bias;
+    }
+    choose(cpu, &changed, draw)
 }
 
 fn choose(cpu: &Cpu, logits: &[f32], draw: &Draw) -> Option<u32> {

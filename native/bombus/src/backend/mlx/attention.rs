@@ -1,6 +1,6 @@
 //! Attention over the caches of the sequences in a step.
 
-use super::{AttentionShape, Segment, array};
+use super::{AttentionShape, Page, Segment, array};
 use crate::error::Result;
 use mlx_rs::fast::{self, ScaledDotProductAttentionMask as Mask};
 use mlx_rs::ops::indexing::{Ellipsis, TryIndexMutOp, TryIndexOp};
@@ -16,8 +16,21 @@ pub struct Cache {
 }
 
 impl Cache {
-    pub fn bytes(&self) -> usize {
-        self.keys_values.iter().flatten().map(Array::nbytes).sum()
+    /// MLX copies the arrays when one of the two is written to.
+    pub fn fork(&self, positions: usize) -> Result<Self> {
+        let capacity = capacity(positions as i32);
+        let cut = |array: &Array| match array.dim(2) > capacity {
+            true => array.try_index((Ellipsis, ..capacity, ..)),
+            false => Ok(array.clone()),
+        };
+        let Some([keys, values]) = &self.keys_values else { return Ok(Self::default()) };
+        Ok(Self { keys_values: Some([cut(keys)?, cut(values)?]) })
+    }
+
+    /// One for the whole of it, named by its place in memory.
+    pub fn page(&self) -> Page {
+        let bytes = self.keys_values.iter().flatten().map(Array::nbytes).sum();
+        Page { id: self as *const Self as usize, bytes }
     }
 
     /// Writes `new` at `start`; -> keys and values of all positions up to there.
@@ -38,8 +51,13 @@ impl Cache {
     }
 }
 
+/// The positions of a cache that has room for so many.
+fn capacity(positions: i32) -> i32 {
+    (positions + GROWTH - 1) / GROWTH * GROWTH
+}
+
 fn grown(caches: Option<[Array; 2]>, new: &[Array; 2], end: i32) -> Result<[Array; 2]> {
-    let capacity = (end + GROWTH - 1) / GROWTH * GROWTH;
+    let capacity = capacity(end);
     let zeros = |like: &Array, positions: i32| {
         let shape = [like.dim(0), like.dim(1), positions, like.dim(3)];
         ops::zeros_dtype(&shape, like.dtype())

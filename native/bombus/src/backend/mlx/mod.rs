@@ -12,9 +12,9 @@ mod sample;
 pub use device::{Device, gpu_available, memory};
 
 use super::{Adapted, AttentionShape, Backend, LinearWeights};
-use super::{LoraRows, LoraWeights, Segment, Token};
+use super::{LoraRows, LoraWeights, Page, Segment, Token};
 use crate::error::{Error, Result};
-use crate::sampler::Draw;
+use crate::sampler::{Draw, Sample};
 use crate::tensor_file::TensorView;
 use attention::Cache;
 use linear::{Linear, Lora};
@@ -86,8 +86,17 @@ impl Backend for Mlx {
         Cache::default()
     }
 
-    fn cache_bytes(&self, cache: &Cache) -> usize {
-        cache.bytes()
+    fn fork(&self, cache: &Cache, positions: usize) -> Result<Cache> {
+        cache.fork(positions)
+    }
+
+    fn pages(&self, cache: &Cache) -> Vec<Page> {
+        vec![cache.page()]
+    }
+
+    /// MLX says so itself when it has no memory.
+    fn reserve(&self, _: &AttentionShape, _: &Array, _: &mut Cache, _: usize) -> Result<()> {
+        Ok(())
     }
 
     fn embed(
@@ -170,15 +179,11 @@ impl Backend for Mlx {
     }
 
     fn submit(&self, samples: &Samples) -> Result<()> {
-        Ok(transforms::async_eval([&samples.ids, &samples.broken])?)
+        Ok(transforms::async_eval(samples.arrays())?)
     }
 
-    fn read(&self, samples: &Samples) -> Result<Vec<Option<u32>>> {
-        samples.ids.eval()?;
-        samples.broken.eval()?;
-        let ids = array::values::<u32>(&samples.ids)?;
-        let broken = array::values::<bool>(&samples.broken)?;
-        Ok(ids.into_iter().zip(broken).map(|(id, broken)| (!broken).then_some(id)).collect())
+    fn read(&self, samples: &Samples) -> Result<Vec<Option<Sample>>> {
+        samples.read()
     }
 }
 

@@ -1,22 +1,92 @@
 //! Sampling in MLX's graph, so that the next step can be submitted before the token is known.
 
+use super::array;
 use crate::error::Result;
-use crate::sampler::Draw;
-use mlx_rs::ops::indexing::{argmax_axis, take_along_axis};
+use crate::sampler::{Draw, Logprobs, Sample};
+use mlx_rs::ops::indexing::{argmax_axis, take_along_axis, take_axis};
 use mlx_rs::{Array, Dtype, ops};
 
 /// What is sampled, `[rows]` each, and may not have been computed yet.
 pub struct Samples {
     pub ids: Array,
     /// Whether the row's logits hold what is no number; its id then means nothing.
-    pub broken: Array,
+    broken: Array,
+    logprobs: Option<Tops>,
+}
+
+/// ln p of the ids `[rows, 1]`; the most probable ids and their ln p `[rows, top]`.
+struct Tops {
+    chosen: Array,
+    ids: Array,
+    logprobs: Array,
+    /// How many each row asked for.
+    wanted: Vec<Option<usize>>,
+}
+
+impl Samples {
+    /// All that is to be computed.
+    pub fn arrays(&self) -> impl Iterator<Item = &Array> {
+        let tops = self.logprobs.iter().flat_map(|tops| [&tops.chosen, &tops.ids, &tops.logprobs]);
+        [&self.ids, &self.broken].into_iter().chain(tops)
+    }
+
+    pub fn read(&self) -> Result<Vec<Option<Sample>>> {
+        for array in self.arrays() {
+            array.eval()?;
+        }
+        let ids = array::values::<u32>(&self.ids)?;
+        let broken = array::values::<bool>(&self.broken)?;
+        let logprobs = match &self.logprobs {
+            Some(tops) => tops.read()?,
+            None => vec![None; ids.len()],
+        };
+        let sample = |((id, broken), logprobs): ((u32, bool), Option<Logprobs>)| {
+            (!broken).then_some(Sample { id, logprobs })
+        };
+        Ok(ids.into_iter().zip(broken).zip(logprobs).map(sample).collect())
+    }
+}
+
+impl Tops {
+    /// logits: as the model gave them
+    fn new(logits: &Array, ids: &Array, draws: &[Draw]) -> Result<Option<Self>> {
+        let wanted: Vec<Option<usize>> = draws.iter().map(|draw| draw.sampling.logprobs).collect();
+        let Some(most) = wanted.iter().flatten().max() else { return Ok(None) };
+        let most = (*most).min(logits.dim(-1) as usize);
+        let logprobs = logits.subtract(logits.logsumexp_axis(-1, true)?)?;
+        let chosen = take_along_axis(&logprobs, ids.reshape(&[-1, 1])?, -1)?;
+        let order = ops::argsort_axis(logprobs.negative()?, -1)?;
+        let columns: Vec<usize> = (0..most).collect();
+        let top = take_axis(&order, array::indices(&columns), -1)?.as_dtype(Dtype::Uint32)?;
+        let logprobs = take_along_axis(&logprobs, &top, -1)?.contiguous()?;
+        Ok(Some(Self { chosen, ids: top.contiguous()?, logprobs, wanted }))
+    }
+
+    fn read(&self) -> Result<Vec<Option<Logprobs>>> {
+        let chosen = array::values::<f32>(&self.chosen)?;
+        let most = self.ids.dim(-1) as usize;
+        let (ids, logprobs) = match most {
+            0 => (vec![], vec![]),
+            _ => (array::values::<u32>(&self.ids)?, array::values::<f32>(&self.logprobs)?),
+        };
+        let row = |(row, wanted): (usize, &Option<usize>)| {
+            let top = |place| (ids[row * most + place], logprobs[row * most + place]);
+            wanted.map(|wanted| Logprobs {
+                chosen: chosen[row],
+                top: (0..wanted.min(most)).map(top).collect(),
+            })
+        };
+        Ok(self.wanted.iter().enumerate().map(row).collect())
+    }
 }
 
 /// logits: `[rows, vocab]`
 pub fn sample(logits: &Array, draws: &[Draw]) -> Result<Samples> {
     let logits = logits.as_dtype(Dtype::Float32)?;
     let broken = ops::is_nan(logits.sum_axis(-1, false)?)?;
-    Ok(Samples { ids: ids(penalize(logits, draws)?, draws)?, broken })
+    let ids = ids(change(logits.clone(), draws)?, draws)?;
+    let logprobs = Tops::new(&logits, &ids, draws)?;
+    Ok(Samples { ids, broken, logprobs })
 }
 
 fn ids(logits: Array, draws: &[Draw]) -> Result<Array> {
@@ -101,21 +171,30 @@ fn keep(probs: &Array, kept: Array) -> Result<Array> {
     Ok(ops::select(kept, probs, Array::from_f32(0.0))?)
 }
 
-fn penalize(logits: Array, draws: &[Draw]) -> Result<Array> {
-    if draws.iter().all(|draw| draw.seen.is_empty()) {
-        return Ok(logits);
-    }
+/// Penalties and biases.
+fn change(logits: Array, draws: &[Draw]) -> Result<Array> {
     let vocab = logits.dim(-1) as usize;
-    let mut seen = vec![false; draws.len() * vocab];
-    for (row, draw) in draws.iter().enumerate() {
-        let seen = &mut seen[row * vocab..][..vocab];
-        draw.seen.iter().for_each(|&id| seen[id as usize] = true);
+    let mut logits = logits;
+    if draws.iter().any(|draw| !draw.seen.is_empty()) {
+        let mut seen = vec![false; draws.len() * vocab];
+        for (draw, seen) in draws.iter().zip(seen.chunks_exact_mut(vocab)) {
+            draw.seen.iter().for_each(|&id| seen[id as usize] = true);
+        }
+        let seen = Array::from_slice(&seen, logits.shape());
+        let penalty = column(draws, |draw| draw.sampling.repetition_penalty);
+        let positive = logits.gt(Array::from_f32(0.0))?;
+        let penalized =
+            ops::select(positive, logits.divide(&penalty)?, logits.multiply(&penalty)?)?;
+        logits = ops::select(seen, penalized, logits)?;
     }
-    let seen = Array::from_slice(&seen, logits.shape());
-    let penalty = column(draws, |draw| draw.sampling.repetition_penalty);
-    let positive = logits.gt(Array::from_f32(0.0))?;
-    let penalized = ops::select(positive, logits.divide(&penalty)?, logits.multiply(&penalty)?)?;
-    Ok(ops::select(seen, penalized, logits)?)
+    if draws.iter().any(|draw| !draw.bias.is_empty()) {
+        let mut biases = vec![0f32; draws.len() * vocab];
+        for (draw, biases) in draws.iter().zip(biases.chunks_exact_mut(vocab)) {
+            draw.bias.iter().for_each(|&(id, bias)| biases[id as usize] = bias);
+        }
+        logits = logits.add(Array::from_slice(&biases, logits.shape()))?;
+    }
+    Ok(logits)
 }
 
 #[cfg(test)]

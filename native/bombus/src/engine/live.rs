@@ -1,0 +1,74 @@
+//! What belongs to a sequence beside its tokens.
+
+use super::queue::Place;
+use super::sink::{Event, Sink, Usage};
+use crate::adapter::Adapter;
+use crate::backend::Backend;
+use crate::decoder::{BoundAdapter, KvCache};
+use crate::error::{Result, catch};
+use crate::gauge;
+use crate::sampler::Sample;
+use crate::sequence::FinishReason;
+use crate::tokenizer::TextStream;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+pub struct Live<B: Backend> {
+    pub cache: KvCache<B>,
+    pub adapter: Option<InUse<B>>,
+    pub text: Option<TextStream>,
+    pub sink: Sink,
+    pub places: Vec<Place>,
+    pub usage: Usage,
+    pub asked: Instant,
+    pub share: gauge::Share,
+}
+
+/// An adapter that a sequence keeps alive, and its pairs.
+pub type InUse<B> = (Arc<Adapter>, Rc<BoundAdapter<B>>);
+
+/// Names an adapter as long as it lives; no adapter is 0.
+pub fn adapter_key(adapter: Option<&Arc<Adapter>>) -> usize {
+    adapter.map_or(0, |adapter| Arc::as_ptr(adapter) as usize)
+}
+
+impl<B: Backend> Live<B> {
+    pub fn adapter_key(&self) -> usize {
+        adapter_key(self.adapter.as_ref().map(|(adapter, _)| adapter))
+    }
+
+    /// It joins the batch, where `cached` tokens of its prompt are computed already.
+    pub fn start(&mut self, cached: usize) {
+        self.places.clear();
+        self.usage.queued = self.asked.elapsed();
+        self.usage.cached_tokens = cached;
+    }
+
+    pub fn note_token(&mut self) {
+        self.usage.first_token.get_or_insert_with(|| self.asked.elapsed());
+    }
+
+    /// Tells of a token; -> whether anyone hears it, and whether it has completed a stop string.
+    pub fn tell(&mut self, sample: Sample) -> Result<(bool, bool)> {
+        let text = self.text.as_mut().map(|text| text.push(sample.id)).transpose()?;
+        let (text, stopped) = text.map_or_else(Default::default, |text| (text.text, text.stopped));
+        self.usage.output_tokens += 1;
+        let chunk = Event::Chunk { id: Some(sample.id), text, logprobs: sample.logprobs };
+        Ok((self.sink.chunk(chunk), stopped))
+    }
+
+    /// Tells of the text that was held back, and gives all but the sink back; -> what to end with
+    pub fn end(mut self, reason: FinishReason) -> (Sink, Result<Event>) {
+        let rest = catch(|| self.text.as_mut().map(TextStream::finish).transpose());
+        let event = rest.map(|rest| {
+            if let Some(text) = rest.filter(|text| !text.is_empty()) {
+                let chunk = Event::Chunk { id: None, text, logprobs: None };
+                _ = catch(|| Ok(self.sink.chunk(chunk)));
+            }
+            self.usage.total = self.asked.elapsed();
+            Event::Done { reason, usage: self.usage }
+        });
+        (self.sink, event)
+    }
+}
