@@ -31,6 +31,19 @@ defmodule Bombus.Fixtures do
     %{results: [%{result | token_summary: Map.delete(result.token_summary, :cached)}]}
   end
 
+  # What tests run on other nodes, which have this module and none of theirs.
+
+  def stream(serving, input), do: serving |> Bombus.Serving.stream(input) |> Enum.to_list()
+  def take(serving, input, n), do: serving |> Bombus.Serving.stream(input) |> Enum.take(n)
+
+  def run_again_and_again(serving, input) do
+    Enum.each(1..1000, fn _again -> Bombus.Serving.batched_run(serving, input) end)
+  end
+
+  def answer(serving, input, pid) do
+    send(pid, {:answer, Bombus.Serving.batched_run(serving, input)})
+  end
+
   @doc "A copy of a checkpoint or an adapter that may be broken."
   def copy(folder, dir) do
     target = Path.join(dir, "copy-#{System.unique_integer([:positive])}")

@@ -108,7 +108,6 @@ impl<B: Backend> Worker<B> {
                 self.read(step);
             }
             self.advance_scores();
-            self.count();
         }
     }
 
@@ -317,6 +316,7 @@ impl<B: Backend> Worker<B> {
                 }
             }
         }
+        self.count();
         self.report(&step);
     }
 
@@ -360,7 +360,7 @@ impl<B: Backend> Worker<B> {
         let Some(score) = self.scores.front_mut() else { return };
         let rows = self.prefill_chunk.min(SCORED_ROWS);
         let end = match catch(|| score.advance(&self.decoder, rows)) {
-            Ok(false) => return,
+            Ok(false) => return self.count(),
             Ok(true) => Event::Scores(std::mem::take(&mut score.log_probs)),
             Err(error) => Event::Failed(error),
         };
