@@ -1,12 +1,13 @@
 # make demo: the model that ships with Bombus writes posts, without and with an adapter.
 # make test: all tests. Both set up what they need in .toolchain first.
+# make soak: hundreds of callers for MINUTES (5), to see that nothing leaks.
 # make bench: the engine's speed on this machine; needs cargo alone. bench/README.md
 
 SHELL := /bin/sh
 in_toolchain := . .toolchain/env &&
 mlx_c := native/target/mlx-c/config.toml
 
-.PHONY: demo test bench setup test-rust test-elixir lint format clean
+.PHONY: demo test bench soak setup test-rust test-elixir lint format clean
 
 demo: setup
 	@$(in_toolchain) mix run scripts/demo.exs
@@ -31,6 +32,10 @@ compile: setup
 # ARGS="--batch 1,8 ..."; --help shows all
 bench:
 	cd native && cargo run --release -p bombus --example bench -- $(ARGS)
+
+MINUTES ?= 5
+soak: setup
+	@$(in_toolchain) RUST_BACKTRACE=0 mix run scripts/soak.exs $(MINUTES)
 
 lint: compile
 	$(in_toolchain) mix format --check-formatted

@@ -9,9 +9,18 @@ defmodule Bombus.GuidesTest do
 
   @tag skip: if(@python == nil, do: "BOMBUS_PYTHON names no Python with mlx_lm")
   test "fine_tuning.md", %{tmp_dir: dir} do
-    guide = File.read!("guides/fine_tuning.md")
-    blocks = Regex.scan(@block, guide, capture: :all_but_first)
-    assert length(blocks) >= 6
+    assert follow("fine_tuning.md", dir) >= 6
+  end
+
+  test "serving.md", %{tmp_dir: dir} do
+    written = ExUnit.CaptureIO.capture_io(fn -> assert follow("serving.md", dir) >= 5 end)
+    assert written =~ ~r/tea/i
+  end
+
+  # -> how many blocks there are
+  defp follow(guide, dir) do
+    blocks =
+      Regex.scan(@block, File.read!(Path.join("guides", guide)), capture: :all_but_first)
 
     File.cd!(dir, fn ->
       Enum.reduce(blocks, [], fn
@@ -20,13 +29,19 @@ defmodule Bombus.GuidesTest do
           bindings
 
         ["sh", command], bindings ->
-          model = Application.app_dir(:bombus, "priv/models/demo")
-          path = Path.dirname(@python) <> ":" <> System.get_env("PATH")
-          env = [{"MODEL", model}, {"PATH", path}]
-          {output, status} = System.cmd("sh", ["-ec", command], env: env, stderr_to_stdout: true)
-          assert status == 0, output
+          shell(command)
           bindings
       end)
     end)
+
+    length(blocks)
+  end
+
+  defp shell(command) do
+    model = Application.app_dir(:bombus, "priv/models/demo")
+    path = Path.dirname(@python) <> ":" <> System.get_env("PATH")
+    env = [{"MODEL", model}, {"PATH", path}]
+    {output, status} = System.cmd("sh", ["-ec", command], env: env, stderr_to_stdout: true)
+    assert status == 0, output
   end
 end

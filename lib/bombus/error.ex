@@ -14,7 +14,8 @@ defmodule Bombus.Error do
     * `:overloaded` - the queue is full
     * those of a training: see `Bombus.Training.LoRA.train/1`
     * `:stopped` - the model's engine or the serving has stopped
-    * `:out_of_memory`, `:backend`, `:panic` - the computation failed; the engine serves on
+    * `:out_of_memory` - there is none for the prompt's keys and values, or for a step
+    * `:backend`, `:panic` - a step failed, and with it all sequences in it; the engine serves on
 
   What the caller wrote wrongly raises `ArgumentError` instead.
   """

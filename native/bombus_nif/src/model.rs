@@ -45,8 +45,8 @@ pub struct LimitOptions {
 }
 
 impl LimitOptions {
-    fn of_model(&self) -> Limits {
-        self.over(Limits::default())
+    fn of_model(&self, device: Device) -> Limits {
+        self.over(Limits { prefill_chunk: device.prefill_chunk(), ..Limits::default() })
     }
 
     /// Those of some requests, within the model's.
@@ -108,7 +108,7 @@ fn load_model<'a>(
 ) -> Term<'a> {
     let started = Address::caller(env, reference).answer_later(move || {
         let device = options.device()?;
-        let engine = Engine::load(&PathBuf::from(path), device, options.limits.of_model())?;
+        let engine = Engine::load(&PathBuf::from(path), device, options.limits.of_model(device))?;
         let spec = spec(&engine, device);
         Ok((ResourceArc::new(ModelHandle(engine)), spec))
     });

@@ -29,6 +29,7 @@ usage: bench [options]
   --adapters N       of rank 8 on all layers: one stream with one, 16 sequences with one, and with N
                      mixed (0)
   --tokens N         generated for each figure (64)
+  --prefill-chunk N  prompt tokens in a step (64 on cpu, 512 with MLX)
   --repeat N         rounds; every figure is their median (3)
   --dir PATH         where checkpoints are kept (a folder of the system's for temporary files)
   --json PATH        writes all figures there
@@ -50,6 +51,7 @@ pub struct Options {
     pub gguf: Option<PathBuf>,
     pub mlx_lm: Option<PathBuf>,
     pub adapters: usize,
+    pub prefill_chunk: Option<usize>,
 }
 
 impl Options {
@@ -73,6 +75,7 @@ impl Options {
             gguf: None,
             mlx_lm: None,
             adapters: 0,
+            prefill_chunk: None,
         };
         let mut parser = Parser::from_env();
         while let Some(argument) = parser.next()? {
@@ -98,6 +101,7 @@ impl Options {
                 "depth" => options.sizes.depth = numbers()?,
                 "batch" => options.sizes.batch = numbers()?,
                 "adapters" => options.adapters = value.parse()?,
+                "prefill-chunk" => options.prefill_chunk = Some(value.parse()?),
                 "tokens" => options.sizes.tokens = value.parse()?,
                 "repeat" => options.repeat = value.parse()?,
                 "dir" => options.dir = value.into(),
@@ -140,7 +144,7 @@ fn main() -> Result<()> {
     let mut report = report::Report::new(&options, checkpoint::bytes(&folder)?);
     for round in 0..options.repeat {
         report.bandwidth(machine::bandwidth(options.cpu.threads));
-        let (figures, load) = measure::run(&folder, &adapters, device, &options.sizes)?;
+        let (figures, load) = measure::run(&folder, &adapters, device, &options)?;
         report.add("bombus", figures);
         report.load(load);
         for (name, figures) in peers::llama_cpp(&options)? {

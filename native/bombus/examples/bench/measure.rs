@@ -1,6 +1,6 @@
 //! The engine's own figures, through its own queue: tokens a second.
 
-use crate::machine;
+use crate::{Options, machine};
 use anyhow::{Context, Result, bail};
 use bombus::adapter::Adapter;
 use bombus::engine::{Device, Engine, Event, Generation, Prompt, Request, Sink};
@@ -37,12 +37,14 @@ pub fn run(
     folder: &Path,
     adapters: &[PathBuf],
     device: Device,
-    sizes: &Sizes,
+    options: &Options,
 ) -> Result<(Figures, Load)> {
+    let sizes = &options.sizes;
     let before = machine::resident();
     let start = Instant::now();
     // The same prompts come again and again.
-    let limits = Limits { max_batch_size: 256, prefix_cache: 0, ..Limits::default() };
+    let mut limits = Limits { max_batch_size: 256, prefix_cache: 0, ..Limits::default() };
+    limits.prefill_chunk = options.prefill_chunk.unwrap_or_else(|| device.prefill_chunk());
     let engine = Engine::load(folder, device, limits)?;
     let seconds = start.elapsed().as_secs_f64();
     // The first pass touches every page of the file.

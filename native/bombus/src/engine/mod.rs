@@ -48,6 +48,19 @@ pub enum Device {
     Mlx(mlx::Device),
 }
 
+impl Device {
+    /// The prompt tokens of a step that make prefill about as fast as it gets: what is more only
+    /// holds up those who generate.
+    pub fn prefill_chunk(&self) -> usize {
+        match self {
+            // Measured: bench/README.md
+            Device::Cpu(_) => 64,
+            #[cfg(feature = "mlx")]
+            Device::Mlx(_) => 512,
+        }
+    }
+}
+
 /// What a test can make of the next step.
 #[derive(Clone, Copy, Debug)]
 pub enum Fault {

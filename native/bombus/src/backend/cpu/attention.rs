@@ -36,11 +36,14 @@ struct Memory {
     _share: gauge::Share,
 }
 
+fn no_memory(bytes: usize) -> Error {
+    Error::OutOfMemory(format!("no {bytes} bytes for keys and values"))
+}
+
 impl Memory {
     fn new(size: usize) -> Result<Self> {
         let mut bytes = vec![];
-        let room = bytes.try_reserve_exact(size);
-        room.map_err(|_| Error::OutOfMemory(format!("no {size} bytes for keys and values")))?;
+        bytes.try_reserve_exact(size).map_err(|_| no_memory(size))?;
         bytes.resize(size, 0);
         let mut share = gauge::Share::of(&gauge::CPU_BYTES);
         share.set(size);
@@ -66,8 +69,9 @@ impl Cache {
         let bytes = new * layout.page_bytes();
         // A file of the kernel's is read: not for every page.
         if bytes > LARGE && !memory::has_room_for(bytes) {
-            return Err(Error::OutOfMemory(format!("no {bytes} bytes for keys and values")));
+            return Err(no_memory(bytes));
         }
+        self.pages.try_reserve(new).map_err(|_| no_memory(bytes))?;
         for page in positions.start / PAGE..positions.end.div_ceil(PAGE) {
             match self.pages.get_mut(page) {
                 None => self.pages.push(Arc::new(Memory::new(layout.page_bytes())?)),
