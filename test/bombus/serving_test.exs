@@ -1,6 +1,8 @@
 defmodule Bombus.ServingTest do
   use ExUnit.Case
 
+  import Bombus.Fixtures, only: [assert_soon: 1]
+
   alias Bombus.{Error, Fixtures, Serving}
 
   setup_all do
@@ -20,15 +22,6 @@ defmodule Bombus.ServingTest do
 
   defp text(%{results: [%{text: text}]}), do: text
   defp ids(%{results: [%{token_ids: ids}]}), do: ids
-
-  # Sequences end on the engine's thread, a step after they are told to.
-  defp assert_soon(fun, tries \\ 500) do
-    cond do
-      fun.() -> :ok
-      tries == 0 -> flunk("it did not happen: #{inspect(Bombus.memory_info())}")
-      true -> Process.sleep(10) && assert_soon(fun, tries - 1)
-    end
-  end
 
   defp free?(info \\ Bombus.memory_info()), do: info.sequences == 0 and info.kv == 0
 

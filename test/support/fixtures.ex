@@ -31,6 +31,21 @@ defmodule Bombus.Fixtures do
     %{results: [%{result | token_summary: Map.delete(result.token_summary, :cached)}]}
   end
 
+  @doc "Sequences end on the engine's thread, a step after they are told to."
+  def assert_soon(fun, tries \\ 500) do
+    cond do
+      fun.() ->
+        :ok
+
+      tries == 0 ->
+        ExUnit.Assertions.flunk("it did not happen: #{inspect(Bombus.memory_info())}")
+
+      true ->
+        Process.sleep(10)
+        assert_soon(fun, tries - 1)
+    end
+  end
+
   # What tests run on other nodes, which have this module and none of theirs.
 
   def stream(serving, input), do: serving |> Bombus.Serving.stream(input) |> Enum.to_list()

@@ -10,7 +10,7 @@ defmodule Bombus.Serving.Remote do
   def start(serving, input, server) do
     reference = make_ref()
 
-    with {:ok, owner} <- GenServer.call(server, {:start, input, reference}) do
+    with {:ok, owner} <- GenServer.call(server, {:start, input, reference}, :infinity) do
       {:ok,
        %Request{
          reference: reference,

@@ -13,9 +13,11 @@ defmodule Bombus.Serving.Server do
 
   def start_link(options), do: GenServer.start_link(__MODULE__, options, name: options[:name])
 
-  @doc "The serving, and the process whose end is that of its requests."
+  @doc """
+  The serving, and the process whose end is that of its requests. Waits while it loads its model.
+  """
   def checkout(name) do
-    case GenServer.call(name, :checkout) do
+    case GenServer.call(name, :checkout, :infinity) do
       {%Serving{} = serving, server} -> {serving, server}
       {:error, error} -> raise error
     end

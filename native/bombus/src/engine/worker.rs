@@ -146,6 +146,7 @@ impl<B: Backend> Worker<B> {
             Command::Cancel { id } => {
                 self.finish(id, Ok(FinishReason::Cancelled));
                 self.scores.retain(|score| score.id != id);
+                self.count();
             }
             Command::Forget { adapter } => {
                 self.adapters.remove(&adapter);
