@@ -14,13 +14,24 @@ defmodule Bombus.MixProject do
       start_permanent: Mix.env() == :prod,
       description: "4-bit MLX language models with LoRA adapters, in any Elixir app",
       package: package(),
-      deps: []
+      deps: deps()
     ]
   end
 
+  # For `Bombus.Text`, `Bombus.Tensor` and their like; all else works without. Without Hex (this
+  # project's own builds) Mix could not even look at them.
+  defp deps do
+    if Code.ensure_loaded?(Hex),
+      do: [{:nx, "~> 0.10", optional: true}, {:telemetry, "~> 1.0", optional: true}],
+      else: []
+  end
+
   def application do
-    # Where the application has telemetry, that starts first.
-    [extra_applications: [:logger, telemetry: :optional], mod: {Bombus.Application, []}]
+    # Where the application has these, they start first.
+    [
+      extra_applications: [:logger, telemetry: :optional, nx: :optional],
+      mod: {Bombus.Application, []}
+    ]
   end
 
   defp elixirc_paths(:test), do: ["lib", "test/support"]

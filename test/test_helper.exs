@@ -7,4 +7,14 @@ unless Code.ensure_loaded?(:telemetry) do
   Logger.configure(level: :debug)
 end
 
-ExUnit.start()
+# With Nx on ERL_LIBS the same command runs these too.
+excluded =
+  if Code.ensure_loaded?(Nx.Serving) do
+    {:ok, _started} = Application.ensure_all_started(:nx)
+    []
+  else
+    IO.puts("Nx is not on the path: tests that need it are left out (see README.md)")
+    [:nx]
+  end
+
+ExUnit.start(exclude: excluded)

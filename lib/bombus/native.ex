@@ -27,6 +27,11 @@ defmodule Bombus.Native do
   # {reference, step} to a process after every step of a model.
   def watch(_model, _pid, _reference), do: nif()
 
+  # Files of tensors.
+  def open_tensors(_path, _reference), do: nif()
+  def read_tensor(_files, _name), do: nif()
+  def write_tensors(_path, _entries, _metadata, _reference), do: nif()
+
   # For tests: the next step of a model ends in :panic or :error.
   def fail_next_step(_model, _fault), do: nif()
 

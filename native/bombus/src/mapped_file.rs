@@ -90,13 +90,17 @@ impl Mapped {
         self.range.is_empty()
     }
 
+    pub fn bytes(&self) -> &[u8] {
+        &self.file.map[self.range.clone()]
+    }
+
     pub fn as_ptr(&self) -> *const u8 {
-        self.file.map[self.range.clone()].as_ptr()
+        self.bytes().as_ptr()
     }
 
     /// A part of it.
     pub fn copy(&self, range: Range<usize>) -> Vec<u8> {
-        self.file.map[self.range.clone()][range].to_vec()
+        self.bytes()[range].to_vec()
     }
 }
 

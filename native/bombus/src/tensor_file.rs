@@ -7,10 +7,11 @@
 
 use crate::error::{Error, Result};
 use crate::mapped_file::{Mapped, MappedFile};
-use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata};
+use safetensors::{SafeTensors, View};
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
-use std::collections::{BTreeMap, HashSet};
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
@@ -171,6 +172,15 @@ impl TensorFiles {
         })
     }
 
+    /// What the headers say beside the tensors, of all files together.
+    pub fn metadata(&self) -> Option<HashMap<String, String>> {
+        let all = self.files.iter().filter_map(|file| file.metadata.metadata().as_ref());
+        all.cloned().reduce(|mut all, more| {
+            all.extend(more);
+            all
+        })
+    }
+
     /// Where the tensors are, for messages.
     pub fn place(&self) -> String {
         match &self.files[..] {
@@ -239,4 +249,68 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, Vec<String>>> {
         return Err(Error::Checkpoint(format!("`{}` names no tensors", path.display())));
     }
     Ok(shards)
+}
+
+/// A tensor that is to be written.
+pub struct NewTensor<'a> {
+    name: &'a str,
+    dtype: Dtype,
+    shape: &'a [usize],
+    bytes: &'a [u8],
+}
+
+impl<'a> NewTensor<'a> {
+    /// `dtype`: as in the format, "BF16"
+    pub fn new(name: &'a str, dtype: &str, shape: &'a [usize], bytes: &'a [u8]) -> Result<Self> {
+        let dtype = serde_json::from_value(dtype.into())
+            .map_err(|_| Error::Request(format!("the format has no type {dtype}")))?;
+        Ok(Self { name, dtype, shape, bytes })
+    }
+}
+
+impl View for &NewTensor<'_> {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        self.bytes.into()
+    }
+
+    fn data_len(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+/// Writes beside `path` and moves the file there when it is whole.
+pub fn write(
+    path: &Path,
+    tensors: Vec<NewTensor>,
+    metadata: Option<HashMap<String, String>>,
+) -> Result<()> {
+    for tensor in &tensors {
+        let bits = tensor.shape.iter().try_fold(tensor.dtype.bitsize(), |n, s| n.checked_mul(*s));
+        if bits != tensor.bytes.len().checked_mul(8) {
+            let NewTensor { name, dtype, shape, bytes } = tensor;
+            let message = format!("`{name}` is {dtype:?} of shape {shape:?} with");
+            return Err(Error::Request(format!("{message} {} bytes", bytes.len())));
+        }
+    }
+    let mut part = path.as_os_str().to_owned();
+    part.push(".part");
+    let part = PathBuf::from(part);
+    let entries = tensors.iter().map(|tensor| (tensor.name, tensor));
+    let failed =
+        |reason: String| Error::Io(format!("could not write `{}`: {reason}", path.display()));
+    let written = safetensors::serialize_to_file(entries, metadata, &part)
+        .map_err(|error| failed(error.to_string()))
+        .and_then(|()| std::fs::rename(&part, path).map_err(|error| failed(error.to_string())));
+    if written.is_err() {
+        _ = std::fs::remove_file(&part);
+    }
+    written
 }

@@ -10,6 +10,7 @@ mod generation;
 mod group;
 mod memory;
 mod model;
+mod tensors;
 mod tokenizer;
 
 rustler::init!("Elixir.Bombus.Native");

@@ -1,0 +1,171 @@
+defmodule Bombus.Safetensors do
+  @moduledoc """
+  Tensors in files of the [safetensors format](https://huggingface.co/docs/safetensors).
+
+      {:ok, tensors} = Bombus.Safetensors.read("model.safetensors")
+      tensors["model.norm.weight"]
+      #=> #Bombus.Tensor<bf16[1024]>
+
+      :ok = Bombus.Safetensors.write("copy.safetensors", tensors)
+
+  A path is a file, or a folder with a checkpoint: `model.safetensors`, or the shards that
+  `model.safetensors.index.json` names. The safetensors crate checks every header.
+
+  Files are mapped, and a tensor's binary is where it lies in the file: reading a checkpoint of many
+  gigabytes takes milliseconds, and memory only for what is looked at. Where a file is written to
+  while its tensors are in use, their bytes are of both versions, and zeros where it has become
+  shorter: write to another file, and rename it.
+
+  Errors are `{:error, %Bombus.Error{reason: reason}}` with `:not_found`, `:io`, or `:bad_checkpoint`
+  for what is no such file.
+  """
+
+  alias Bombus.{Error, Native, Tensor}
+
+  @types %{
+    "BOOL" => {:bool, 8},
+    "U8" => {:u, 8},
+    "I8" => {:s, 8},
+    "U16" => {:u, 16},
+    "I16" => {:s, 16},
+    "U32" => {:u, 32},
+    "I32" => {:s, 32},
+    "U64" => {:u, 64},
+    "I64" => {:s, 64},
+    "F16" => {:f, 16},
+    "BF16" => {:bf, 16},
+    "F32" => {:f, 32},
+    "F64" => {:f, 64},
+    "C64" => {:c, 64},
+    "F8_E5M2" => {:f, 8},
+    "F8_E4M3" => {:f8_e4m3fn, 8},
+    "F8_E8M0" => {:f8_e8m0, 8},
+    "F8_E4M3FNUZ" => {:f8_e4m3fnuz, 8},
+    "F8_E5M2FNUZ" => {:f8_e5m2fnuz, 8},
+    "F6_E2M3" => {:f6_e2m3, 6},
+    "F6_E3M2" => {:f6_e3m2, 6},
+    "F4" => {:f4, 4}
+  }
+  @dtypes Map.new(@types, fn {dtype, type} -> {type, dtype} end)
+
+  @type tensor :: Tensor.t() | struct()
+
+  @doc """
+  All tensors by their names, or some of them.
+
+  ## Options
+
+    * `:only` - a list of names
+    * `:as` - `:nx` for tensors of Nx, which are copied; `:bombus` (default) for `Bombus.Tensor`
+  """
+  @spec read(Path.t(), keyword()) :: {:ok, %{String.t() => tensor()}} | {:error, Error.t()}
+  def read(path, options \\ []) do
+    options = Keyword.validate!(options, [:only, as: :bombus])
+    as = as!(options[:as])
+
+    with {:ok, {files, entries, _metadata}} <- open(path) do
+      known = Map.new(entries, fn {name, dtype, shape} -> {name, {dtype, shape}} end)
+      names = options[:only] || Map.keys(known)
+
+      Enum.reduce_while(names, {:ok, %{}}, fn name, {:ok, tensors} ->
+        case tensor(files, known, name, path) do
+          {:ok, tensor} -> {:cont, {:ok, Map.put(tensors, name, as.(tensor))}}
+          {:error, error} -> {:halt, {:error, error}}
+        end
+      end)
+    end
+  end
+
+  @doc """
+  What is in a file, without its tensors: `%{name => %{dtype: "BF16", type: {:bf, 16}, shape: {2, 3}}}`,
+  and under `"__metadata__"` a map of strings, where there is one.
+  """
+  @spec read_header(Path.t()) :: {:ok, map()} | {:error, Error.t()}
+  def read_header(path) do
+    with {:ok, {_files, entries, metadata}} <- open(path) do
+      header =
+        Map.new(entries, fn {name, dtype, shape} ->
+          {name, %{dtype: dtype, type: @types[dtype], shape: List.to_tuple(shape)}}
+        end)
+
+      {:ok, if(metadata, do: Map.put(header, "__metadata__", metadata), else: header)}
+    end
+  end
+
+  @doc "One tensor; `:as` is that of `read/2`. A name that is not there is `:not_found`."
+  @spec read_tensor(Path.t(), String.t(), keyword()) :: {:ok, tensor()} | {:error, Error.t()}
+  def read_tensor(path, name, options \\ []) when is_binary(name) do
+    options = Keyword.validate!(options, as: :bombus)
+
+    with {:ok, tensors} <- read(path, only: [name], as: options[:as]) do
+      {:ok, tensors[name]}
+    end
+  end
+
+  @doc """
+  Writes tensors, Nx's or `Bombus.Tensor`s, to a file, which is there when it is whole.
+
+  ## Options
+
+    * `:metadata` - a map of strings
+  """
+  @spec write(Path.t(), %{String.t() => tensor()}, keyword()) :: :ok | {:error, Error.t()}
+  def write(path, tensors, options \\ []) do
+    options = Keyword.validate!(options, metadata: nil)
+    entries = Enum.map(tensors, &entry!/1)
+    metadata = metadata!(options[:metadata])
+
+    with {:ok, _written} <-
+           Native.await(&Native.write_tensors(Path.expand(path), entries, metadata, &1)) do
+      :ok
+    end
+  end
+
+  defp open(path) do
+    Native.await(&Native.open_tensors(Path.expand(path), &1))
+  end
+
+  defp tensor(files, known, name, path) do
+    with {dtype, shape} <- Map.get(known, name, :missing),
+         {:ok, binary} <- files |> Native.read_tensor(name) |> Error.from_native() do
+      {:ok, Tensor.new(@types[dtype], List.to_tuple(shape), binary)}
+    else
+      :missing -> Error.error(:not_found, "there is no tensor `#{name}` in `#{path}`")
+      {:error, error} -> {:error, error}
+    end
+  end
+
+  defp entry!({name, tensor}) when is_binary(name) or is_atom(name) do
+    %Tensor{type: type, shape: shape, binary: binary} = Tensor.from_nx(tensor)
+
+    dtype =
+      @dtypes[type] ||
+        raise ArgumentError,
+              "expected a type of the format, got a tensor #{Tensor.title(type, shape)}"
+
+    {to_string(name), dtype, Tuple.to_list(shape), binary}
+  end
+
+  defp entry!(other) do
+    raise ArgumentError, "expected tensors by their names, got: #{inspect(other)}"
+  end
+
+  defp metadata!(nil), do: nil
+
+  defp metadata!(metadata) do
+    if is_map(metadata) and Enum.all?(metadata, fn {k, v} -> is_binary(k) and is_binary(v) end),
+      do: metadata,
+      else:
+        raise(
+          ArgumentError,
+          "expected :metadata to be a map of strings, got: #{inspect(metadata)}"
+        )
+  end
+
+  defp as!(:bombus), do: & &1
+  defp as!(:nx), do: &Tensor.to_nx/1
+
+  defp as!(other) do
+    raise ArgumentError, "expected :as to be :bombus or :nx, got: #{inspect(other)}"
+  end
+end

@@ -1,0 +1,102 @@
+defmodule Bombus.Text do
+  @moduledoc """
+  Text generation as an `Nx.Serving`, with Bumblebee's inputs and outputs. Needs `:nx`.
+
+      serving = Bombus.Text.generation(model, tokenizer, adapter: adapter, max_new_tokens: 100)
+      Nx.Serving.run(serving, "Write a post")
+      #=> %{results: [%{text: "...", token_summary: %{input: 12, output: 40, padding: 0, cached: 0}, ...}]}
+
+      # in a supervision tree
+      {Nx.Serving, serving: serving, name: MyLLM}
+      Nx.Serving.batched_run(MyLLM, "Write a post")
+
+  It works on another node of a cluster, where only Nx is loaded, as any `Nx.Serving` does.
+
+  Requests of many callers run in the engine's one batch, whatever the serving's `:batch_size` and
+  partitions: what goes through the serving's process is only the permission to begin. It is set to
+  a `:batch_size` of 1 by `Nx.Serving.process_options/2`; a larger one only adds its `:batch_timeout`.
+  """
+
+  alias Bombus.{Model, Serving, Tokenizer}
+
+  # Asked for when a serving is made: the package works without Nx.
+  @compile {:no_warn_undefined, [Nx, Nx.Batch, Nx.Serving]}
+
+  @doc """
+  A serving that generates text.
+
+  Takes the inputs of `Bombus.Serving` (a string, `%{text: _, seed: _}`, messages, token ids, a list of
+  those) and its options, for the serving and beside each input. As in Bumblebee:
+
+    * `:stream` - `true` makes `Nx.Serving.run/2` and `batched_run/2` return a stream of text
+    * `:stream_done` - `true` ends such a stream with `{:done, result}`
+    * `:compile`, `:defn_options` - accepted: nothing is compiled, and `:sequence_length` bounds prompt
+      and text together
+
+  What goes wrong at run time is `{:error, %Bombus.Error{}}` in place of a result, and raised by a
+  stream. The death of the calling process cancels the request, also on another node. Halting a stream
+  cancels it too; only Nx does not tell when a stream is halted on another node, where
+  `Bombus.Serving.stream/2` does.
+  """
+  @spec generation(Model.t(), Tokenizer.t() | nil, keyword()) :: struct()
+  def generation(model, tokenizer, options \\ []) do
+    unless Code.ensure_loaded?(Nx.Serving) do
+      raise "Bombus.Text needs Nx: add {:nx, \"~> 0.10\"} to your dependencies, or use Bombus.Serving"
+    end
+
+    serving = Serving.new(model, tokenizer, Keyword.delete(options, :defn_options))
+
+    # No computation of Nx's: one number goes through, and the client asks the engine.
+    nx =
+      fn _defn_options -> fn _batch -> Nx.u8([0]) end end
+      |> Nx.Serving.new([])
+      |> Nx.Serving.process_options(batch_size: 1)
+      |> Nx.Serving.client_preprocessing(fn input ->
+        {Nx.Batch.stack([Nx.u8(0)]), checked!(input, serving)}
+      end)
+
+    if serving.options.stream do
+      nx
+      |> Nx.Serving.streaming(hooks: [])
+      |> Nx.Serving.client_postprocessing(fn permission, input ->
+        Stream.flat_map([:begin], fn :begin ->
+          Stream.run(permission)
+          Serving.run(serving, input)
+        end)
+      end)
+    else
+      Nx.Serving.client_postprocessing(nx, fn _permission, input ->
+        follow_client()
+        Serving.run(serving, input)
+      end)
+    end
+  end
+
+  # What the caller wrote is checked before anything goes through the serving.
+  defp checked!(inputs, serving) when is_list(inputs),
+    do: Enum.map(inputs, &checked!(&1, serving))
+
+  defp checked!(input, serving) do
+    Serving.Input.normalize!(input, serving)
+    input
+  end
+
+  # For a client on another node, Nx runs this in a process that the client's has spawned here, and
+  # that does not end with it.
+  defp follow_client do
+    with {:parent, client} when is_pid(client) and node(client) != node() <-
+           Process.info(self(), :parent) do
+      own = self()
+
+      spawn(fn ->
+        client = Process.monitor(client)
+        Process.monitor(own)
+
+        receive do
+          {:DOWN, ^client, :process, _pid, _reason} -> Process.exit(own, :kill)
+          {:DOWN, _own, :process, _pid, _reason} -> :ok
+        end
+      end)
+    end
+  end
+end
