@@ -218,7 +218,8 @@ defmodule Bombus do
     end
   end
 
-  defp device!(options) do
+  @doc false
+  def device!(options) do
     case options[:device] || backend_device!(options[:backend]) do
       device when device in [:auto, :gpu, :cpu] ->
         device

@@ -32,6 +32,9 @@ defmodule Bombus.Native do
   def read_tensor(_files, _name), do: nif()
   def write_tensors(_path, _entries, _metadata, _reference), do: nif()
 
+  # :quantize, :dequantize and :matmul of arrays {dtype, shape, binary}.
+  def quantization(_operation, _arrays, _options, _reference), do: nif()
+
   # For tests: the next step of a model ends in :panic or :error.
   def fail_next_step(_model, _fault), do: nif()
 

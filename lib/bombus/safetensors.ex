@@ -121,6 +121,11 @@ defmodule Bombus.Safetensors do
     end
   end
 
+  @doc false
+  # A type as the format names it, and the other way round.
+  def dtype(type), do: @dtypes[type]
+  def type(dtype), do: @types[dtype]
+
   defp open(path) do
     Native.await(&Native.open_tensors(Path.expand(path), &1))
   end

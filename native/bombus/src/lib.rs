@@ -5,7 +5,7 @@
 //! (`tokenizer`), what a token is drawn with (`sampler`), the operations (`backend`), the
 //! transformer over them (`decoder`), adapters (`adapter`), from files to a decoder
 //! (`checkpoint`), one request (`sequence`), which rows go into a step (`scheduler`), and the
-//! thread that runs them (`engine`).
+//! thread that runs them (`engine`). Beside all that, matrices of a caller's own (`quantization`).
 
 pub mod adapter;
 pub mod backend;
@@ -18,6 +18,7 @@ pub mod gauge;
 pub mod mapped_file;
 pub mod memory;
 pub mod modules;
+pub mod quantization;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;

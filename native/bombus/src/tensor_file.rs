@@ -251,6 +251,12 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, Vec<String>>> {
     Ok(shards)
 }
 
+/// A type by its name in the format: "BF16".
+pub fn dtype(name: &str) -> Result<Dtype> {
+    serde_json::from_value(name.into())
+        .map_err(|_| Error::Request(format!("the format has no type {name}")))
+}
+
 /// A tensor that is to be written.
 pub struct NewTensor<'a> {
     name: &'a str,
@@ -262,9 +268,7 @@ pub struct NewTensor<'a> {
 impl<'a> NewTensor<'a> {
     /// `dtype`: as in the format, "BF16"
     pub fn new(name: &'a str, dtype: &str, shape: &'a [usize], bytes: &'a [u8]) -> Result<Self> {
-        let dtype = serde_json::from_value(dtype.into())
-            .map_err(|_| Error::Request(format!("the format has no type {dtype}")))?;
-        Ok(Self { name, dtype, shape, bytes })
+        Ok(Self { name, dtype: self::dtype(dtype)?, shape, bytes })
     }
 }
 

@@ -10,6 +10,7 @@ mod generation;
 mod group;
 mod memory;
 mod model;
+mod quantization;
 mod tensors;
 mod tokenizer;
 

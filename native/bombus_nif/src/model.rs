@@ -19,7 +19,7 @@ pub struct ModelHandle(pub Engine);
 impl Resource for ModelHandle {}
 
 #[derive(NifUnitEnum)]
-enum DeviceOption {
+pub enum DeviceOption {
     Auto,
     Gpu,
     Cpu,
@@ -107,7 +107,7 @@ fn load_model<'a>(
     reference: Term<'a>,
 ) -> Term<'a> {
     let started = Address::caller(env, reference).answer_later(move || {
-        let device = options.device()?;
+        let device = options.device.device(options.threads)?;
         let engine = Engine::load(&PathBuf::from(path), device, options.limits.of_model(device))?;
         let spec = spec(&engine, device);
         Ok((ResourceArc::new(ModelHandle(engine)), spec))
@@ -115,30 +115,31 @@ fn load_model<'a>(
     result_term(env, &started.map(|()| rustler::types::atom::ok()))
 }
 
-impl LoadOptions {
+impl DeviceOption {
+    /// `threads`: of the CPU backend, where not all cores
     #[cfg(feature = "mlx")]
-    fn device(&self) -> Result<Device> {
-        Ok(match self.device {
+    pub fn device(&self, threads: Option<usize>) -> Result<Device> {
+        Ok(match self {
             DeviceOption::Gpu => Device::Mlx(mlx::Device::Gpu),
             DeviceOption::MlxCpu => Device::Mlx(mlx::Device::Cpu),
             DeviceOption::Auto if mlx::gpu_available() => Device::Mlx(mlx::Device::Gpu),
-            DeviceOption::Auto | DeviceOption::Cpu => self.cpu(),
+            DeviceOption::Auto | DeviceOption::Cpu => cpu(threads),
         })
     }
 
     #[cfg(not(feature = "mlx"))]
-    fn device(&self) -> Result<Device> {
-        match self.device {
+    pub fn device(&self, threads: Option<usize>) -> Result<Device> {
+        match self {
             DeviceOption::Gpu => Err(Error::NoGpu(NO_MLX.into())),
             DeviceOption::MlxCpu => Err(Error::Unsupported(NO_MLX.into())),
-            DeviceOption::Auto | DeviceOption::Cpu => Ok(self.cpu()),
+            DeviceOption::Auto | DeviceOption::Cpu => Ok(cpu(threads)),
         }
     }
+}
 
-    fn cpu(&self) -> Device {
-        let default = cpu::Options::default();
-        Device::Cpu(cpu::Options { threads: self.threads.unwrap_or(default.threads), ..default })
-    }
+fn cpu(threads: Option<usize>) -> Device {
+    let default = cpu::Options::default();
+    Device::Cpu(cpu::Options { threads: threads.unwrap_or(default.threads), ..default })
 }
 
 #[cfg(not(feature = "mlx"))]

@@ -19,6 +19,7 @@ pub use monitor::{Monitor, Step};
 pub use queue::Group;
 pub use request::{Prompt, Request};
 pub use sink::{Event, Sink, Usage};
+pub use threads::on_thread;
 
 use crate::adapter::Adapter;
 use crate::backend::Backend;

@@ -2,9 +2,10 @@
 //! streams to the thread that made them, and keeps a thread of its own for each to the end of the
 //! process.
 
-use crate::error::{Error, Result};
+use super::exit::{self, Busy};
+use crate::error::{Error, Result, catch};
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, Once, PoisonError};
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -29,4 +30,21 @@ fn spawn() -> Result<Sender<Job>> {
     let spawned = std::thread::Builder::new().name("bombus-engine".into()).spawn(serve);
     spawned.map_err(|error| Error::OutOfMemory(format!("no thread for the engine: {error}")))?;
     Ok(sender)
+}
+
+/// Runs `work` on such a thread, and waits for it.
+pub fn on_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    static EXIT: Once = Once::new();
+    let (sender, done) = channel();
+    run(move || {
+        let busy = Busy::enter();
+        let result = catch(work);
+        // Now the backend's globals are there.
+        exit::register(&EXIT);
+        drop(busy);
+        _ = sender.send(result);
+    })?;
+    done.recv().map_err(|_| Error::Stopped)?
 }

@@ -18,6 +18,7 @@ mod digits;
 mod float;
 mod linear;
 mod pool;
+pub mod quantize;
 mod rows;
 mod sample;
 mod simd;

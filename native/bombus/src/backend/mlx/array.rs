@@ -8,28 +8,54 @@ use safetensors::tensor::Dtype as FileDtype;
 use std::ops::Range;
 
 /// Copies a tensor out of its file.
-#[allow(unsafe_code)]
 pub fn load(view: &TensorView) -> Result<Array> {
-    let dtype = match view.dtype {
+    from_bytes(view.dtype, view.shape, &view.read()?)
+}
+
+#[allow(unsafe_code)]
+pub fn from_bytes(dtype: FileDtype, shape: &[usize], bytes: &[u8]) -> Result<Array> {
+    let dtype = match dtype {
         FileDtype::U32 => Dtype::Uint32,
         FileDtype::F32 => Dtype::Float32,
         FileDtype::F16 => Dtype::Float16,
         FileDtype::BF16 => Dtype::Bfloat16,
         other => return Err(Error::Unsupported(format!("tensors of {other:?} are not supported"))),
     };
-    let shape: Result<Vec<i32>> = view
-        .shape
+    let shape: Result<Vec<i32>> = shape
         .iter()
         .map(|&size| i32::try_from(size).map_err(|_| Error::Checkpoint(format!("{size} rows"))))
         .collect();
-    let bytes = view.read()?;
-    // SAFETY: the safetensors crate has checked that dtype and shape make up these bytes, and
+    // SAFETY: whoever made the bytes has checked that dtype and shape make them up, and
     // MLX copies them before it returns (it reads them as bytes, so they need no alignment).
     let array = unsafe { Array::from_raw_data(bytes.as_ptr().cast(), &shape?, dtype) };
     match array.as_ptr().ctx.is_null() {
         true => Err(Error::OutOfMemory(format!("a tensor of {} bytes", bytes.len()))),
         false => Ok(array),
     }
+}
+
+/// Computes an array; -> its type and its numbers
+pub fn to_bytes(array: &Array) -> Result<(FileDtype, Vec<u8>)> {
+    let array = array.contiguous()?;
+    array.eval()?;
+    Ok(match array.dtype() {
+        Dtype::Uint32 => (FileDtype::U32, bytes_of(&array, |number: u32| number.to_le_bytes())?),
+        Dtype::Float32 => (FileDtype::F32, bytes_of(&array, |number: f32| number.to_le_bytes())?),
+        Dtype::Float16 => {
+            (FileDtype::F16, bytes_of(&array, |number: half::f16| number.to_le_bytes())?)
+        }
+        Dtype::Bfloat16 => {
+            (FileDtype::BF16, bytes_of(&array, |number: half::bf16| number.to_le_bytes())?)
+        }
+        other => return Err(Error::Unsupported(format!("arrays of {other:?} are not supported"))),
+    })
+}
+
+fn bytes_of<T: mlx_rs::ArrayElement + Clone, const N: usize>(
+    array: &Array,
+    bytes: fn(T) -> [u8; N],
+) -> Result<Vec<u8>> {
+    Ok(values::<T>(array)?.into_iter().flat_map(bytes).collect())
 }
 
 /// `x[range]`, the array itself where that is all of it.

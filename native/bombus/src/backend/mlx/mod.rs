@@ -7,6 +7,7 @@ mod array;
 mod attention;
 mod device;
 mod linear;
+pub mod quantize;
 mod sample;
 
 pub use device::{Device, gpu_available, memory};

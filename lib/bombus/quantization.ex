@@ -1,0 +1,230 @@
+defmodule Bombus.Quantization do
+  @moduledoc """
+  Matrices in MLX's affine quantization: made, taken back, and multiplied without taking them back.
+
+      {weight, scales, biases} = Bombus.Quantization.quantize(w, 64, 4)
+      y = Bombus.Quantization.quantized_matmul(x, weight, scales, biases, true, 64, 4)
+
+  A row's groups of `group_size` numbers (32, 64 or 128) each have a scale and a bias, so that
+  `w = scale * code + bias` with codes of `bits` (2 to 6, or 8), packed into 32-bit words from the low bits
+  on. For a matrix `{rows, columns}`:
+
+    * `weight` - `{:u, 32}`, `{rows, columns * bits / 32}`
+    * `scales`, `biases` - `{rows, columns / group_size}`, of the type of what was quantized: `{:f, 32}`,
+      `{:f, 16}` or `{:bf, 16}`
+
+  Tensors are Nx's or `Bombus.Tensor`s; the results are of the kind of the first argument.
+
+  The last argument of each function takes `:device`, as `Bombus.load_model/2` does: with `:gpu` and
+  `{:mlx, :cpu}` these are MLX's own operations. On `:cpu` quantizing gives MLX's numbers bit by bit, and
+  products are added up in float32 (within 0.00001 of MLX's in float32), and rounded once.
+
+  ## Inside `defn`
+
+  The functions may be called in `defn`, at least under Nx's evaluator: they become an
+  `Nx.runtime_call/4`, so that group size, bits and options must be known there.
+
+      defmodule MyLayer do
+        import Nx.Defn
+
+        defn dense(x, weight, scales, biases, bias) do
+          Bombus.Quantization.quantized_matmul(x, weight, scales, biases, true, 64, 4) + bias
+        end
+      end
+
+  What does not fit together raises `ArgumentError`, what goes wrong at run time `Bombus.Error`.
+  """
+
+  alias Bombus.{Error, Native, Safetensors, Tensor}
+
+  # Asked for when they are used: the package works without Nx.
+  @compile {:no_warn_undefined, [Nx]}
+
+  @type tensor :: Tensor.t() | struct()
+
+  @doc "Quantizes a matrix, or a stack of matrices: `{weight, scales, biases}`."
+  @spec quantize(tensor(), pos_integer(), pos_integer(), keyword()) ::
+          {tensor(), tensor(), tensor()}
+  def quantize(tensor, group_size \\ 64, bits \\ 4, options \\ []) do
+    options = options!(options, group_size, bits)
+    shape = shape(tensor)
+    columns = last(shape)
+
+    unless tuple_size(shape) >= 2 and rem(columns, group_size) == 0 and Tuple.product(shape) > 0 do
+      raise ArgumentError,
+            "expected a matrix whose rows are groups of #{group_size}, got the shape #{inspect(shape)}"
+    end
+
+    float!(tensor)
+
+    call(:quantize, {tensor}, options, fn type ->
+      {{{:u, 32}, with_last(shape, div(columns * bits, 32))},
+       {type, with_last(shape, div(columns, group_size))},
+       {type, with_last(shape, div(columns, group_size))}}
+    end)
+  end
+
+  @doc "What `quantize/4` has made, as numbers again, of the type of the scales."
+  @spec dequantize(tensor(), tensor(), tensor(), pos_integer(), pos_integer(), keyword()) ::
+          tensor()
+  def dequantize(weight, scales, biases, group_size \\ 64, bits \\ 4, options \\ []) do
+    options = options!(options, group_size, bits)
+    {_rows, columns} = quantized!(weight, scales, biases, options)
+
+    call(:dequantize, {weight, scales, biases}, options, fn _type ->
+      {type(scales), with_last(shape(scales), columns)}
+    end)
+  end
+
+  @doc """
+  `x` times a quantized matrix, which is `{out, in}` where `transpose` (the default, as the weights of a
+  linear layer lie), else `{in, out}`. `x` is `{..., in}`, of the type of the scales.
+  """
+  @spec quantized_matmul(
+          tensor(),
+          tensor(),
+          tensor(),
+          tensor(),
+          boolean(),
+          pos_integer(),
+          pos_integer(),
+          keyword()
+        ) :: tensor()
+  def quantized_matmul(
+        x,
+        weight,
+        scales,
+        biases,
+        transpose \\ true,
+        group_size \\ 64,
+        bits \\ 4,
+        options \\ []
+      )
+      when is_boolean(transpose) do
+    options = options!(options, group_size, bits) |> Map.put(:transpose, transpose)
+    {rows, columns} = quantized!(weight, scales, biases, options)
+    {inputs, outputs} = if transpose, do: {columns, rows}, else: {rows, columns}
+
+    unless tuple_size(shape(weight)) == 2 and tuple_size(shape(x)) > 0 and
+             last(shape(x)) == inputs do
+      raise ArgumentError,
+            "expected rows of #{inputs} for a matrix {#{rows}, #{columns}}, got x of the shape " <>
+              inspect(shape(x))
+    end
+
+    unless type(x) == type(scales) do
+      raise ArgumentError,
+            "expected x to be of the type of the scales, #{inspect(type(scales))}, got: #{inspect(type(x))}"
+    end
+
+    call(:matmul, {x, weight, scales, biases}, options, fn type ->
+      {type, with_last(shape(x), outputs)}
+    end)
+  end
+
+  # What `defn` calls: as `Nx.Defn.deftransform/2` makes it, which would need Nx to compile.
+  for {name, arities} <- [quantize: 1..4, dequantize: 3..6, quantized_matmul: 4..8],
+      arity <- arities do
+    arguments = Macro.generate_arguments(arity, __MODULE__)
+    @doc false
+    def unquote(:"__defn:#{name}__")(unquote_splicing(arguments)),
+      do: unquote(name)(unquote_splicing(arguments))
+  end
+
+  # Within defn a promise of the result, else the result.
+  defp call(operation, arguments, options, output) do
+    first = elem(arguments, 0)
+
+    if is_struct(first, Nx.Tensor) do
+      output = first |> type() |> output.() |> template()
+
+      Nx.runtime_call(
+        output,
+        arguments,
+        [operation: operation, options: options],
+        &__MODULE__.run/2
+      )
+    else
+      run(arguments, operation: operation, options: options)
+    end
+  end
+
+  @doc false
+  def run(arguments, call) do
+    arrays = arguments |> Tuple.to_list() |> Enum.map(&array/1)
+
+    results =
+      (&Native.quantization(call[:operation], arrays, call[:options], &1))
+      |> Native.await()
+      |> Error.unwrap!()
+      |> Enum.map(fn {dtype, shape, binary} ->
+        tensor = Tensor.new(Safetensors.type(dtype), List.to_tuple(shape), binary)
+        if is_struct(elem(arguments, 0), Nx.Tensor), do: Tensor.to_nx(tensor), else: tensor
+      end)
+
+    case results do
+      [one] -> one
+      several -> List.to_tuple(several)
+    end
+  end
+
+  defp array(tensor) do
+    %Tensor{type: type, shape: shape, binary: binary} = Tensor.from_nx(tensor)
+    {Safetensors.dtype(type), Tuple.to_list(shape), binary}
+  end
+
+  defp template({{_name, _bits} = type, shape}), do: Nx.template(shape, type)
+  defp template({one, two, three}), do: {template(one), template(two), template(three)}
+
+  defp options!(options, group_size, bits) do
+    unless group_size in [32, 64, 128] and bits in [2, 3, 4, 5, 6, 8] do
+      raise ArgumentError,
+            "expected groups of 32, 64 or 128 and 2 to 6 or 8 bits, got: #{inspect({group_size, bits})}"
+    end
+
+    options = Keyword.validate!(options, [:device, :backend])
+    # No model is here, whose device it could be.
+    device = if options == [], do: :cpu, else: Bombus.device!(options)
+    %{device: device, group_size: group_size, bits: bits, transpose: true}
+  end
+
+  # -> rows and columns of what was quantized
+  defp quantized!(weight, scales, biases, %{group_size: group_size, bits: bits}) do
+    columns = last(shape(scales)) * group_size
+
+    fits? =
+      type(weight) == {:u, 32} and tuple_size(shape(scales)) >= 2 and
+        shape(weight) == with_last(shape(scales), div(columns * bits, 32)) and
+        {type(scales), shape(scales)} == {type(biases), shape(biases)}
+
+    unless fits? do
+      raise ArgumentError,
+            "a weight #{title(weight)}, scales #{title(scales)} and biases #{title(biases)} do not fit " <>
+              "together in #{bits} bits and groups of #{group_size}"
+    end
+
+    float!(scales)
+    {scales |> shape() |> Tuple.product() |> div(last(shape(scales))), columns}
+  end
+
+  defp float!(tensor) do
+    unless type(tensor) in [{:f, 32}, {:f, 16}, {:bf, 16}] do
+      raise ArgumentError,
+            "expected {:f, 32}, {:f, 16} or {:bf, 16}, got: #{inspect(type(tensor))}"
+    end
+  end
+
+  defp title(tensor), do: Tensor.title(type(tensor), shape(tensor))
+
+  defp type(%Tensor{type: type}), do: type
+  defp type(tensor) when is_struct(tensor, Nx.Tensor), do: tensor.type
+  defp type(other), do: Tensor.from_nx(other)
+
+  defp shape(%Tensor{shape: shape}), do: shape
+  defp shape(tensor) when is_struct(tensor, Nx.Tensor), do: tensor.shape
+  defp shape(other), do: Tensor.from_nx(other)
+
+  defp last({}), do: 0
+  defp last(shape), do: elem(shape, tuple_size(shape) - 1)
+  defp with_last(shape, axis), do: put_elem(shape, tuple_size(shape) - 1, axis)
+end

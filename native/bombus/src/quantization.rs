@@ -1,0 +1,294 @@
+//! Matrices of one's own in MLX's affine format: quantized, dequantized, multiplied.
+//!
+//! A row's groups of `group_size` numbers each have a scale and a bias: `w = scale * code + bias`,
+//! the codes of `bits` packed into u32 from the low bits on. Format: `mlx.core.quantize`.
+
+use crate::backend::cpu::quantize as cpu;
+#[cfg(feature = "mlx")]
+use crate::backend::mlx::quantize as mlx;
+use crate::config::Quantization;
+use crate::engine::Device;
+use crate::error::{Error, Result};
+use safetensors::tensor::Dtype;
+
+/// A tensor in memory, its last axis first.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Array {
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    pub bytes: Vec<u8>,
+}
+
+impl Array {
+    pub fn new(dtype: Dtype, shape: Vec<usize>, bytes: Vec<u8>) -> Result<Self> {
+        let bits = shape.iter().try_fold(dtype.bitsize(), |bits, axis| bits.checked_mul(*axis));
+        match bits == bytes.len().checked_mul(8) {
+            true => Ok(Self { dtype, shape, bytes }),
+            false => {
+                let message = format!("{} bytes for {dtype:?} of shape {shape:?}", bytes.len());
+                Err(Error::Request(message))
+            }
+        }
+    }
+
+    /// The last axis, and how many rows of it there are.
+    fn matrix(&self) -> (usize, usize) {
+        let columns = self.shape.last().copied().unwrap_or(0);
+        (self.shape.iter().rev().skip(1).product(), columns)
+    }
+}
+
+/// A quantized matrix `[rows, columns]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Quantized {
+    /// u32 `[rows, columns * bits / 32]`
+    pub weight: Array,
+    /// `[rows, columns / group_size]`
+    pub scales: Array,
+    /// of the scales' shape and type
+    pub biases: Array,
+}
+
+/// w: f32, f16 or bf16, `[..., columns]`; the scales get its type.
+pub fn quantize(device: Device, w: &Array, layout: Quantization) -> Result<Quantized> {
+    check_layout(layout)?;
+    let (rows, columns) = w.matrix();
+    if w.shape.len() < 2 || rows * columns == 0 || !columns.is_multiple_of(layout.group_size) {
+        return Err(Error::Request(format!(
+            "expected a matrix whose rows are groups of {}, got one of shape {:?}",
+            layout.group_size, w.shape
+        )));
+    }
+    match device {
+        Device::Cpu(options) => cpu::quantize(w, rows, columns, layout, options.threads),
+        #[cfg(feature = "mlx")]
+        Device::Mlx(device) => mlx::quantize(device, w, layout),
+    }
+}
+
+/// -> in the type of the scales
+pub fn dequantize(device: Device, matrix: &Quantized, layout: Quantization) -> Result<Array> {
+    check_quantized(matrix, layout)?;
+    match device {
+        Device::Cpu(options) => cpu::dequantize(matrix, layout, options.threads),
+        #[cfg(feature = "mlx")]
+        Device::Mlx(device) => mlx::dequantize(device, matrix, layout),
+    }
+}
+
+/// `x W'`, where the matrix is `[out, in]` (`transpose`), or `x W`, where it is `[in, out]`;
+/// x `[..., in]` of the scales' type.
+pub fn matmul(
+    device: Device,
+    x: &Array,
+    matrix: &Quantized,
+    transpose: bool,
+    layout: Quantization,
+) -> Result<Array> {
+    check_quantized(matrix, layout)?;
+    let (rows, columns) = unpacked(matrix, layout);
+    let inputs = if transpose { columns } else { rows };
+    if matrix.weight.shape.len() != 2 || x.shape.last() != Some(&inputs) {
+        return Err(Error::Request(format!(
+            "expected rows of {inputs} for a matrix [{rows}, {columns}], got x of shape {:?}",
+            x.shape
+        )));
+    }
+    if x.dtype != matrix.scales.dtype {
+        let (x, scales) = (x.dtype, matrix.scales.dtype);
+        return Err(Error::Request(format!("x is {x:?}, and the scales are {scales:?}")));
+    }
+    match device {
+        Device::Cpu(options) => cpu::matmul(x, matrix, transpose, layout, options.threads),
+        #[cfg(feature = "mlx")]
+        Device::Mlx(device) => mlx::matmul(device, x, matrix, transpose, layout),
+    }
+}
+
+/// Rows and columns of what is quantized.
+pub fn unpacked(matrix: &Quantized, layout: Quantization) -> (usize, usize) {
+    let (rows, groups) = matrix.scales.matrix();
+    (rows, groups * layout.group_size)
+}
+
+fn check_layout(layout: Quantization) -> Result<()> {
+    match layout.is_affine() {
+        true => Ok(()),
+        false => {
+            let message = "expected bits of 2 to 6 or 8, and groups of 32, 64 or 128";
+            Err(Error::Request(format!("{message}, got: {layout:?}")))
+        }
+    }
+}
+
+fn check_quantized(matrix: &Quantized, layout: Quantization) -> Result<()> {
+    check_layout(layout)?;
+    let Quantized { weight, scales, biases } = matrix;
+    let mut packed = scales.shape.clone();
+    if let Some(last) = packed.last_mut() {
+        *last = *last * layout.group_size * layout.bits / 32;
+    }
+    let floats = matches!(scales.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16);
+    let fits = weight.dtype == Dtype::U32
+        && floats
+        && weight.shape == packed
+        && scales.shape.len() >= 2
+        && (&scales.shape, scales.dtype) == (&biases.shape, biases.dtype);
+    match fits {
+        true => Ok(()),
+        false => Err(Error::Request(format!(
+            "a weight {:?} {:?}, scales {:?} {:?} and biases {:?} {:?} do not fit together in {} bits \
+             and groups of {}",
+            weight.dtype,
+            weight.shape,
+            scales.dtype,
+            scales.shape,
+            biases.dtype,
+            biases.shape,
+            layout.bits,
+            layout.group_size
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const LAYOUTS: [(usize, usize); 7] =
+        [(2, 32), (3, 64), (4, 64), (4, 128), (5, 32), (6, 128), (8, 64)];
+
+    fn cpu() -> Device {
+        Device::Cpu(crate::backend::cpu::Options { threads: 2, ..Default::default() })
+    }
+
+    fn array(dtype: Dtype, shape: &[usize], numbers: &[f32]) -> Array {
+        let bytes = cpu::bytes(dtype, numbers).unwrap();
+        Array::new(dtype, shape.to_vec(), bytes).unwrap()
+    }
+
+    fn numbers(array: &Array) -> Vec<f32> {
+        cpu::numbers(array).unwrap()
+    }
+
+    fn some(count: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        (0..count)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (state >> 8) as f32 / (1u32 << 23) as f32 - 1.0
+            })
+            .collect()
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_quantized_comes_back_within_half_a_step(
+            layout in prop::sample::select(LAYOUTS.to_vec()),
+            seed in any::<u32>(),
+            size in 0.001f32..100.0,
+        ) {
+            let (bits, group_size) = layout;
+            let layout = Quantization { group_size, bits };
+            let w: Vec<f32> = some(3 * 2 * group_size, seed).iter().map(|w| w * size).collect();
+            let matrix = array(Dtype::F32, &[3, 2 * group_size], &w);
+            let quantized = quantize(cpu(), &matrix, layout).unwrap();
+            let back = numbers(&dequantize(cpu(), &quantized, layout).unwrap());
+            let scales = numbers(&quantized.scales);
+            for (place, (one, other)) in w.iter().zip(back).enumerate() {
+                // The end that is no multiple of the scale may be a whole step away.
+                prop_assert!((one - other).abs() <= scales[place / group_size].abs() * 1.001);
+            }
+        }
+    }
+
+    #[test]
+    fn products_are_those_of_what_comes_back() {
+        // Rounded once, at the end.
+        for (dtype, rounding) in [(Dtype::F32, 0.0), (Dtype::F16, 1e-3), (Dtype::BF16, 8e-3)] {
+            for (layout, transpose) in LAYOUTS.into_iter().flat_map(|l| [(l, true), (l, false)]) {
+                let (bits, group_size) = layout;
+                let layout = Quantization { group_size, bits };
+                let (outs, ins) = (5, 2 * group_size);
+                let w = array(Dtype::F32, &[outs, ins], &some(outs * ins, 1));
+                let exact = quantize(cpu(), &w, layout).unwrap();
+                let numbers_of = |a: &Array| array(dtype, &a.shape, &numbers(a));
+                let quantized = Quantized {
+                    weight: exact.weight.clone(),
+                    scales: numbers_of(&exact.scales),
+                    biases: numbers_of(&exact.biases),
+                };
+                let as_f32 = Quantized {
+                    scales: array(Dtype::F32, &exact.scales.shape, &numbers(&quantized.scales)),
+                    biases: array(Dtype::F32, &exact.biases.shape, &numbers(&quantized.biases)),
+                    weight: exact.weight,
+                };
+                let dense = numbers(&dequantize(cpu(), &as_f32, layout).unwrap());
+                let (inputs, outputs) = if transpose { (ins, outs) } else { (outs, ins) };
+                let x = array(dtype, &[1, 3, inputs], &some(3 * inputs, 2));
+                let y = matmul(cpu(), &x, &quantized, transpose, layout).unwrap();
+                assert_eq!((y.dtype, &y.shape[..]), (dtype, &[1, 3, outputs][..]));
+                let (x, y) = (numbers(&x), numbers(&y));
+                for (place, y) in y.into_iter().enumerate() {
+                    let (row, out) = (place / outputs, place % outputs);
+                    let term = |n: usize| {
+                        let at = if transpose { out * inputs + n } else { n * outputs + out };
+                        f64::from(x[row * inputs + n]) * f64::from(dense[at])
+                    };
+                    let expected: f64 = (0..inputs).map(term).sum();
+                    let distance = (f64::from(y) - expected).abs();
+                    assert!(distance < 1e-5 + rounding * expected.abs(), "{dtype:?} {layout:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_told() {
+        let layout = Quantization { group_size: 64, bits: 4 };
+        let w = array(Dtype::F32, &[2, 96], &some(192, 1));
+        assert!(matches!(quantize(cpu(), &w, layout), Err(Error::Request(_))));
+        let w = array(Dtype::F32, &[2, 128], &some(256, 1));
+        let seven = Quantization { group_size: 64, bits: 7 };
+        assert!(matches!(quantize(cpu(), &w, seven), Err(Error::Request(_))));
+        let quantized = quantize(cpu(), &w, layout).unwrap();
+        let wrong = Quantized { biases: w.clone(), ..quantized.clone() };
+        assert!(matches!(dequantize(cpu(), &wrong, layout), Err(Error::Request(_))));
+        let x = array(Dtype::F32, &[1, 64], &some(64, 1));
+        assert!(matches!(matmul(cpu(), &x, &quantized, true, layout), Err(Error::Request(_))));
+    }
+
+    /// Quantized bit by bit; products in float32, since MLX's CPU device adds up 16-bit numbers in
+    /// 16 bits.
+    #[cfg(feature = "mlx")]
+    #[test]
+    fn the_cpu_does_as_mlx() {
+        let mlx = Device::Mlx(crate::backend::mlx::Device::Cpu);
+        let near = |[own, theirs]: [Array; 2]| {
+            assert_eq!((own.dtype, &own.shape), (theirs.dtype, &theirs.shape));
+            let pairs = numbers(&own).into_iter().zip(numbers(&theirs));
+            assert!(pairs.map(|(own, theirs)| (own - theirs).abs()).fold(0.0, f32::max) < 1e-5);
+        };
+        for (bits, group_size) in LAYOUTS {
+            let layout = Quantization { group_size, bits };
+            let mut w = some(4 * 2 * group_size, 3);
+            // A group of zeros, one of one number, and one without negative ones.
+            w[..group_size].fill(0.0);
+            w[group_size..2 * group_size].fill(0.37);
+            w[2 * group_size..3 * group_size].iter_mut().for_each(|w| *w = w.abs());
+            for dtype in [Dtype::F16, Dtype::BF16, Dtype::F32] {
+                let w = array(dtype, &[4, 2 * group_size], &w);
+                let [own, theirs] = [cpu(), mlx].map(|d| quantize(d, &w, layout).unwrap());
+                assert_eq!(own, theirs, "{dtype:?} {layout:?}");
+            }
+            let w = array(Dtype::F32, &[4, 2 * group_size], &w);
+            let quantized = quantize(cpu(), &w, layout).unwrap();
+            near([cpu(), mlx].map(|device| dequantize(device, &quantized, layout).unwrap()));
+            for (transpose, inputs) in [(true, 2 * group_size), (false, 4)] {
+                let x = array(Dtype::F32, &[3, inputs], &some(3 * inputs, 4));
+                near([cpu(), mlx].map(|d| matmul(d, &x, &quantized, transpose, layout).unwrap()));
+            }
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! Matrices of a caller's own: quantized, dequantized, multiplied.
+
+use crate::answer::{Address, result_term};
+use crate::model::DeviceOption;
+use bombus::config::Quantization;
+use bombus::error::{Error, Result};
+use bombus::quantization::{Array, Quantized, dequantize, matmul, quantize};
+use bombus::tensor_file::dtype;
+use rustler::{Binary, Env, NewBinary, NifMap, NifUnitEnum, OwnedEnv, Term};
+
+#[derive(NifUnitEnum)]
+enum Operation {
+    Quantize,
+    Dequantize,
+    Matmul,
+}
+
+#[derive(NifMap)]
+struct Options {
+    device: DeviceOption,
+    group_size: usize,
+    bits: usize,
+    transpose: bool,
+}
+
+/// Takes and answers arrays as `{dtype, shape, binary}`:
+/// `{reference, {:ok, arrays} | {:error, {reason, message}}}`.
+#[rustler::nif]
+fn quantization<'a>(
+    env: Env<'a>,
+    operation: Operation,
+    arrays: Term<'a>,
+    options: Options,
+    reference: Term<'a>,
+) -> Term<'a> {
+    // Large binaries are shared with the caller until they are copied on the other thread.
+    let own = OwnedEnv::new();
+    let arrays = own.save(arrays);
+    let work = move || {
+        let arrays = own.run(|env| decode(arrays.load(env)))?;
+        Ok(Arrays(run(&operation, arrays, &options)?))
+    };
+    let started = Address::caller(env, reference).answer_later(work);
+    result_term(env, &started.map(|()| rustler::types::atom::ok()))
+}
+
+fn run(operation: &Operation, arrays: Vec<Array>, options: &Options) -> Result<Vec<Array>> {
+    let layout = Quantization { group_size: options.group_size, bits: options.bits };
+    let device = options.device.device(None)?;
+    match operation {
+        Operation::Quantize => {
+            let [w] = exactly(arrays)?;
+            let Quantized { weight, scales, biases } = quantize(device, &w, layout)?;
+            Ok(vec![weight, scales, biases])
+        }
+        Operation::Dequantize => {
+            let [weight, scales, biases] = exactly(arrays)?;
+            let matrix = Quantized { weight, scales, biases };
+            Ok(vec![dequantize(device, &matrix, layout)?])
+        }
+        Operation::Matmul => {
+            let [x, weight, scales, biases] = exactly(arrays)?;
+            let matrix = Quantized { weight, scales, biases };
+            Ok(vec![matmul(device, &x, &matrix, options.transpose, layout)?])
+        }
+    }
+}
+
+fn exactly<const N: usize>(arrays: Vec<Array>) -> Result<[Array; N]> {
+    let count = arrays.len();
+    let wrong = |_| Error::Request(format!("expected {N} arrays, got {count}"));
+    arrays.try_into().map_err(wrong)
+}
+
+fn decode(arrays: Term) -> Result<Vec<Array>> {
+    let wrong = |_| Error::Request("expected arrays as {dtype, shape, binary}".into());
+    let arrays: Vec<(String, Vec<usize>, Binary)> = arrays.decode().map_err(wrong)?;
+    let array = |(name, shape, binary): (String, Vec<usize>, Binary)| {
+        Array::new(dtype(&name)?, shape, binary.as_slice().to_vec())
+    };
+    arrays.into_iter().map(array).collect()
+}
+
+struct Arrays(Vec<Array>);
+
+impl rustler::Encoder for Arrays {
+    fn encode<'a>(&self, env: Env<'a>) -> Term<'a> {
+        let term = |array: &Array| {
+            let mut binary = NewBinary::new(env, array.bytes.len());
+            binary.as_mut_slice().copy_from_slice(&array.bytes);
+            (array.dtype.to_string(), array.shape.clone(), Binary::from(binary))
+        };
+        self.0.iter().map(term).collect::<Vec<_>>().encode(env)
+    }
+}
