@@ -47,7 +47,11 @@ defmodule Bombus do
     * `:threads` - of `:cpu`: how many threads work on a step, 1 to 1024, the physical cores by
       default. All models share one pool, and take turns at it step by step
     * `:backend` - as in Bumblebee: a module or `{module, device: device}`; only the device counts
-    * `:quantization` - `:int2` to `:int8`: fails where the checkpoint is quantized otherwise
+    * `:quantization` - `:int2` to `:int6`, `:int8`, or `[bits: 4, group_size: 64]` (64 is the default
+      group). A dense checkpoint is quantized while it is loaded, as `mlx_lm.convert` does it: layer by layer,
+      through a file in the system's folder for temporary files, where there must be room for the result.
+      One that is quantized already must agree, or the answer is
+      `{:error, %Bombus.Error{reason: :quantization_mismatch}}`
     * `:max_batch_size` - how many sequences run together, 32 by default
     * `:max_queue` - how many requests may wait, 1024 by default; beyond that they are answered
       with `{:error, %Bombus.Error{reason: :overloaded}}`
@@ -75,6 +79,7 @@ defmodule Bombus do
     native = %{
       device: device!(options),
       threads: options[:threads] && positive!(options, :threads, 1024),
+      quantization: wanted && {wanted.bits, wanted[:group_size] || 64},
       limits: limits!(options)
     }
 
@@ -104,6 +109,28 @@ defmodule Bombus do
   @doc "As `load_model/2`, but returns the model or raises."
   @spec load_model!(source(), keyword()) :: Model.t()
   def load_model!(source, options \\ []), do: Error.unwrap!(load_model(source, options))
+
+  @doc """
+  Writes the checkpoint of a model to a folder, in MLX's format: quantized where loading did that. What
+  `load_model/2` has loaded from there, mlx-lm reads too.
+
+  The files of the model's source must still be there.
+
+  ## Examples
+
+      {:ok, model} = Bombus.load_model({:local, "models/Qwen3-0.6B"}, quantization: :int4)
+      :ok = Bombus.save_model(model, "models/Qwen3-0.6B-4bit")
+  """
+  @spec save_model(Model.t(), Path.t()) :: :ok | {:error, Error.t()}
+  def save_model(%Model{} = model, path) when is_binary(path) do
+    with {:ok, _saved} <- Native.await(&Native.save_model(model.ref, Path.expand(path), &1)) do
+      :ok
+    end
+  end
+
+  def save_model(other, _path) do
+    raise ArgumentError, "expected a model made by Bombus.load_model/2, got: #{inspect(other)}"
+  end
 
   @doc """
   Loads a LoRA or DoRA adapter from a folder, in one of two formats:
@@ -273,25 +300,38 @@ defmodule Bombus do
 
   @bits %{int2: 2, int3: 3, int4: 4, int5: 5, int6: 6, int8: 8}
 
+  # -> the bits, and the group size where that is given
   defp quantization!(nil), do: nil
-  defp quantization!(name) when is_map_key(@bits, name), do: @bits[name]
+  defp quantization!(name) when is_map_key(@bits, name), do: %{bits: @bits[name]}
 
-  defp quantization!(other) do
-    raise ArgumentError,
-          "expected :quantization to be one of #{inspect(Map.keys(@bits))}, got: #{inspect(other)}"
+  defp quantization!(options) do
+    with true <-
+           Keyword.keyword?(options) and Keyword.keys(options) -- [:bits, :group_size] == [],
+         %{bits: bits} = wanted when bits in [2, 3, 4, 5, 6, 8] <- Map.new(options),
+         true <- Map.get(wanted, :group_size, 64) in [32, 64, 128] do
+      wanted
+    else
+      _other ->
+        raise ArgumentError,
+              "expected :quantization to be one of #{inspect(Map.keys(@bits))}, or bits: (2 to 6, 8) and " <>
+                "group_size: (32, 64, 128), got: #{inspect(options)}"
+    end
   end
 
   defp check_quantization(model, nil), do: {:ok, model}
-  defp check_quantization(%{quantization: %{bits: bits}} = model, bits), do: {:ok, model}
 
-  defp check_quantization(%{quantization: nil}, _bits) do
-    Error.error(:unsupported, "the checkpoint is not quantized, and this version cannot do it")
+  defp check_quantization(%{quantization: quantization} = model, wanted) do
+    if Map.take(quantization, Map.keys(wanted)) == wanted do
+      {:ok, model}
+    else
+      Error.error(
+        :quantization_mismatch,
+        "the checkpoint is quantized with #{described(quantization)}, :quantization asks for " <>
+          described(wanted)
+      )
+    end
   end
 
-  defp check_quantization(%{quantization: %{bits: bits}}, wanted) do
-    Error.error(
-      :quantization_mismatch,
-      "the checkpoint is quantized with #{bits} bits, :quantization asks for #{wanted}"
-    )
-  end
+  defp described(%{bits: bits, group_size: size}), do: "#{bits} bits and groups of #{size}"
+  defp described(%{bits: bits}), do: "#{bits} bits"
 end

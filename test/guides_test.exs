@@ -17,6 +17,11 @@ defmodule Bombus.GuidesTest do
     assert written =~ ~r/tea/i
   end
 
+  @tag :nx
+  test "bumblebee.md", %{tmp_dir: dir} do
+    assert follow("bumblebee.md", dir) >= 3
+  end
+
   # -> how many blocks there are
   defp follow(guide, dir) do
     blocks =

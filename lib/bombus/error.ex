@@ -8,7 +8,7 @@ defmodule Bombus.Error do
     * `:bad_config`, `:bad_checkpoint`, `:bad_tokenizer`, `:bad_adapter` - a file is not what it
       should be; the message names file, tensor or field
     * `:unsupported` - the file is fine, but Bombus cannot use it
-    * `:quantization_mismatch` - the checkpoint is quantized, but not as `:quantization` says
+    * `:quantization_mismatch` - the checkpoint is quantized already, and not as `:quantization` says
     * `:no_gpu` - `device: :gpu` where MLX finds none, or is not built in
     * `:bad_request`, `:prompt_too_long` - found only once the text was tokens
     * `:overloaded` - the queue is full

@@ -31,8 +31,6 @@ defmodule Bombus.ModelTest do
              Bombus.load_model(:demo, quantization: :int8)
 
     assert error.message =~ "4 bits"
-    dense = Fixtures.checkpoint("f32-dense")
-    assert {:error, %Error{reason: :unsupported}} = Bombus.load_model(dense, quantization: :int4)
   end
 
   test "every way to name a device" do

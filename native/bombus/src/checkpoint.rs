@@ -3,6 +3,7 @@
 
 use crate::backend::{AttentionShape, Backend, LinearWeights, QuantizedWeights};
 use crate::config::{Config, Quantization};
+use crate::convert;
 use crate::decoder::{Decoder, Layer};
 use crate::error::{Error, Result};
 use crate::modules::{Module, projections, vocabulary};
@@ -12,8 +13,17 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::path::Path;
 
-pub fn load<B: Backend>(folder: &Path, config: &Config, backend: B) -> Result<Decoder<B>> {
-    let tensors = TensorFiles::open(folder)?;
+/// Where the checkpoint is dense and there is a `layout`, it is quantized on the way.
+pub fn load<B: Backend>(
+    folder: &Path,
+    config: &Config,
+    layout: Option<Quantization>,
+    backend: B,
+) -> Result<Decoder<B>> {
+    let mut tensors = TensorFiles::open(folder)?;
+    if let Some(layout) = layout.filter(|_| convert::is_dense(config, &tensors)) {
+        tensors = convert::quantized(config, &tensors, layout)?;
+    }
     let checkpoint = Checkpoint { config, tensors, taken: RefCell::default() };
     let layers: Result<_> =
         (0..config.num_hidden_layers).map(|index| checkpoint.layer(index, &backend)).collect();

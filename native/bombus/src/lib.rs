@@ -5,12 +5,14 @@
 //! (`tokenizer`), what a token is drawn with (`sampler`), the operations (`backend`), the
 //! transformer over them (`decoder`), adapters (`adapter`), from files to a decoder
 //! (`checkpoint`), one request (`sequence`), which rows go into a step (`scheduler`), and the
-//! thread that runs them (`engine`). Beside all that, matrices of a caller's own (`quantization`).
+//! thread that runs them (`engine`). Beside all that, matrices of a caller's own
+//! (`quantization`), and checkpoints made of others (`convert`).
 
 pub mod adapter;
 pub mod backend;
 pub mod checkpoint;
 pub mod config;
+pub mod convert;
 pub mod decoder;
 pub mod engine;
 pub mod error;

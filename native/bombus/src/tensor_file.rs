@@ -290,7 +290,7 @@ impl View for &NewTensor<'_> {
     }
 }
 
-/// Writes beside `path` and moves the file there when it is whole.
+/// Writes a file, which is there when it is whole.
 pub fn write(
     path: &Path,
     tensors: Vec<NewTensor>,
@@ -304,17 +304,17 @@ pub fn write(
             return Err(Error::Request(format!("{message} {} bytes", bytes.len())));
         }
     }
-    let mut part = path.as_os_str().to_owned();
-    part.push(".part");
-    let part = PathBuf::from(part);
-    let entries = tensors.iter().map(|tensor| (tensor.name, tensor));
-    let failed =
-        |reason: String| Error::Io(format!("could not write `{}`: {reason}", path.display()));
-    let written = safetensors::serialize_to_file(entries, metadata, &part)
-        .map_err(|error| failed(error.to_string()))
-        .and_then(|()| std::fs::rename(&part, path).map_err(|error| failed(error.to_string())));
-    if written.is_err() {
-        _ = std::fs::remove_file(&part);
-    }
-    written
+    let entries = tensors.iter().map(|tensor| (tensor.name, tensor)).collect();
+    write_views(path, entries, metadata)
+}
+
+/// The same of tensors that are made while they are written. (The safetensors crate writes a file
+/// beside the path, and renames it.)
+pub fn write_views<V: View>(
+    path: &Path,
+    entries: Vec<(&str, V)>,
+    metadata: Option<HashMap<String, String>>,
+) -> Result<()> {
+    safetensors::serialize_to_file(entries, metadata, path)
+        .map_err(|error| Error::Io(format!("could not write `{}`: {error}", path.display())))
 }

@@ -80,7 +80,7 @@ fn count(fixture: &str, levels: Vec<Level>) -> Vec<(Level, Count)> {
     let config = Config::open(&folder).unwrap();
     let all = levels.into_iter().map(|level| {
         let cpu = Cpu::new(Options { level, ..Options::default() }).unwrap();
-        let decoder = checkpoint::load(&folder, &config, cpu).unwrap();
+        let decoder = checkpoint::load(&folder, &config, None, cpu).unwrap();
         let mut count = Count::default();
         for Text { prompt, ids, gaps, exact } in &texts {
             let next = next_tokens(&decoder, &ids[..ids.len() - 1]);

@@ -31,6 +31,8 @@ struct LoadOptions {
     device: DeviceOption,
     /// of the CPU backend
     threads: Option<usize>,
+    /// bits and group size, for a dense checkpoint
+    quantization: Option<(usize, usize)>,
     limits: LimitOptions,
 }
 
@@ -108,7 +110,10 @@ fn load_model<'a>(
 ) -> Term<'a> {
     let started = Address::caller(env, reference).answer_later(move || {
         let device = options.device.device(options.threads)?;
-        let engine = Engine::load(&PathBuf::from(path), device, options.limits.of_model(device))?;
+        let layout =
+            options.quantization.map(|(bits, group_size)| Quantization { group_size, bits });
+        let limits = options.limits.of_model(device);
+        let engine = Engine::load_quantized(&PathBuf::from(path), layout, device, limits)?;
         let spec = spec(&engine, device);
         Ok((ResourceArc::new(ModelHandle(engine)), spec))
     });
@@ -146,6 +151,21 @@ fn cpu(threads: Option<usize>) -> Device {
 const NO_MLX: &str = "this build of Bombus has no MLX: on Linux, unpack one of its wheels \
      (pip download mlx-cuda-13 for an NVIDIA card), name the folder by BOMBUS_MLX_DIR or \
      `config :bombus, mlx_dir: \"...\"`, and compile again; `device: :cpu` works everywhere";
+
+/// Answers `{reference, {:ok, :ok} | {:error, {reason, message}}}`.
+#[rustler::nif]
+fn save_model<'a>(
+    env: Env<'a>,
+    model: ResourceArc<ModelHandle>,
+    path: String,
+    reference: Term<'a>,
+) -> Term<'a> {
+    let started = Address::caller(env, reference).answer_later(move || {
+        model.0.save(&PathBuf::from(path))?;
+        Ok(rustler::types::atom::ok())
+    });
+    result_term(env, &started.map(|()| rustler::types::atom::ok()))
+}
 
 /// A step, as Elixir hears of it; the duration in nanoseconds.
 #[derive(NifMap)]
@@ -200,7 +220,7 @@ fn spec(engine: &Engine, device: Device) -> Spec {
         context: engine.context(),
         hidden_size: config.hidden_size,
         vocab_size: config.vocab_size,
-        quantization: config.quantization.map(|default| quantization_spec(config, default)),
+        quantization: engine.quantization().map(|default| quantization_spec(config, default)),
         device: match device {
             Device::Cpu(_) => DeviceOption::Cpu,
             #[cfg(feature = "mlx")]

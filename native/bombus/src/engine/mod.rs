@@ -27,14 +27,15 @@ use crate::backend::cpu::{self, Cpu};
 #[cfg(feature = "mlx")]
 use crate::backend::mlx::{self, Mlx};
 use crate::checkpoint;
-use crate::config::Config;
+use crate::config::{Config, Quantization};
+use crate::convert;
 use crate::error::{Error, Result, catch};
 use crate::gauge;
 use crate::scheduler::Limits;
 use crate::sequence::Task;
 use crate::tokenizer::TextStream;
 use queue::{Place, Queue};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Once, Weak};
@@ -137,11 +138,22 @@ pub struct Engine {
     next_id: AtomicU64,
     config: Arc<Config>,
     context: usize,
+    source: (PathBuf, Option<Quantization>),
 }
 
 impl Engine {
     /// Loads a checkpoint on a thread of its own and waits for it.
     pub fn load(folder: &Path, device: Device, limits: Limits) -> Result<Self> {
+        Self::load_quantized(folder, None, device, limits)
+    }
+
+    /// The same; a dense checkpoint is quantized on the way where there is a `layout`.
+    pub fn load_quantized(
+        folder: &Path,
+        layout: Option<Quantization>,
+        device: Device,
+        limits: Limits,
+    ) -> Result<Self> {
         if limits.max_batch_size == 0 || limits.prefill_chunk == 0 {
             return Err(Error::Request("expected a max_batch_size and a prefill_chunk".into()));
         }
@@ -156,10 +168,22 @@ impl Engine {
         threads::run({
             let (folder, config) = (folder.to_owned(), config.clone());
             let inbox = Inbox { receiver, commands: Arc::downgrade(&commands) };
-            move || serve(&folder, &config, device, limits, &ready, inbox)
+            move || serve((&folder, layout), &config, device, limits, &ready, inbox)
         })?;
         loaded.recv().map_err(|_| Error::Stopped)??;
-        Ok(Self { commands, encoder, queue, next_id: AtomicU64::new(0), config, context })
+        let source = (folder.to_owned(), layout);
+        Ok(Self { commands, encoder, queue, next_id: AtomicU64::new(0), config, context, source })
+    }
+
+    /// Writes the checkpoint that was loaded to another folder, quantized where loading did that.
+    pub fn save(&self, to: &Path) -> Result<()> {
+        let (from, layout) = &self.source;
+        convert::save(from, &self.config, *layout, to)
+    }
+
+    /// How the layers are quantized that `config` says nothing of.
+    pub fn quantization(&self) -> Option<Quantization> {
+        self.config.quantization.or(self.source.1)
     }
 
     pub fn config(&self) -> &Config {
@@ -302,7 +326,7 @@ impl Drop for Generation {
 
 /// The engine's life on its thread.
 fn serve(
-    folder: &Path,
+    source: Source,
     config: &Arc<Config>,
     device: Device,
     limits: Limits,
@@ -310,7 +334,7 @@ fn serve(
     inbox: Inbox,
 ) {
     let loading = exit::Busy::enter();
-    let work = (folder, config, limits, ready, inbox);
+    let work = (source, config, limits, ready, inbox);
     let served = match device {
         Device::Cpu(options) => {
             static EXIT: Once = Once::new();
@@ -327,7 +351,8 @@ fn serve(
     }
 }
 
-type Work<'a> = (&'a Path, &'a Arc<Config>, Limits, &'a Sender<Result<()>>, Inbox);
+type Source<'a> = (&'a Path, Option<Quantization>);
+type Work<'a> = (Source<'a>, &'a Arc<Config>, Limits, &'a Sender<Result<()>>, Inbox);
 
 fn live<B: Backend + Clone>(
     backend: B,
@@ -335,9 +360,9 @@ fn live<B: Backend + Clone>(
     loading: exit::Busy,
     at_exit: &'static Once,
 ) -> Result<()> {
-    let (folder, config, limits, ready, inbox) = work;
+    let ((folder, layout), config, limits, ready, inbox) = work;
     backend.clone().scope(|| {
-        let decoder = catch(|| checkpoint::load(folder, config, backend))?;
+        let decoder = catch(|| checkpoint::load(folder, config, layout, backend))?;
         exit::register(at_exit);
         drop(loading);
         let _share = gauge::Share::one(&gauge::MODELS);
