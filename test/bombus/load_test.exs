@@ -76,8 +76,9 @@ defmodule Bombus.LoadTest do
         end)
       )
 
-      assert_soon(fn -> Bombus.memory_info().models == before.models end)
-      assert_soon(fn -> Bombus.memory_info().active == before.active end)
+      # Other tests' models may still go, too.
+      assert_soon(fn -> Bombus.memory_info().models <= before.models end)
+      assert_soon(fn -> Bombus.memory_info().active <= before.active end)
     end
   end
 
