@@ -15,6 +15,10 @@ defmodule Bombus.Quantization do
 
   Tensors are Nx's or `Bombus.Tensor`s; the results are of the kind of the first argument.
 
+  MLX's other modes, with floats for codes, are chosen by `:mode` among the options of each function, on
+  MLX's devices: `:mxfp4` (groups of 32, 4 bits), `:mxfp8` (groups of 32, 8 bits) and `:nvfp4` (groups of 16, 4
+  bits). Their scales are `{:u, 8}`, their biases `nil`, and what comes back is `{:bf, 16}`.
+
   The last argument of each function takes `:device`, as `Bombus.load_model/2` does: with `:gpu` and
   `{:mlx, :cpu}` these are MLX's own operations. On `:cpu` quantizing gives MLX's numbers bit by bit, and
   products are added up in float32 (within 0.00001 of MLX's in float32), and rounded once.
@@ -47,6 +51,7 @@ defmodule Bombus.Quantization do
           {tensor(), tensor(), tensor()}
   def quantize(tensor, group_size \\ 64, bits \\ 4, options \\ []) do
     options = options!(options, group_size, bits)
+    affine? = options.mode == :affine
     shape = shape(tensor)
     columns = last(shape)
 
@@ -57,22 +62,29 @@ defmodule Bombus.Quantization do
 
     float!(tensor)
 
-    call(:quantize, {tensor}, options, fn type ->
-      {{{:u, 32}, with_last(shape, div(columns * bits, 32))},
-       {type, with_last(shape, div(columns, group_size))},
-       {type, with_last(shape, div(columns, group_size))}}
-    end)
+    result =
+      call(:quantize, {tensor}, options, fn type ->
+        weight = {{:u, 32}, with_last(shape, div(columns * bits, 32))}
+        groups = with_last(shape, div(columns, group_size))
+
+        if affine?,
+          do: {weight, {type, groups}, {type, groups}},
+          else: {weight, {{:u, 8}, groups}}
+      end)
+
+    with {weight, scales} <- result, do: {weight, scales, nil}
   end
 
   @doc "What `quantize/4` has made, as numbers again, of the type of the scales."
-  @spec dequantize(tensor(), tensor(), tensor(), pos_integer(), pos_integer(), keyword()) ::
+  @spec dequantize(tensor(), tensor(), tensor() | nil, pos_integer(), pos_integer(), keyword()) ::
           tensor()
   def dequantize(weight, scales, biases, group_size \\ 64, bits \\ 4, options \\ []) do
     options = options!(options, group_size, bits)
     {_rows, columns} = quantized!(weight, scales, biases, options)
 
-    call(:dequantize, {weight, scales, biases}, options, fn _type ->
-      {type(scales), with_last(shape(scales), columns)}
+    call(:dequantize, present({weight, scales, biases}), options, fn _type ->
+      type = if options.mode == :affine, do: type(scales), else: {:bf, 16}
+      {type, with_last(shape(scales), columns)}
     end)
   end
 
@@ -84,7 +96,7 @@ defmodule Bombus.Quantization do
           tensor(),
           tensor(),
           tensor(),
-          tensor(),
+          tensor() | nil,
           boolean(),
           pos_integer(),
           pos_integer(),
@@ -112,12 +124,14 @@ defmodule Bombus.Quantization do
               inspect(shape(x))
     end
 
-    unless type(x) == type(scales) do
+    unless type(x) == type(scales) or options.mode != :affine do
       raise ArgumentError,
             "expected x to be of the type of the scales, #{inspect(type(scales))}, got: #{inspect(type(x))}"
     end
 
-    call(:matmul, {x, weight, scales, biases}, options, fn type ->
+    float!(x)
+
+    call(:matmul, present({x, weight, scales, biases}), options, fn type ->
       {type, with_last(shape(x), outputs)}
     end)
   end
@@ -173,37 +187,71 @@ defmodule Bombus.Quantization do
     {Safetensors.dtype(type), Tuple.to_list(shape), binary}
   end
 
-  defp template({{_name, _bits} = type, shape}), do: Nx.template(shape, type)
+  defp template({{name, _bits} = type, shape}) when is_atom(name), do: Nx.template(shape, type)
+  defp template({one, two}), do: {template(one), template(two)}
   defp template({one, two, three}), do: {template(one), template(two), template(three)}
 
+  # Without the biases that a mode has not.
+  defp present(arguments) do
+    arguments |> Tuple.to_list() |> Enum.reject(&is_nil/1) |> List.to_tuple()
+  end
+
+  @modes [mxfp4: {32, 4}, mxfp8: {32, 8}, nvfp4: {16, 4}]
+
   defp options!(options, group_size, bits) do
+    options = Keyword.validate!(options, [:device, :backend, mode: :affine])
+    {mode, device} = Keyword.pop!(options, :mode)
+    layout!(mode, group_size, bits)
+    # No model is here, whose device it could be.
+    device = if device == [], do: :cpu, else: Bombus.device!(device)
+    %{device: device, mode: mode, group_size: group_size, bits: bits, transpose: true}
+  end
+
+  defp layout!(:affine, group_size, bits) do
     unless group_size in [32, 64, 128] and bits in [2, 3, 4, 5, 6, 8] do
       raise ArgumentError,
             "expected groups of 32, 64 or 128 and 2 to 6 or 8 bits, got: #{inspect({group_size, bits})}"
     end
+  end
 
-    options = Keyword.validate!(options, [:device, :backend])
-    # No model is here, whose device it could be.
-    device = if options == [], do: :cpu, else: Bombus.device!(options)
-    %{device: device, group_size: group_size, bits: bits, transpose: true}
+  defp layout!(mode, group_size, bits) do
+    case @modes[mode] do
+      nil ->
+        raise ArgumentError,
+              "expected :mode to be :affine, :mxfp4, :mxfp8 or :nvfp4, got: #{inspect(mode)}"
+
+      {^group_size, ^bits} ->
+        :ok
+
+      expected ->
+        raise ArgumentError,
+              "expected group size and bits of #{mode} to be #{inspect(expected)}, " <>
+                "got: #{inspect({group_size, bits})}"
+    end
   end
 
   # -> rows and columns of what was quantized
-  defp quantized!(weight, scales, biases, %{group_size: group_size, bits: bits}) do
+  defp quantized!(weight, scales, biases, %{group_size: group_size, bits: bits, mode: mode}) do
     columns = last(shape(scales)) * group_size
 
+    whole? =
+      if mode == :affine do
+        biases != nil and {type(scales), shape(scales)} == {type(biases), shape(biases)}
+      else
+        biases == nil and type(scales) == {:u, 8}
+      end
+
     fits? =
-      type(weight) == {:u, 32} and tuple_size(shape(scales)) >= 2 and
-        shape(weight) == with_last(shape(scales), div(columns * bits, 32)) and
-        {type(scales), shape(scales)} == {type(biases), shape(biases)}
+      whole? and type(weight) == {:u, 32} and tuple_size(shape(scales)) >= 2 and
+        shape(weight) == with_last(shape(scales), div(columns * bits, 32))
 
     unless fits? do
       raise ArgumentError,
             "a weight #{title(weight)}, scales #{title(scales)} and biases #{title(biases)} do not fit " <>
-              "together in #{bits} bits and groups of #{group_size}"
+              "together in #{bits} bits and groups of #{group_size} (#{mode})"
     end
 
-    float!(scales)
+    if mode == :affine, do: float!(scales)
     {scales |> shape() |> Tuple.product() |> div(last(shape(scales))), columns}
   end
 
@@ -214,6 +262,7 @@ defmodule Bombus.Quantization do
     end
   end
 
+  defp title(nil), do: "nil"
   defp title(tensor), do: Tensor.title(type(tensor), shape(tensor))
 
   defp type(%Tensor{type: type}), do: type

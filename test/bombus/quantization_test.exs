@@ -1,7 +1,7 @@
 defmodule Bombus.QuantizationTest do
   use ExUnit.Case, async: true
 
-  alias Bombus.{Fixtures, Quantization, Safetensors, Tensor}
+  alias Bombus.{Error, Fixtures, Quantization, Safetensors, Tensor}
 
   @compile {:no_warn_undefined, [Nx]}
   @layouts for bits <- [2, 3, 4, 5, 6, 8], group_size <- [32, 64, 128], do: {group_size, bits}
@@ -73,6 +73,36 @@ defmodule Bombus.QuantizationTest do
     end
   end
 
+  test "MLX's modes of floats" do
+    for {:mlx, :cpu} = device <- Fixtures.devices(),
+        {mode, group_size, bits} <- [{:mxfp4, 32, 4}, {:mxfp8, 32, 8}, {:nvfp4, 16, 4}] do
+      options = [device: device, mode: mode]
+
+      {weight, scales, nil} =
+        Quantization.quantize(tensor({4, 128}, 5), group_size, bits, options)
+
+      assert weight.shape == {4, 4 * bits}
+      assert {scales.type, scales.shape} == {{:u, 8}, {4, div(128, group_size)}}
+      back = Quantization.dequantize(weight, scales, nil, group_size, bits, options)
+      assert {back.type, back.shape} == {{:bf, 16}, {4, 128}}
+      x = tensor({3, 128}, 6)
+      y = Quantization.quantized_matmul(x, weight, scales, nil, true, group_size, bits, options)
+      assert {y.type, y.shape} == {{:f, 32}, {3, 4}}
+
+      assert_raise ArgumentError, ~r/of #{mode} to be/, fn ->
+        Quantization.quantize(tensor({4, 128}, 5), 64, bits, options)
+      end
+
+      assert_raise Error, ~r/MLX's/, fn ->
+        Quantization.quantize(tensor({4, 128}, 5), group_size, bits, mode: mode)
+      end
+    end
+
+    assert_raise ArgumentError, ~r/:mode/, fn ->
+      Quantization.quantize(tensor({4, 128}, 5), 64, 4, mode: :int4)
+    end
+  end
+
   test "a checkpoint's own layer is taken back" do
     {:ok, tensors} = Safetensors.read(Fixtures.checkpoint("f32-tied"))
     path = "model.layers.0.mlp.up_proj"
@@ -128,6 +158,16 @@ defmodule Bombus.QuantizationTest do
         )
       end
 
+      defn floats(x, w) do
+        {weight, scales, _none} =
+          Bombus.Quantization.quantize(w, 32, 4, mode: :mxfp4, device: {:mlx, :cpu})
+
+        Bombus.Quantization.quantized_matmul(x, weight, scales, nil, true, 32, 4,
+          mode: :mxfp4,
+          device: {:mlx, :cpu}
+        )
+      end
+
       defn there_and_back(w) do
         {weight, scales, biases} = Bombus.Quantization.quantize(w, 32, 8)
         Bombus.Quantization.dequantize(weight, scales, biases, 32, 8)
@@ -154,6 +194,10 @@ defmodule Bombus.QuantizationTest do
       back = Layer.there_and_back(Tensor.to_nx(w))
       assert Nx.shape(back) == {5, 128}
       assert Nx.to_number(Nx.reduce_max(Nx.abs(Nx.subtract(back, Tensor.to_nx(w))))) < 0.01
+
+      if Fixtures.mlx?(),
+        do: assert(Nx.shape(Layer.floats(Tensor.to_nx(x), Tensor.to_nx(w))) == {2, 5})
+
       bf16 = w |> Tensor.to_nx() |> Nx.as_type(:bf16)
       assert {_, scales, _} = Quantization.quantize(bf16)
       assert Nx.type(scales) == {:bf, 16}

@@ -175,8 +175,9 @@ impl<'a> Part<'a> {
         let Quantized { weight, scales, biases } =
             quantize::quantize(&dense, rows, columns, *layout, default_threads())?;
         let mut kept = kept.borrow_mut();
-        for (which, array) in [(Which::Scales, scales), (Which::Biases, biases)] {
-            kept.insert((self.source.clone(), which), array.bytes);
+        for (which, array) in [(Which::Scales, Some(scales)), (Which::Biases, biases)] {
+            let bytes = array.map(|array| array.bytes).unwrap_or_default();
+            kept.insert((self.source.clone(), which), bytes);
         }
         match self.which {
             Which::Weight => Ok(weight.bytes),

@@ -43,50 +43,105 @@ impl Array {
 pub struct Quantized {
     /// u32 `[rows, columns * bits / 32]`
     pub weight: Array,
-    /// `[rows, columns / group_size]`
+    /// `[rows, columns / group_size]`; u8 where the codes are floats
     pub scales: Array,
-    /// of the scales' shape and type
-    pub biases: Array,
+    /// of the scales' shape and type; none where the codes are floats
+    pub biases: Option<Array>,
 }
 
-/// w: f32, f16 or bf16, `[..., columns]`; the scales get its type.
-pub fn quantize(device: Device, w: &Array, layout: Quantization) -> Result<Quantized> {
-    check_layout(layout)?;
+/// What the codes are.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Mode {
+    /// whole numbers, with a scale and a bias for a group
+    Affine,
+    /// 4-bit floats in groups of 32, with an 8-bit power of two
+    Mxfp4,
+    /// 8-bit floats in groups of 32, with an 8-bit power of two
+    Mxfp8,
+    /// 4-bit floats in groups of 16, with an 8-bit float
+    Nvfp4,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scheme {
+    pub mode: Mode,
+    pub layout: Quantization,
+}
+
+impl Scheme {
+    pub fn affine(layout: Quantization) -> Self {
+        Self { mode: Mode::Affine, layout }
+    }
+
+    fn check(self) -> Result<()> {
+        let Quantization { group_size, bits } = self.layout;
+        let (known, expected) = match self.mode {
+            Mode::Affine => {
+                (self.layout.is_affine(), "bits of 2 to 6 or 8, and groups of 32, 64 or 128")
+            }
+            Mode::Mxfp4 => ((group_size, bits) == (32, 4), "4 bits and groups of 32"),
+            Mode::Mxfp8 => ((group_size, bits) == (32, 8), "8 bits and groups of 32"),
+            Mode::Nvfp4 => ((group_size, bits) == (16, 4), "4 bits and groups of 16"),
+        };
+        match known {
+            true => Ok(()),
+            false => Err(Error::Request(format!("expected {expected}, got: {:?}", self.layout))),
+        }
+    }
+
+    /// The CPU backend's own.
+    fn affine_layout(self) -> Result<Quantization> {
+        match self.mode {
+            Mode::Affine => Ok(self.layout),
+            mode => {
+                let message = format!("{mode:?} is MLX's: use `device: :gpu` or `{{:mlx, :cpu}}`");
+                Err(Error::Unsupported(message))
+            }
+        }
+    }
+}
+
+/// w: f32, f16 or bf16, `[..., columns]`; the scales get its type, where the mode is affine.
+pub fn quantize(device: Device, w: &Array, scheme: Scheme) -> Result<Quantized> {
+    scheme.check()?;
     let (rows, columns) = w.matrix();
-    if w.shape.len() < 2 || rows * columns == 0 || !columns.is_multiple_of(layout.group_size) {
+    let group_size = scheme.layout.group_size;
+    if w.shape.len() < 2 || rows * columns == 0 || !columns.is_multiple_of(group_size) {
         return Err(Error::Request(format!(
-            "expected a matrix whose rows are groups of {}, got one of shape {:?}",
-            layout.group_size, w.shape
+            "expected a matrix whose rows are groups of {group_size}, got one of shape {:?}",
+            w.shape
         )));
     }
     match device {
-        Device::Cpu(options) => cpu::quantize(w, rows, columns, layout, options.threads),
+        Device::Cpu(options) => {
+            cpu::quantize(w, rows, columns, scheme.affine_layout()?, options.threads)
+        }
         #[cfg(feature = "mlx")]
-        Device::Mlx(device) => mlx::quantize(device, w, layout),
+        Device::Mlx(device) => mlx::quantize(device, w, scheme),
     }
 }
 
-/// -> in the type of the scales
-pub fn dequantize(device: Device, matrix: &Quantized, layout: Quantization) -> Result<Array> {
-    check_quantized(matrix, layout)?;
+/// -> in the type of the scales, where the mode is affine; else in bf16
+pub fn dequantize(device: Device, matrix: &Quantized, scheme: Scheme) -> Result<Array> {
+    check_quantized(matrix, scheme)?;
     match device {
-        Device::Cpu(options) => cpu::dequantize(matrix, layout, options.threads),
+        Device::Cpu(options) => cpu::dequantize(matrix, scheme.affine_layout()?, options.threads),
         #[cfg(feature = "mlx")]
-        Device::Mlx(device) => mlx::dequantize(device, matrix, layout),
+        Device::Mlx(device) => mlx::dequantize(device, matrix, scheme),
     }
 }
 
 /// `x W'`, where the matrix is `[out, in]` (`transpose`), or `x W`, where it is `[in, out]`;
-/// x `[..., in]` of the scales' type.
+/// x `[..., in]` of the scales' type, where the mode is affine.
 pub fn matmul(
     device: Device,
     x: &Array,
     matrix: &Quantized,
     transpose: bool,
-    layout: Quantization,
+    scheme: Scheme,
 ) -> Result<Array> {
-    check_quantized(matrix, layout)?;
-    let (rows, columns) = unpacked(matrix, layout);
+    check_quantized(matrix, scheme)?;
+    let (rows, columns) = unpacked(matrix, scheme.layout);
     let inputs = if transpose { columns } else { rows };
     if matrix.weight.shape.len() != 2 || x.shape.last() != Some(&inputs) {
         return Err(Error::Request(format!(
@@ -94,14 +149,16 @@ pub fn matmul(
             x.shape
         )));
     }
-    if x.dtype != matrix.scales.dtype {
+    if scheme.mode == Mode::Affine && x.dtype != matrix.scales.dtype {
         let (x, scales) = (x.dtype, matrix.scales.dtype);
         return Err(Error::Request(format!("x is {x:?}, and the scales are {scales:?}")));
     }
     match device {
-        Device::Cpu(options) => cpu::matmul(x, matrix, transpose, layout, options.threads),
+        Device::Cpu(options) => {
+            cpu::matmul(x, matrix, transpose, scheme.affine_layout()?, options.threads)
+        }
         #[cfg(feature = "mlx")]
-        Device::Mlx(device) => mlx::matmul(device, x, matrix, transpose, layout),
+        Device::Mlx(device) => mlx::matmul(device, x, matrix, transpose, scheme),
     }
 }
 
@@ -111,43 +168,33 @@ pub fn unpacked(matrix: &Quantized, layout: Quantization) -> (usize, usize) {
     (rows, groups * layout.group_size)
 }
 
-fn check_layout(layout: Quantization) -> Result<()> {
-    match layout.is_affine() {
-        true => Ok(()),
-        false => {
-            let message = "expected bits of 2 to 6 or 8, and groups of 32, 64 or 128";
-            Err(Error::Request(format!("{message}, got: {layout:?}")))
-        }
-    }
-}
-
-fn check_quantized(matrix: &Quantized, layout: Quantization) -> Result<()> {
-    check_layout(layout)?;
+fn check_quantized(matrix: &Quantized, scheme: Scheme) -> Result<()> {
+    scheme.check()?;
+    let Quantization { group_size, bits } = scheme.layout;
     let Quantized { weight, scales, biases } = matrix;
     let mut packed = scales.shape.clone();
     if let Some(last) = packed.last_mut() {
-        *last = *last * layout.group_size * layout.bits / 32;
+        *last = *last * group_size * bits / 32;
     }
-    let floats = matches!(scales.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16);
-    let fits = weight.dtype == Dtype::U32
-        && floats
-        && weight.shape == packed
-        && scales.shape.len() >= 2
-        && (&scales.shape, scales.dtype) == (&biases.shape, biases.dtype);
-    match fits {
+    let whole = match (scheme.mode, biases) {
+        (Mode::Affine, Some(biases)) => {
+            matches!(scales.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
+                && (&scales.shape, scales.dtype) == (&biases.shape, biases.dtype)
+        }
+        (Mode::Affine, None) => false,
+        (_, biases) => scales.dtype == Dtype::U8 && biases.is_none(),
+    };
+    let fits = weight.dtype == Dtype::U32 && weight.shape == packed && scales.shape.len() >= 2;
+    match whole && fits {
         true => Ok(()),
-        false => Err(Error::Request(format!(
-            "a weight {:?} {:?}, scales {:?} {:?} and biases {:?} {:?} do not fit together in {} bits \
-             and groups of {}",
-            weight.dtype,
-            weight.shape,
-            scales.dtype,
-            scales.shape,
-            biases.dtype,
-            biases.shape,
-            layout.bits,
-            layout.group_size
-        ))),
+        false => {
+            let shown = |array: &Array| format!("{:?} {:?}", array.dtype, array.shape);
+            let biases = biases.as_ref().map_or("none".into(), shown);
+            let (weight, scales) = (shown(weight), shown(scales));
+            Err(Error::Request(format!(
+                "weight {weight}, scales {scales} and biases {biases} do not fit together: {scheme:?}"
+            )))
+        }
     }
 }
 
@@ -190,7 +237,7 @@ mod tests {
             size in 0.001f32..100.0,
         ) {
             let (bits, group_size) = layout;
-            let layout = Quantization { group_size, bits };
+            let layout = Scheme::affine(Quantization { group_size, bits });
             let w: Vec<f32> = some(3 * 2 * group_size, seed).iter().map(|w| w * size).collect();
             let matrix = array(Dtype::F32, &[3, 2 * group_size], &w);
             let quantized = quantize(cpu(), &matrix, layout).unwrap();
@@ -209,7 +256,7 @@ mod tests {
         for (dtype, rounding) in [(Dtype::F32, 0.0), (Dtype::F16, 1e-3), (Dtype::BF16, 8e-3)] {
             for (layout, transpose) in LAYOUTS.into_iter().flat_map(|l| [(l, true), (l, false)]) {
                 let (bits, group_size) = layout;
-                let layout = Quantization { group_size, bits };
+                let layout = Scheme::affine(Quantization { group_size, bits });
                 let (outs, ins) = (5, 2 * group_size);
                 let w = array(Dtype::F32, &[outs, ins], &some(outs * ins, 1));
                 let exact = quantize(cpu(), &w, layout).unwrap();
@@ -217,11 +264,12 @@ mod tests {
                 let quantized = Quantized {
                     weight: exact.weight.clone(),
                     scales: numbers_of(&exact.scales),
-                    biases: numbers_of(&exact.biases),
+                    biases: exact.biases.as_ref().map(numbers_of),
                 };
+                let wide = |a: &Array| array(Dtype::F32, &a.shape, &numbers(a));
                 let as_f32 = Quantized {
-                    scales: array(Dtype::F32, &exact.scales.shape, &numbers(&quantized.scales)),
-                    biases: array(Dtype::F32, &exact.biases.shape, &numbers(&quantized.biases)),
+                    scales: wide(&quantized.scales),
+                    biases: quantized.biases.as_ref().map(wide),
                     weight: exact.weight,
                 };
                 let dense = numbers(&dequantize(cpu(), &as_f32, layout).unwrap());
@@ -246,14 +294,14 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_told() {
-        let layout = Quantization { group_size: 64, bits: 4 };
+        let layout = Scheme::affine(Quantization { group_size: 64, bits: 4 });
         let w = array(Dtype::F32, &[2, 96], &some(192, 1));
         assert!(matches!(quantize(cpu(), &w, layout), Err(Error::Request(_))));
         let w = array(Dtype::F32, &[2, 128], &some(256, 1));
-        let seven = Quantization { group_size: 64, bits: 7 };
+        let seven = Scheme::affine(Quantization { group_size: 64, bits: 7 });
         assert!(matches!(quantize(cpu(), &w, seven), Err(Error::Request(_))));
         let quantized = quantize(cpu(), &w, layout).unwrap();
-        let wrong = Quantized { biases: w.clone(), ..quantized.clone() };
+        let wrong = Quantized { biases: Some(w.clone()), ..quantized.clone() };
         assert!(matches!(dequantize(cpu(), &wrong, layout), Err(Error::Request(_))));
         let x = array(Dtype::F32, &[1, 64], &some(64, 1));
         assert!(matches!(matmul(cpu(), &x, &quantized, true, layout), Err(Error::Request(_))));
@@ -271,7 +319,7 @@ mod tests {
             assert!(pairs.map(|(own, theirs)| (own - theirs).abs()).fold(0.0, f32::max) < 1e-5);
         };
         for (bits, group_size) in LAYOUTS {
-            let layout = Quantization { group_size, bits };
+            let layout = Scheme::affine(Quantization { group_size, bits });
             let mut w = some(4 * 2 * group_size, 3);
             // A group of zeros, one of one number, and one without negative ones.
             w[..group_size].fill(0.0);
@@ -289,6 +337,37 @@ mod tests {
                 let x = array(Dtype::F32, &[3, inputs], &some(3 * inputs, 4));
                 near([cpu(), mlx].map(|d| matmul(d, &x, &quantized, transpose, layout).unwrap()));
             }
+        }
+    }
+
+    /// Floats for codes: what comes back is within a step of what went in, and multiplies as that.
+    #[cfg(feature = "mlx")]
+    #[test]
+    fn mlx_has_other_modes() {
+        let mlx = Device::Mlx(crate::backend::mlx::Device::Cpu);
+        let one = |dtype, n: usize| {
+            let unit: Vec<f32> = (0..n * n).map(|at| f32::from(at % (n + 1) == 0)).collect();
+            array(dtype, &[n, n], &unit)
+        };
+        for (mode, bits, group_size, step) in
+            [(Mode::Mxfp4, 4, 32, 0.35), (Mode::Mxfp8, 8, 32, 0.05), (Mode::Nvfp4, 4, 16, 0.25)]
+        {
+            let scheme = Scheme { mode, layout: Quantization { group_size, bits } };
+            let w = array(Dtype::BF16, &[3, 64], &some(192, 1));
+            let quantized = quantize(mlx, &w, scheme).unwrap();
+            assert_eq!(quantized.weight.shape, [3, 64 * bits / 32]);
+            assert_eq!(quantized.scales.shape, [3, 64 / group_size]);
+            assert_eq!((quantized.scales.dtype, &quantized.biases), (Dtype::U8, &None));
+            let back = dequantize(mlx, &quantized, scheme).unwrap();
+            assert_eq!((back.dtype, &back.shape), (Dtype::BF16, &w.shape));
+            let pairs = numbers(&w).into_iter().zip(numbers(&back));
+            let worst = pairs.map(|(one, other)| (one - other).abs()).fold(0.0, f32::max);
+            assert!(0.0 < worst && worst < step, "{mode:?}: {worst}");
+            let y = matmul(mlx, &one(Dtype::BF16, 3), &quantized, false, scheme).unwrap();
+            assert_eq!(numbers(&y), numbers(&back), "{mode:?}");
+            assert!(matches!(quantize(cpu(), &w, scheme), Err(Error::Unsupported(_))));
+            let wrong = Scheme { mode, layout: Quantization { group_size: 64, bits } };
+            assert!(matches!(quantize(mlx, &w, wrong), Err(Error::Request(_))));
         }
     }
 }

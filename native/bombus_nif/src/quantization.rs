@@ -4,7 +4,7 @@ use crate::answer::{Address, result_term};
 use crate::model::DeviceOption;
 use bombus::config::Quantization;
 use bombus::error::{Error, Result};
-use bombus::quantization::{Array, Quantized, dequantize, matmul, quantize};
+use bombus::quantization::{Array, Mode, Quantized, Scheme, dequantize, matmul, quantize};
 use bombus::tensor_file::dtype;
 use rustler::{Binary, Env, NewBinary, NifMap, NifUnitEnum, OwnedEnv, Term};
 
@@ -15,9 +15,18 @@ enum Operation {
     Matmul,
 }
 
+#[derive(NifUnitEnum)]
+enum ModeOption {
+    Affine,
+    Mxfp4,
+    Mxfp8,
+    Nvfp4,
+}
+
 #[derive(NifMap)]
 struct Options {
     device: DeviceOption,
+    mode: ModeOption,
     group_size: usize,
     bits: usize,
     transpose: bool,
@@ -45,25 +54,40 @@ fn quantization<'a>(
 }
 
 fn run(operation: &Operation, arrays: Vec<Array>, options: &Options) -> Result<Vec<Array>> {
+    let mode = match options.mode {
+        ModeOption::Affine => Mode::Affine,
+        ModeOption::Mxfp4 => Mode::Mxfp4,
+        ModeOption::Mxfp8 => Mode::Mxfp8,
+        ModeOption::Nvfp4 => Mode::Nvfp4,
+    };
     let layout = Quantization { group_size: options.group_size, bits: options.bits };
+    let scheme = Scheme { mode, layout };
     let device = options.device.device(None)?;
     match operation {
         Operation::Quantize => {
             let [w] = exactly(arrays)?;
-            let Quantized { weight, scales, biases } = quantize(device, &w, layout)?;
-            Ok(vec![weight, scales, biases])
+            let Quantized { weight, scales, biases } = quantize(device, &w, scheme)?;
+            Ok([weight, scales].into_iter().chain(biases).collect())
         }
         Operation::Dequantize => {
-            let [weight, scales, biases] = exactly(arrays)?;
-            let matrix = Quantized { weight, scales, biases };
-            Ok(vec![dequantize(device, &matrix, layout)?])
+            let matrix = matrix(arrays)?;
+            Ok(vec![dequantize(device, &matrix, scheme)?])
         }
         Operation::Matmul => {
-            let [x, weight, scales, biases] = exactly(arrays)?;
-            let matrix = Quantized { weight, scales, biases };
-            Ok(vec![matmul(device, &x, &matrix, options.transpose, layout)?])
+            let mut arrays = arrays;
+            let x = arrays.drain(..1.min(arrays.len())).collect();
+            let [x] = exactly(x)?;
+            let matrix = matrix(arrays)?;
+            Ok(vec![matmul(device, &x, &matrix, options.transpose, scheme)?])
         }
     }
+}
+
+/// A weight, its scales, and biases where the mode has some.
+fn matrix(mut arrays: Vec<Array>) -> Result<Quantized> {
+    let biases = if arrays.len() == 3 { arrays.pop() } else { None };
+    let [weight, scales] = exactly(arrays)?;
+    Ok(Quantized { weight, scales, biases })
 }
 
 fn exactly<const N: usize>(arrays: Vec<Array>) -> Result<[Array; N]> {

@@ -69,7 +69,7 @@ pub fn quantize(
     Ok(Quantized {
         weight: Array::new(Dtype::U32, shaped(columns * bits / 32), weight)?,
         scales: part(scales, shaped(groups))?,
-        biases: part(biases, shaped(groups))?,
+        biases: Some(part(biases, shaped(groups))?),
     })
 }
 
@@ -114,7 +114,7 @@ impl<'a> Rows<'a> {
         Ok(Self {
             weight: &matrix.weight.bytes,
             scales: numbers(&matrix.scales)?,
-            biases: numbers(&matrix.biases)?,
+            biases: matrix.biases.as_ref().map(numbers).transpose()?.unwrap_or_default(),
             layout,
             count,
             columns,

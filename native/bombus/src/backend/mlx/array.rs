@@ -15,6 +15,7 @@ pub fn load(view: &TensorView) -> Result<Array> {
 #[allow(unsafe_code)]
 pub fn from_bytes(dtype: FileDtype, shape: &[usize], bytes: &[u8]) -> Result<Array> {
     let dtype = match dtype {
+        FileDtype::U8 => Dtype::Uint8,
         FileDtype::U32 => Dtype::Uint32,
         FileDtype::F32 => Dtype::Float32,
         FileDtype::F16 => Dtype::Float16,
@@ -39,6 +40,7 @@ pub fn to_bytes(array: &Array) -> Result<(FileDtype, Vec<u8>)> {
     let array = array.contiguous()?;
     array.eval()?;
     Ok(match array.dtype() {
+        Dtype::Uint8 => (FileDtype::U8, values::<u8>(&array)?),
         Dtype::Uint32 => (FileDtype::U32, bytes_of(&array, |number: u32| number.to_le_bytes())?),
         Dtype::Float32 => (FileDtype::F32, bytes_of(&array, |number: f32| number.to_le_bytes())?),
         Dtype::Float16 => {
