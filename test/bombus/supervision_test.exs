@@ -129,20 +129,8 @@ defmodule Bombus.SupervisionTest do
 
   describe "from another node" do
     setup do
-      :os.cmd(~c"epmd -daemon")
-      name = :"bombus-#{System.unique_integer([:positive])}@127.0.0.1"
-      if not Node.alive?(), do: {:ok, _} = Node.start(name, :longnames)
       on_exit(fn -> Node.stop() end)
-      paths = Enum.flat_map(:code.get_path(), &[~c"-pa", &1])
-
-      {:ok, peer, node} =
-        :peer.start_link(%{
-          name: :peer.random_name(),
-          host: ~c"127.0.0.1",
-          longnames: true,
-          args: [~c"-setcookie", Atom.to_charlist(Node.get_cookie()) | paths]
-        })
-
+      {peer, node} = Fixtures.start_peer(:code.get_path())
       {:ok, _} = :erpc.call(node, Application, :ensure_all_started, [:elixir])
       start_supervised!({Serving, name: Far, model: @endless, tokenizer: nil})
       %{peer: peer, node: node, far: {Far, node()}}
@@ -173,6 +161,9 @@ defmodule Bombus.SupervisionTest do
       there = :erpc.call(node, Serving, :batched_run, [far, input])
       assert ids(there) == ids(Serving.batched_run(Far, input))
       assert ids(there) != ids(Serving.batched_run(Far, %{input | adapter: nil}))
+      foreign = %{input | adapter: %{adapter | ref: make_ref()}}
+      assert {:error, %Error{} = error} = :erpc.call(node, Serving, :batched_run, [far, foreign])
+      assert error.message =~ "loaded there"
     end
 
     test "a stream that is halted, a caller and a node that die cancel", context do

@@ -101,24 +101,10 @@ defmodule Bombus.TextTest do
 
   describe "from another node" do
     setup do
-      :os.cmd(~c"epmd -daemon")
-      name = :"bombus-#{System.unique_integer([:positive])}@127.0.0.1"
-      if not Node.alive?(), do: {:ok, _} = Node.start(name, :longnames)
       on_exit(fn -> Node.stop() end)
       # With nothing but Nx.
-      paths =
-        for path <- :code.get_path(),
-            not (to_string(path) =~ "bombus"),
-            path <- [~c"-pa", path],
-            do: path
-
-      {:ok, peer, node} =
-        :peer.start_link(%{
-          name: :peer.random_name(),
-          host: ~c"127.0.0.1",
-          longnames: true,
-          args: [~c"-setcookie", Atom.to_charlist(Node.get_cookie()) | paths]
-        })
+      {peer, node} =
+        Fixtures.start_peer(Enum.reject(:code.get_path(), &(to_string(&1) =~ "bombus")))
 
       {:ok, _} = :erpc.call(node, Application, :ensure_all_started, [:nx])
       %{peer: peer, node: node}

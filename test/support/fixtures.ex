@@ -46,6 +46,24 @@ defmodule Bombus.Fixtures do
     end
   end
 
+  @doc "Another node of a cluster, with these paths; -> who stops it, and its name"
+  def start_peer(paths) do
+    :os.cmd(~c"epmd -daemon")
+    name = :"bombus-#{System.unique_integer([:positive])}@127.0.0.1"
+    if not Node.alive?(), do: {:ok, _} = Node.start(name, :longnames)
+    paths = Enum.flat_map(paths, &[~c"-pa", &1])
+
+    {:ok, peer, node} =
+      :peer.start_link(%{
+        name: :peer.random_name(),
+        host: ~c"127.0.0.1",
+        longnames: true,
+        args: [~c"-setcookie", Atom.to_charlist(Node.get_cookie()) | paths]
+      })
+
+    {peer, node}
+  end
+
   # What tests run on other nodes, which have this module and none of theirs.
 
   def stream(serving, input), do: serving |> Bombus.Serving.stream(input) |> Enum.to_list()

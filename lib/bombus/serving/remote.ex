@@ -30,7 +30,7 @@ defmodule Bombus.Serving.Remote do
   def own(serving, input, server, {caller, _tag} = from, reference) do
     monitor = Process.monitor(caller)
 
-    case Request.start(serving, input, server) do
+    case start_here(serving, input, server) do
       {:ok, request} ->
         GenServer.reply(from, {:ok, self()})
         hand_on(request, caller, monitor, reference)
@@ -38,6 +38,17 @@ defmodule Bombus.Serving.Remote do
       {:error, error} ->
         GenServer.reply(from, {:error, error})
     end
+  end
+
+  # Whoever waits for the answer does not see this process end.
+  defp start_here(serving, input, server) do
+    Request.start(serving, input, server)
+  rescue
+    error in ArgumentError ->
+      Error.error(
+        :bad_request,
+        "this cannot run on #{node()}: #{Exception.message(error)} (an adapter must have been loaded there)"
+      )
   end
 
   defp hand_on(%{reference: own, monitor: server} = request, caller, monitor, reference) do
