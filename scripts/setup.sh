@@ -101,3 +101,8 @@ fi
   [ -z "$mlx" ] || echo "export BOMBUS_MLX_DIR='$mlx' LIBCLANG_PATH='$tools/libclang'"
 } > "$tools/env.new"
 mv "$tools/env.new" "$tools/env"
+
+# Where Hex is installed, mix.exs names Nx and telemetry, for the tests that need them.
+if [ ! -d deps/nx ] && (. "$tools/env" && mix hex.info) >/dev/null 2>&1; then
+  (. "$tools/env" && mix deps.get)
+fi
