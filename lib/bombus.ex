@@ -53,7 +53,7 @@ defmodule Bombus do
       One that is quantized already must agree, or the answer is
       `{:error, %Bombus.Error{reason: :quantization_mismatch}}`
     * `:max_batch_size` - how many sequences run together, 32 by default
-    * `:max_queue` - how many requests may wait, 1024 by default; beyond that they are answered
+    * `:max_queue` - how many more requests may wait, 1024 by default; beyond that they are answered
       with `{:error, %Bombus.Error{reason: :overloaded}}`
     * `:prefill_chunk` - how many prompt tokens go into one step, beside a token of every sequence
       that is being generated: what a long prompt holds the others up for. 64 by default
@@ -126,6 +126,10 @@ defmodule Bombus do
     with {:ok, _saved} <- Native.await(&Native.save_model(model.ref, Path.expand(path), &1)) do
       :ok
     end
+  end
+
+  def save_model(%Model{}, path) do
+    raise ArgumentError, "expected the path of a folder, got: #{inspect(path)}"
   end
 
   def save_model(other, _path) do

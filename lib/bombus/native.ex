@@ -24,6 +24,7 @@ defmodule Bombus.Native do
   # Limits that some requests share, and how many of them have not ended.
   def new_group(_limits), do: nif()
   def group_size(_group), do: nif()
+  def close_group(_group), do: nif()
 
   # {reference, step} to a process after every step of a model.
   def watch(_model, _pid, _reference), do: nif()

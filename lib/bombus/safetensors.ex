@@ -113,6 +113,13 @@ defmodule Bombus.Safetensors do
   def write(path, tensors, options \\ []) do
     options = Keyword.validate!(options, metadata: nil)
     entries = Enum.map(tensors, &entry!/1)
+    names = Enum.map(entries, &elem(&1, 0))
+
+    if names != Enum.uniq(names) or "__metadata__" in names do
+      raise ArgumentError,
+            "expected different names, none of them \"__metadata__\", got: #{inspect(names)}"
+    end
+
     metadata = metadata!(options[:metadata])
 
     with {:ok, _written} <-
@@ -125,6 +132,10 @@ defmodule Bombus.Safetensors do
   # A type as the format names it, and the other way round.
   def dtype(type), do: @dtypes[type]
   def type(dtype), do: @types[dtype]
+
+  defp open(path) when not is_binary(path) do
+    raise ArgumentError, "expected a path, got: #{inspect(path)}"
+  end
 
   defp open(path) do
     Native.await(&Native.open_tensors(Path.expand(path), &1))

@@ -5,7 +5,7 @@ defmodule Bombus.Serving do
       serving = Bombus.Serving.new(model, tokenizer, max_new_tokens: 100)
       Bombus.Serving.run(serving, "Write a post about coffee")
       #=> %{results: [%{text: "...", token_ids: [...], finish_reason: :stop,
-      #=>               token_summary: %{input: 18, output: 47, padding: 0}}]}
+      #=>               token_summary: %{input: 18, cached: 0, output: 36, padding: 0}}]}
 
       serving |> Bombus.Serving.stream("Write a post about coffee") |> Enum.each(&IO.write/1)
 
@@ -64,7 +64,7 @@ defmodule Bombus.Serving do
     * `:logprobs` - a whole number n in 0..100: the result says for every token how probable the model
       found it, and which n it found most probable
     * `:seed` - a whole number in 0..2**64-1: the same seed draws the same text; random by default
-    * `:stop` - a string or a list of strings that end the text, and are not part of it
+    * `:stop` - a string or a list of strings that end the text, and are not part of it; needs a tokenizer
     * `:adapter` - made by `Bombus.load_adapter/2`; `nil` is none
     * `:chat_template` - `false` completes a string as it stands
     * `:template_options` - what the chat template takes, such as `%{enable_thinking: false}`
@@ -137,6 +137,10 @@ defmodule Bombus.Serving do
   def new(model, tokenizer, options \\ [])
 
   def new(%Model{} = model, tokenizer, options) when is_list(options) do
+    unless Keyword.keyword?(options) do
+      raise ArgumentError, "expected the options to be a keyword list, got: #{inspect(options)}"
+    end
+
     {limits, options} = Enum.split_with(options, &match?({key, _value} when key in @limits, &1))
     limits = Bombus.limits!(limits)
 
@@ -182,8 +186,10 @@ defmodule Bombus.Serving do
     do: stream_with(serving, Input.normalize!(input, serving), nil)
 
   def stream(name, input) do
-    {serving, server} = Server.checkout(name)
-    stream_with(serving, Input.normalize!(input, serving), server)
+    case Server.checkout(name) do
+      {:ok, serving, server} -> stream_with(serving, Input.normalize!(input, serving), server)
+      {:error, error} -> raise error
+    end
   end
 
   @doc """
@@ -196,8 +202,11 @@ defmodule Bombus.Serving do
   end
 
   def batched_run(name, input) do
-    {serving, server} = Server.checkout(name)
-    run_with(serving, input, server)
+    case Server.checkout(name) do
+      {:ok, serving, server} -> run_with(serving, input, server)
+      {:error, error} when is_list(input) -> Enum.map(input, fn _one -> {:error, error} end)
+      {:error, error} -> {:error, error}
+    end
   end
 
   @doc """
@@ -209,7 +218,8 @@ defmodule Bombus.Serving do
     * `:serving` - made by `new/3`, or
     * `:model` - a model, or the source of one, which is loaded when the process starts. With it go
       the options of `new/3`, and:
-        * `:tokenizer` - a tokenizer, a source, or `nil`; the source of the model by default
+        * `:tokenizer` - a tokenizer, a source, or `nil`; the source of the model by default, required
+          beside a model that is loaded
         * `:adapter` - an adapter, or a source
         * those of `Bombus.load_model/2`, where the model is a source: they are the model's
     * `:drain` - how many milliseconds requests may go on when the process is told to stop, or

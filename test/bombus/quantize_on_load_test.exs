@@ -112,5 +112,24 @@ defmodule Bombus.QuantizeOnLoadTest do
     File.write!(file, "")
     model = Bombus.load_model!(:demo)
     assert {:error, %Error{reason: :io}} = Bombus.save_model(model, Path.join(file, "folder"))
+
+    assert_raise ArgumentError, ~r/path of a folder/, fn ->
+      Bombus.save_model(model, {:local, dir})
+    end
+
+    # Not onto itself, by whatever name.
+    own = copy("bf16-dense", dir)
+    link = Path.join(dir, "link")
+    File.ln_s!(own, link)
+    model = Bombus.load_model!(own, quantization: :int4)
+    before = File.read!(Path.join(own, "config.json"))
+
+    for path <- [own, link] do
+      assert {:error, %Error{reason: :io, message: message}} = Bombus.save_model(model, path)
+      assert message =~ "another folder"
+    end
+
+    assert File.read!(Path.join(own, "config.json")) == before
+    assert {:ok, _model} = Bombus.load_model(own)
   end
 end

@@ -53,7 +53,9 @@ defmodule Bombus.SafetensorsTest do
     assert one == tensors["t5"]
     assert {:ok, some} = Safetensors.read(path, only: ["t1", "t2"])
     assert Map.keys(some) == ["t1", "t2"]
-    refute File.exists?(path <> ".part")
+    # As any other file that this process makes.
+    File.write!(path <> ".other", "")
+    assert File.stat!(path).mode == File.stat!(path <> ".other").mode
   end
 
   test "a file may be written in place of one that is read", %{tmp_dir: dir} do
@@ -118,6 +120,11 @@ defmodule Bombus.SafetensorsTest do
 
     odd = %{"a" => %Tensor{type: {:c, 128}, shape: {0}, binary: ""}}
     assert_raise ArgumentError, ~r/of the format/, fn -> Safetensors.write(path, odd) end
+    twice = [{"a", Tensor.new({:u, 8}, {1}, "a")}, {:a, Tensor.new({:u, 8}, {1}, "b")}]
+    assert_raise ArgumentError, ~r/different names/, fn -> Safetensors.write(path, twice) end
+    named = %{"__metadata__" => Tensor.new({:u, 8}, {1}, "a")}
+    assert_raise ArgumentError, ~r/__metadata__/, fn -> Safetensors.write(path, named) end
+    assert_raise ArgumentError, ~r/a path/, fn -> Safetensors.read(:demo) end
     assert_raise ArgumentError, ~r/:as/, fn -> Safetensors.read(path, as: :numpy) end
   end
 

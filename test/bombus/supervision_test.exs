@@ -83,11 +83,13 @@ defmodule Bombus.SupervisionTest do
 
     test "answers nobody new while it drains" do
       supervisor = start_draining(Refusing)
+      made_before = Serving.stream(Refusing, @input)
       many = List.duplicate(@input, 60)
       long = Task.async(fn -> Serving.batched_run(Refusing, many) end)
       assert_soon(fn -> Bombus.memory_info().sequences > 50 end)
       stopping = Task.async(fn -> Supervisor.stop(supervisor) end)
       assert refused(Refusing, 200)
+      assert_raise Error, ~r/stopping/, fn -> Enum.to_list(made_before) end
       assert Enum.all?(Task.await(long, 60_000), &(length(ids(&1)) == 400))
       Task.await(stopping, 60_000)
     end
@@ -96,10 +98,10 @@ defmodule Bombus.SupervisionTest do
     defp refused(_name, 0), do: false
 
     defp refused(name, tries) do
-      Serving.batched_run(name, %{@input | max_new_tokens: 1})
-      refused(name, tries - 1)
-    rescue
-      error in Error -> error.reason == :stopped
+      case Serving.batched_run(name, %{@input | max_new_tokens: 1}) do
+        {:error, %Error{reason: :stopped}} -> true
+        _answered -> refused(name, tries - 1)
+      end
     catch
       :exit, _reason -> true
     end

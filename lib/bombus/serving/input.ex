@@ -16,6 +16,7 @@ defmodule Bombus.Serving.Input do
   def normalize!(%{} = input, %Serving{} = serving) when not is_struct(input) do
     {prompt, options} = Map.split(input, @prompts)
     options = Options.merge!(serving.options, options)
+    check_options!(options, serving)
 
     case Map.to_list(prompt) do
       [one] -> {prompt!(one, options, serving), options}
@@ -24,6 +25,19 @@ defmodule Bombus.Serving.Input do
   end
 
   def normalize!(other, _serving), do: raise(ArgumentError, expected(other))
+
+  # What only shows beside a model and a tokenizer.
+  defp check_options!(%{stop: [_ | _] = stop}, %{tokenizer: nil}) do
+    raise ArgumentError,
+          "a serving without a tokenizer has no text for :stop, got: #{inspect(stop)}"
+  end
+
+  defp check_options!(%{logit_bias: biases}, _serving) when biases == %{}, do: :ok
+
+  defp check_options!(%{logit_bias: biases}, serving) do
+    token_ids!(Map.keys(biases), serving.model)
+    :ok
+  end
 
   @doc "Raises where the ids are no token ids of the model."
   def token_ids!([_ | _] = ids, %Model{spec: %{vocab_size: vocab_size}}) do

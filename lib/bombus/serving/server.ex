@@ -5,7 +5,7 @@ defmodule Bombus.Serving.Server do
 
   use GenServer
 
-  alias Bombus.{Error, Native, Serving}
+  alias Bombus.{Error, Native}
   alias Bombus.Serving.{Loader, Remote}
 
   # How often it looks whether the last request has ended.
@@ -14,13 +14,11 @@ defmodule Bombus.Serving.Server do
   def start_link(options), do: GenServer.start_link(__MODULE__, options, name: options[:name])
 
   @doc """
-  The serving, and the process whose end is that of its requests. Waits while it loads its model.
+  The serving, and the process whose end is that of its requests; an error where it is stopping.
+  Waits while it loads its model.
   """
   def checkout(name) do
-    case GenServer.call(name, :checkout, :infinity) do
-      {%Serving{} = serving, server} -> {serving, server}
-      {:error, error} -> raise error
-    end
+    GenServer.call(name, :checkout, :infinity)
   end
 
   @impl true
@@ -40,7 +38,7 @@ defmodule Bombus.Serving.Server do
   end
 
   @impl true
-  def handle_call(:checkout, _from, state), do: {:reply, {state.serving, self()}, state}
+  def handle_call(:checkout, _from, state), do: {:reply, {:ok, state.serving, self()}, state}
 
   def handle_call({:start, input, reference}, from, %{serving: serving} = state) do
     server = self()
@@ -55,6 +53,8 @@ defmodule Bombus.Serving.Server do
   # by the end of this process.
   @impl true
   def terminate(_reason, %{serving: serving, drain: drain}) do
+    Native.close_group(serving.group)
+
     until =
       if drain == :infinity, do: :infinity, else: System.monotonic_time(:millisecond) + drain
 

@@ -38,8 +38,13 @@ pub fn quantized(
 /// Writes the checkpoint of `from` to `to`, quantized where there is a layout: all that is no tensor
 /// is copied.
 pub fn save(from: &Path, config: &Config, layout: Option<Quantization>, to: &Path) -> Result<()> {
-    std::fs::create_dir_all(to).map_err(|error| Error::io(to, &error))?;
     let tensors = TensorFiles::open(from)?;
+    let failed = |error| Error::Io(format!("could not make `{}`: {error}", to.display()));
+    std::fs::create_dir_all(to).map_err(failed)?;
+    if from.canonicalize().ok() == to.canonicalize().ok() {
+        let message = "is where the model was loaded from: save it to another folder";
+        return Err(Error::Io(format!("`{}` {message}", to.display())));
+    }
     let layout = layout.filter(|_| is_dense(config, &tensors));
     let entries = std::fs::read_dir(from).map_err(|error| Error::io(from, &error))?;
     for path in entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.is_file()) {

@@ -26,7 +26,7 @@ pub enum Error {
     PromptTooLong(String),
     #[error("{0}")]
     NoGpu(String),
-    #[error("the queue is full ({0} requests are waiting)")]
+    #[error("the queue is full ({0} requests are running or waiting)")]
     Overloaded(usize),
     #[error("out of memory: {0}")]
     OutOfMemory(String),
@@ -36,6 +36,8 @@ pub enum Error {
     Panic(String),
     #[error("the model's engine has stopped")]
     Stopped,
+    #[error("the serving is stopping")]
+    Stopping,
 }
 
 impl Error {
@@ -56,7 +58,7 @@ impl Error {
             Error::OutOfMemory(_) => "out_of_memory",
             Error::Backend(_) => "backend",
             Error::Panic(_) => "panic",
-            Error::Stopped => "stopped",
+            Error::Stopped | Error::Stopping => "stopped",
         }
     }
 

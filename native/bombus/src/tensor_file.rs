@@ -315,6 +315,23 @@ pub fn write_views<V: View>(
     entries: Vec<(&str, V)>,
     metadata: Option<HashMap<String, String>>,
 ) -> Result<()> {
-    safetensors::serialize_to_file(entries, metadata, path)
-        .map_err(|error| Error::Io(format!("could not write `{}`: {error}", path.display())))
+    let failed = |error: &dyn std::fmt::Display| {
+        Error::Io(format!("could not write `{}`: {error}", path.display()))
+    };
+    let names: HashSet<&str> = entries.iter().map(|(name, _)| *name).collect();
+    if names.len() < entries.len() || names.contains("__metadata__") {
+        return Err(Error::Request("expected different names, none of them `__metadata__`".into()));
+    }
+    safetensors::serialize_to_file(entries, metadata, path).map_err(|error| failed(&error))?;
+    let rights = rights_of_a_new_file(path).map_err(|error| failed(&error))?;
+    std::fs::set_permissions(path, rights).map_err(|error| failed(&error))
+}
+
+/// The crate's file could be read by nobody else.
+fn rights_of_a_new_file(path: &Path) -> std::io::Result<std::fs::Permissions> {
+    let mut probe = path.as_os_str().to_owned();
+    probe.push(".new");
+    let rights = std::fs::File::create(&probe)?.metadata()?.permissions();
+    std::fs::remove_file(&probe)?;
+    Ok(rights)
 }

@@ -129,7 +129,7 @@ fn a_full_queue_refuses_at_once_and_its_places_come_back() {
             (0..10).map(|_| start(&engine, ids_request(&PROMPT, 100))).collect();
         let (started, refused): (Vec<_>, Vec<_>) = started.into_iter().partition(Result::is_ok);
         assert!(started.len() >= 2 && refused.len() >= 6);
-        assert!(matches!(refused[0], Err(Error::Overloaded(2))));
+        assert!(matches!(refused[0], Err(Error::Overloaded(3))));
         drop(refused);
         started.into_iter().for_each(|running| drop(running.unwrap()));
         // Each place comes back when the engine has taken the request's command.

@@ -169,7 +169,7 @@ fn a_group_has_limits_of_its_own() {
             (0..6).map(|_| start(&engine, request(true, 400))).collect();
         let (started, refused): (Vec<_>, Vec<_>) = started.into_iter().partition(Result::is_ok);
         assert!(started.len() >= 2 && refused.len() >= 3, "{}", started.len());
-        assert!(refused.iter().all(|refused| matches!(refused, Err(Error::Overloaded(2)))));
+        assert!(refused.iter().all(|refused| matches!(refused, Err(Error::Overloaded(3)))));
         // Others pass.
         generate(&engine, request(false, 3)).unwrap();
         let (sender, steps) = channel::<Step>();

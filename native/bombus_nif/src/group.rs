@@ -26,6 +26,13 @@ fn new_group(limits: LimitOptions) -> ResourceArc<GroupHandle> {
     ResourceArc::new(GroupHandle { group, members: Arc::default() })
 }
 
+/// The group takes no more requests.
+#[rustler::nif]
+fn close_group(handle: ResourceArc<GroupHandle>) -> rustler::Atom {
+    handle.group.close();
+    rustler::types::atom::ok()
+}
+
 /// How many requests of the group have not ended.
 #[rustler::nif]
 fn group_size(handle: ResourceArc<GroupHandle>) -> usize {

@@ -40,7 +40,6 @@ impl<B: Backend> Live<B> {
 
     /// It joins the batch, where `cached` tokens of its prompt are computed already.
     pub fn start(&mut self, cached: usize) {
-        self.places.clear();
         self.usage.queued = self.asked.elapsed();
         self.usage.cached_tokens = cached;
     }

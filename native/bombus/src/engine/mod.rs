@@ -158,7 +158,7 @@ impl Engine {
             return Err(Error::Request("expected a max_batch_size and a prefill_chunk".into()));
         }
         let config = Arc::new(Config::open(folder)?);
-        let queue = Queue::new(limits.max_queue);
+        let queue = Queue::new(&limits);
         let longest = config.max_position_embeddings;
         let context = limits.max_context.map_or(longest, |max| max.min(longest));
         let encoder = encoder()?;

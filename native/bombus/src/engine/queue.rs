@@ -1,37 +1,38 @@
-//! Who may wait: the model's queue, and the shares that some requests have in it.
+//! Who may come in: as many as run together and as many as may wait, of a model and of a group.
 
 use crate::error::{Error, Result};
 use crate::scheduler::Limits;
 use crate::sequence::Share;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 
-/// How many requests wait, of how many that may.
+/// How many requests there are, of how many that may be.
 #[derive(Clone)]
 pub struct Queue {
-    waiting: Arc<AtomicUsize>,
+    taken: Arc<AtomicUsize>,
     max: usize,
 }
 
-/// A place in a queue, given back when the request runs or ends.
+/// A place in a queue, given back when the request ends.
 pub struct Place(Queue);
 
 impl Queue {
-    pub fn new(max: usize) -> Self {
-        Self { waiting: Arc::default(), max }
+    pub fn new(limits: &Limits) -> Self {
+        let max = limits.max_batch_size.saturating_add(limits.max_queue);
+        Self { taken: Arc::default(), max }
     }
 
     /// An error at once where all places are taken.
     pub fn place(&self) -> Result<Place> {
-        let one_more = |waiting| (waiting < self.max).then_some(waiting + 1);
-        let taken = self.waiting.fetch_update(Relaxed, Relaxed, one_more);
+        let one_more = |taken| (taken < self.max).then_some(taken + 1);
+        let taken = self.taken.fetch_update(Relaxed, Relaxed, one_more);
         taken.map(|_| Place(self.clone())).map_err(|_| Error::Overloaded(self.max))
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, Relaxed);
+        self.0.taken.fetch_sub(1, Relaxed);
     }
 }
 
@@ -40,16 +41,25 @@ pub struct Group {
     id: u64,
     limits: Limits,
     queue: Queue,
+    closed: AtomicBool,
 }
 
 impl Group {
     pub fn new(limits: Limits) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        let queue = Queue::new(limits.max_queue);
-        Self { id: NEXT.fetch_add(1, Relaxed), limits, queue }
+        let queue = Queue::new(&limits);
+        Self { id: NEXT.fetch_add(1, Relaxed), limits, queue, closed: AtomicBool::new(false) }
+    }
+
+    /// Takes no more requests.
+    pub fn close(&self) {
+        self.closed.store(true, Relaxed);
     }
 
     pub(super) fn place(&self) -> Result<Place> {
+        if self.closed.load(Relaxed) {
+            return Err(Error::Stopping);
+        }
         self.queue.place()
     }
 
