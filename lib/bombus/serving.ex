@@ -78,10 +78,10 @@ defmodule Bombus.Serving do
     * `:max_batch_size`, `:max_queue`, `:prefill_chunk` - as in `Bombus.load_model/2`, for the requests
       of this serving within the model's limits; none by default
 
-  They apply in this order: repetition penalty, presence and frequency penalty, logit bias,
-  temperature, top_k, top_p, min_p. Defaults
-  come from the repository's `generation_config.json`; its temperature, top_p, top_k and min_p
-  count where it says `do_sample`. Otherwise generation is greedy.
+  Penalties, biases and filters apply in this order: repetition penalty, presence and frequency
+  penalty, logit bias, temperature, top_k, top_p, min_p. Defaults come from the repository's
+  `generation_config.json`; its temperature, top_p, top_k and min_p count where it says `do_sample`.
+  Otherwise generation is greedy.
 
   A wrong input or option raises `ArgumentError`.
 
