@@ -22,9 +22,10 @@ defmodule Bombus.Serving.Request do
     begun = Telemetry.start([:bombus, :generation], metadata)
     started = native(serving, prompt, options, reference)
 
-    with {:error, error} <- started |> Error.from_native() |> told({begun, metadata}) do
-      {:error, error}
-    else
+    case started |> Error.from_native() |> told({begun, metadata}) do
+      {:error, error} ->
+        {:error, error}
+
       {:ok, generation} ->
         {:ok,
          %__MODULE__{

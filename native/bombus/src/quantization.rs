@@ -31,6 +31,12 @@ impl Array {
         }
     }
 
+    /// Its shape, with another last axis.
+    pub fn shape_with_last(&self, last: usize) -> Vec<usize> {
+        let others = &self.shape[..self.shape.len().saturating_sub(1)];
+        others.iter().copied().chain([last]).collect()
+    }
+
     /// The last axis, and how many rows of it there are.
     fn matrix(&self) -> (usize, usize) {
         let columns = self.shape.last().copied().unwrap_or(0);
@@ -172,10 +178,7 @@ fn check_quantized(matrix: &Quantized, scheme: Scheme) -> Result<()> {
     scheme.check()?;
     let Quantization { group_size, bits } = scheme.layout;
     let Quantized { weight, scales, biases } = matrix;
-    let mut packed = scales.shape.clone();
-    if let Some(last) = packed.last_mut() {
-        *last = *last * group_size * bits / 32;
-    }
+    let packed = scales.shape_with_last(scales.matrix().1 * group_size * bits / 32);
     let whole = match (scheme.mode, biases) {
         (Mode::Affine, Some(biases)) => {
             matches!(scales.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)

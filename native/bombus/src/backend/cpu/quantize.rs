@@ -57,13 +57,7 @@ pub fn quantize(
             });
         }
     });
-    let mut shape = w.shape.clone();
-    let mut shaped = |last| {
-        if let Some(axis) = shape.last_mut() {
-            *axis = last;
-        }
-        shape.clone()
-    };
+    let shaped = |last| w.shape_with_last(last);
     let [scales, biases] = [0, 1].map(|which| numbers.iter().map(move |n| n[which]).collect());
     let part = |numbers: Vec<f32>, shape| Array::new(w.dtype, shape, bytes(w.dtype, &numbers)?);
     Ok(Quantized {
@@ -138,10 +132,7 @@ pub fn dequantize(matrix: &Quantized, layout: Quantization, threads: usize) -> R
     let rows = Rows::new(matrix, layout)?;
     let mut out = vec![0.0; rows.count * rows.columns];
     spread(&mut out, rows.columns, threads, |n, out| rows.row(n, out));
-    let mut shape = matrix.scales.shape.clone();
-    if let Some(axis) = shape.last_mut() {
-        *axis = rows.columns;
-    }
+    let shape = matrix.scales.shape_with_last(rows.columns);
     let dtype = matrix.scales.dtype;
     Array::new(dtype, shape, bytes(dtype, &out)?)
 }
@@ -183,11 +174,7 @@ pub fn matmul(
             });
         }
     }
-    let mut shape = x.shape.clone();
-    if let Some(axis) = shape.last_mut() {
-        *axis = outputs;
-    }
-    Array::new(x.dtype, shape, bytes(x.dtype, &y)?)
+    Array::new(x.dtype, x.shape_with_last(outputs), bytes(x.dtype, &y)?)
 }
 
 /// Sums of sixteen places each, so that a long row adds up few roundings.
