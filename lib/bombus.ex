@@ -15,8 +15,9 @@ defmodule Bombus do
 
     * `{:local, path}` - a folder; a bare string is one too
     * `:demo` - the model that ships with this package, and `{:demo, name}` its adapters
-    * `{:hf, "owner/name"}` - the Hugging Face Hub; not in this version, it answers
-      `{:error, %Bombus.Error{reason: :unsupported}}`
+    * `{:hf, "owner/name"}` or `{:hf, "owner/name", options}` - the Hugging Face Hub: see
+      `Bombus.Hub` for the options, the cache and the errors. What takes a source from there takes
+      `:on_progress` too, a function that hears of the download
 
   ## Errors
 
@@ -24,12 +25,12 @@ defmodule Bombus do
   raises `ArgumentError`. Every `load_x` has a `load_x!`, which raises both.
   """
 
-  alias Bombus.{Adapter, Error, Model, Native, Source, Telemetry, Tokenizer}
+  alias Bombus.{Adapter, Error, Hub, Model, Native, Source, Telemetry, Tokenizer}
 
   @type source :: Source.t()
 
   @limits [:max_batch_size, :max_queue, :prefill_chunk, :max_context, :prefix_cache]
-  @load_model_options [:device, :backend, :threads, :quantization] ++ @limits
+  @load_model_options [:device, :backend, :threads, :quantization, :on_progress] ++ @limits
 
   @doc """
   Loads a model: a folder with `config.json` and safetensors in MLX's format.
@@ -75,6 +76,7 @@ defmodule Bombus do
   def load_model(source, options \\ []) do
     options = options!(options, @load_model_options)
     wanted = quantization!(options[:quantization])
+    on_progress = Hub.Options.on_progress!(options[:on_progress])
 
     native = %{
       device: device!(options),
@@ -84,7 +86,7 @@ defmodule Bombus do
     }
 
     Telemetry.load(:model, source, fn ->
-      with {:ok, path} <- Source.resolve(source),
+      with {:ok, path} <- Source.resolve(source, :model, on_progress),
            {:ok, loaded} <- Native.await(&Native.load_model(path, native, &1)),
            {:ok, model} <-
              check_quantization(Model.from_native(loaded, Source.name(source)), wanted) do
@@ -159,11 +161,12 @@ defmodule Bombus do
   """
   @spec load_adapter(source(), keyword()) :: {:ok, Adapter.t()} | {:error, Error.t()}
   def load_adapter(source, options \\ []) do
-    options = options!(options, [:scale])
+    options = options!(options, [:scale, :on_progress])
     scale = scale!(options[:scale])
+    on_progress = Hub.Options.on_progress!(options[:on_progress])
 
     Telemetry.load(:adapter, source, fn ->
-      with {:ok, path} <- Source.resolve_adapter(source),
+      with {:ok, path} <- Source.resolve(source, :adapter, on_progress),
            {:ok, loaded} <- Native.await(&Native.load_adapter(path, scale, &1)) do
         {ref, rank, scale} = loaded
         {:ok, %Adapter{ref: ref, rank: rank, scale: scale}}
@@ -176,19 +179,19 @@ defmodule Bombus do
   def load_adapter!(source, options \\ []), do: Error.unwrap!(load_adapter(source, options))
 
   @doc """
-  Loads a tokenizer: a folder with `tokenizer.json`, and the chat template beside it. There are no
-  options yet.
+  Loads a tokenizer: a folder with `tokenizer.json`, and the chat template beside it.
 
   ## Examples
 
       {:ok, tokenizer} = Bombus.load_tokenizer({:local, "models/Qwen3-8B-MLX-4bit"})
   """
-  @spec load_tokenizer(source(), []) :: {:ok, Tokenizer.t()} | {:error, Error.t()}
+  @spec load_tokenizer(source(), keyword()) :: {:ok, Tokenizer.t()} | {:error, Error.t()}
   def load_tokenizer(source, options \\ []) do
-    options!(options, [])
+    options = options!(options, [:on_progress])
+    on_progress = Hub.Options.on_progress!(options[:on_progress])
 
     Telemetry.load(:tokenizer, source, fn ->
-      with {:ok, path} <- Source.resolve(source),
+      with {:ok, path} <- Source.resolve(source, :tokenizer, on_progress),
            {:ok, loaded} <- Native.await(&Native.load_tokenizer(path, &1)) do
         {ref, vocab_size, chat_template?} = loaded
         {:ok, %Tokenizer{ref: ref, vocab_size: vocab_size, chat_template?: chat_template?}}
@@ -197,7 +200,7 @@ defmodule Bombus do
   end
 
   @doc "As `load_tokenizer/2`, but returns the tokenizer or raises."
-  @spec load_tokenizer!(source(), []) :: Tokenizer.t()
+  @spec load_tokenizer!(source(), keyword()) :: Tokenizer.t()
   def load_tokenizer!(source, options \\ []), do: Error.unwrap!(load_tokenizer(source, options))
 
   @doc """
@@ -241,11 +244,22 @@ defmodule Bombus do
   @spec memory_info() :: %{atom() => non_neg_integer()}
   def memory_info, do: Native.memory_info() |> Error.from_native() |> Error.unwrap!()
 
-  defp options!(options, known) do
-    if Keyword.keyword?(options) do
-      Keyword.validate!(options, known)
-    else
+  @of_sources [:revision, :cache_dir, :auth_token, :offline, :subdir]
+
+  @doc false
+  def options!(options, known) do
+    unless Keyword.keyword?(options) do
       raise ArgumentError, "expected the options to be a keyword list, got: #{inspect(options)}"
+    end
+
+    # A value may be a token.
+    case Enum.filter(Keyword.keys(options) -- known, &(&1 in @of_sources)) do
+      [] ->
+        Keyword.validate!(options, known)
+
+      misplaced ->
+        raise ArgumentError,
+              "expected #{inspect(misplaced)} in the source: {:hf, \"owner/name\", options}"
     end
   end
 

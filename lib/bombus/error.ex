@@ -11,6 +11,8 @@ defmodule Bombus.Error do
     * `:quantization_mismatch` - the checkpoint is quantized already, and not as `:quantization` says
     * `:no_gpu` - `device: :gpu` where MLX finds none, or is not built in
     * `:bad_request`, `:prompt_too_long` - found only once the text was tokens
+    * `:revision_not_found`, `:gated`, `:unauthorized`, `:rate_limited`, `:server_error`, `:no_network`,
+      `:offline`, `:disk_full`, `:bad_download` - of the Hub: see `Bombus.Hub`
     * `:overloaded` - the queue is full
     * those of a training: see `Bombus.Training.LoRA.train/1`
     * `:stopped` - the model's engine or the serving has stopped

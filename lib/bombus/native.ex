@@ -29,6 +29,11 @@ defmodule Bombus.Native do
   # {reference, step} to a process after every step of a model.
   def watch(_model, _pid, _reference), do: nif()
 
+  # Files from the Hub.
+  def fetch(_wanted, _kind, _reference), do: nif()
+  def stop_fetch(_download), do: nif()
+  def cached(_wanted, _kind, _reference), do: nif()
+
   # Files of tensors.
   def open_tensors(_path, _reference), do: nif()
   def read_tensor(_files, _name), do: nif()

@@ -232,7 +232,7 @@ defmodule Bombus.Serving do
 
     %{
       id: options[:name],
-      start: {Server, :start_link, [options]},
+      start: {Server, :start_link, [Loader.hide_tokens(options)]},
       # With time for the answers to those who are cancelled.
       shutdown: if(drain == :infinity, do: :infinity, else: drain + 5_000)
     }

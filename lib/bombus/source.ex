@@ -2,7 +2,7 @@ defmodule Bombus.Source do
   @moduledoc false
   # Where a model, a tokenizer or an adapter comes from.
 
-  alias Bombus.Error
+  alias Bombus.{Error, Hub}
 
   @type t ::
           :demo
@@ -12,11 +12,18 @@ defmodule Bombus.Source do
           | {:hf, String.t(), keyword()}
           | Path.t()
 
-  @doc "The folder of a source."
-  @spec resolve(t()) :: {:ok, Path.t()} | {:error, Error.t()}
-  def resolve(:demo), do: folder(shipped("demo"))
+  @doc "The folder of a source, with what is needed for this kind of thing."
+  @spec resolve(t(), Hub.kind(), nil | (Hub.progress() -> term())) ::
+          {:ok, Path.t()} | {:error, Error.t()}
+  def resolve(source, kind, on_progress \\ nil)
+  def resolve({:hf, id}, kind, on_progress), do: Hub.fetch(id, [], kind, on_progress)
 
-  def resolve({:demo, name}) when is_binary(name) do
+  def resolve({:hf, id, options}, kind, on_progress),
+    do: Hub.fetch(id, options, kind, on_progress)
+
+  def resolve(:demo, _kind, _on_progress), do: folder(shipped("demo"))
+
+  def resolve({:demo, name}, _kind, _on_progress) when is_binary(name) do
     with {:error, _error} <- folder(shipped(Path.join("adapters", name))) do
       Error.error(
         :not_found,
@@ -25,16 +32,38 @@ defmodule Bombus.Source do
     end
   end
 
-  def resolve({:local, path}) when is_binary(path), do: folder(Path.expand(path))
-  def resolve(path) when is_binary(path), do: folder(Path.expand(path))
+  def resolve({:local, path}, kind, _on_progress) when is_binary(path),
+    do: local(Path.expand(path), kind)
 
-  def resolve({:hf, id}) when is_binary(id), do: hub(id)
-  def resolve({:hf, id, options}) when is_binary(id) and is_list(options), do: hub(id)
+  def resolve(path, kind, _on_progress) when is_binary(path), do: local(Path.expand(path), kind)
 
-  def resolve(other) do
+  def resolve(other, _kind, _on_progress) do
     raise ArgumentError,
           "expected a source: {:local, path}, {:hf, \"owner/name\"}, :demo, {:demo, name} or a " <>
-            "folder as a string, got: #{inspect(other)}"
+            "folder as a string, got: #{inspect(hide_token(other))}"
+  end
+
+  @doc "A source as it may be logged; also what is none, but may have a token in it."
+  def hide_token({:auth_token, token}), do: {:auth_token, Hub.Token.wrap(token)}
+
+  def hide_token(tuple) when is_tuple(tuple),
+    do: tuple |> Tuple.to_list() |> hide_token() |> List.to_tuple()
+
+  def hide_token([head | tail]), do: [hide_token(head) | hide_token(tail)]
+  def hide_token(map) when is_non_struct_map(map), do: Map.new(map, &hide_token/1)
+  def hide_token(other), do: other
+
+  @doc """
+  What a word in a command means: `demo`, a folder where there is one, else a Hub id where it looks
+  like one.
+  """
+  @spec from_word(String.t()) :: t()
+  def from_word("demo"), do: :demo
+
+  def from_word(word) do
+    if not File.dir?(word) and word =~ ~r{^[\w.-]+/[\w.-]+$} and not (word =~ ~r{^\.+/}),
+      do: {:hf, word},
+      else: {:local, word}
   end
 
   @doc "What a source is called, where it is shown: nothing of its options, which may hold a token."
@@ -43,15 +72,11 @@ defmodule Bombus.Source do
   def name({:hf, id, _options}) when is_binary(id), do: id
   def name({_kind, name}) when is_binary(name), do: name
   def name(name) when is_binary(name), do: name
-  def name(other), do: inspect(other)
+  def name(other), do: inspect(hide_token(other))
 
-  @doc "The folder of an adapter, or one of its files of tensors (a checkpoint of a training)."
-  @spec resolve_adapter(t()) :: {:ok, Path.t()} | {:error, Error.t()}
-  def resolve_adapter({:local, path}) when is_binary(path), do: adapter(Path.expand(path))
-  def resolve_adapter(path) when is_binary(path), do: adapter(Path.expand(path))
-  def resolve_adapter(other), do: resolve(other)
-
-  defp adapter(path), do: if(File.regular?(path), do: {:ok, path}, else: folder(path))
+  # An adapter may be one of a folder's files of tensors: a checkpoint of a training.
+  defp local(path, :adapter), do: if(File.regular?(path), do: {:ok, path}, else: folder(path))
+  defp local(path, _kind), do: folder(path)
 
   defp folder(path) do
     cond do
@@ -59,14 +84,6 @@ defmodule Bombus.Source do
       File.exists?(path) -> Error.error(:not_found, "expected a folder, `#{path}` is a file")
       true -> Error.error(:not_found, "there is no folder `#{path}` (a string is a local folder)")
     end
-  end
-
-  defp hub(id) do
-    Error.error(
-      :unsupported,
-      "this version does not load from the Hugging Face Hub: download #{id} into a folder " <>
-        "(`hf download #{id} --local-dir DIR`) and load {:local, DIR}"
-    )
   end
 
   defp shipped(name), do: Application.app_dir(:bombus, Path.join("priv/models", name))

@@ -93,11 +93,7 @@ defmodule Bombus.ModelTest do
     end
   end
 
-  test "the Hub is refused by name, the bang raises" do
-    assert {:error, %Error{reason: :unsupported} = error} =
-             Bombus.load_model({:hf, "owner/name", revision: "main"})
-
-    assert error.message =~ "owner/name"
+  test "the bang raises" do
     assert_raise Error, ~r/no folder/, fn -> Bombus.load_model!({:local, "nothing/here"}) end
     assert_raise Error, ~r/no folder/, fn -> Bombus.load_adapter!("nothing/here") end
     assert_raise Error, ~r/no folder/, fn -> Bombus.load_tokenizer!("nothing/here") end

@@ -88,7 +88,10 @@ defmodule Bombus.TelemetryTest do
     assert_received {[:load, :stop], %{duration: _}, %{kind: :tokenizer, source: "demo"}}
     {:error, error} = Bombus.load_model("/nowhere")
     assert_received {[:load, :exception], %{duration: _}, %{kind: :model, error: ^error}}
-    {:error, %Error{}} = Bombus.load_adapter({:hf, "owner/name", auth_token: "secret"})
+
+    {:error, %Error{}} =
+      Bombus.load_adapter({:hf, "owner/name", auth_token: "secret", offline: true})
+
     assert_received {[:load, :exception], _, %{kind: :adapter, source: "owner/name"} = metadata}
     refute inspect(metadata) =~ "secret"
   end

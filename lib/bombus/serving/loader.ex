@@ -3,7 +3,7 @@ defmodule Bombus.Serving.Loader do
   # From the options of a child to its serving: a serving, or a model (loaded here where it is a
   # source) with what belongs to it.
 
-  alias Bombus.{Adapter, Model, Serving, Tokenizer}
+  alias Bombus.{Adapter, Model, Serving, Source, Tokenizer}
   alias Bombus.Serving.Options
 
   @own [:name, :drain]
@@ -38,14 +38,22 @@ defmodule Bombus.Serving.Loader do
           raise ArgumentError, "expected :tokenizer beside a model that is loaded, nil for none"
         end
 
-        Keyword.validate!(options, @own ++ [:model, :tokenizer] ++ @limits ++ Options.keys())
+        Bombus.options!(options, @own ++ [:model, :tokenizer] ++ @limits ++ Options.keys())
 
       {nil, _source} ->
-        Keyword.validate!(options, @own ++ [:model, :tokenizer] ++ @load ++ Options.keys())
+        Bombus.options!(options, @own ++ [:model, :tokenizer] ++ @load ++ Options.keys())
 
       {_serving, _model} ->
         raise ArgumentError, "expected :serving or :model, got both"
     end
+  end
+
+  @doc "The options as they may be logged: supervisors show them."
+  def hide_tokens(options) do
+    Keyword.new(options, fn
+      {key, source} when key in [:model, :tokenizer, :adapter] -> {key, Source.hide_token(source)}
+      other -> other
+    end)
   end
 
   @spec serving(keyword()) :: {:ok, Serving.t()} | {:error, Bombus.Error.t()}

@@ -63,7 +63,8 @@ defmodule Bombus.Training.LoRA do
 
   ## Options
 
-    * `:base_model` (required) - a Hub id (which mlx_lm downloads), a folder, or a source
+    * `:base_model` (required) - a Hub id (which mlx_lm downloads, into the same cache), a folder,
+      or a source
     * `:training_data` (required) - a folder with `train.jsonl`, and `valid.jsonl` if there is one
     * `:output_path` (required) - the adapter's folder: `adapters.safetensors`,
       `adapter_config.json`, checkpoints, `training.jsonl` (events), `training.log` (Python's own

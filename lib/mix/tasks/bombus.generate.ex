@@ -6,12 +6,14 @@ defmodule Mix.Tasks.Bombus.Generate do
 
       mix bombus.generate "Write a post about coffee"
       mix bombus.generate --model DIR --adapter DIR --temperature 0.8 "Write a post about coffee"
+      mix bombus.generate --model mlx-community/Qwen3-0.6B-4bit "Write a post about coffee"
 
   ## Options
 
-    * `--model` - a folder in MLX's format, or `demo`, the model that ships with Bombus (default)
-    * `--tokenizer` - a folder with `tokenizer.json`; the model's by default
-    * `--adapter` - a folder with a LoRA adapter, or the name of one of the demo model's
+    * `--model` - a folder in MLX's format, a Hub id (`owner/name`), or `demo`, the model that ships with
+      Bombus (default)
+    * `--tokenizer` - a folder with `tokenizer.json`, or a Hub id; the model's by default
+    * `--adapter` - a folder with a LoRA adapter, a Hub id, or the name of one of the demo model's
     * `--scale` - takes the place of the adapter's scale
     * `--device` - `auto` (default), `gpu` or `cpu`
     * `--max-new-tokens`, `--temperature`, `--top-k`, `--top-p`, `--min-p`,
@@ -20,6 +22,8 @@ defmodule Mix.Tasks.Bombus.Generate do
   """
 
   use Mix.Task
+
+  alias Bombus.Source
 
   @switches [
     model: :string,
@@ -62,8 +66,8 @@ defmodule Mix.Tasks.Bombus.Generate do
   end
 
   defp serving(options) do
-    model = source(options[:model] || "demo")
-    tokenizer = source(options[:tokenizer] || options[:model] || "demo")
+    model = Source.from_word(options[:model] || "demo")
+    tokenizer = Source.from_word(options[:tokenizer] || options[:model] || "demo")
 
     generation =
       Keyword.take(options, @generation) ++
@@ -74,12 +78,10 @@ defmodule Mix.Tasks.Bombus.Generate do
     |> Bombus.Serving.new(Bombus.load_tokenizer!(tokenizer), generation)
   end
 
-  defp source("demo"), do: :demo
-  defp source(folder), do: {:local, folder}
-
   defp adapter(options, model) do
     if name = options[:adapter] do
-      source = if model == :demo and not File.dir?(name), do: {:demo, name}, else: {:local, name}
+      named? = model == :demo and not File.dir?(name)
+      source = if named?, do: {:demo, name}, else: Source.from_word(name)
       Bombus.load_adapter!(source, Keyword.take(options, [:scale]))
     end
   end

@@ -28,6 +28,24 @@ pub enum Error {
     NoGpu(String),
     #[error("the queue is full ({0} requests are running or waiting)")]
     Overloaded(usize),
+    #[error("{0}")]
+    RevisionNotFound(String),
+    #[error("{0}")]
+    Gated(String),
+    #[error("{0}")]
+    Unauthorized(String),
+    #[error("{0}")]
+    RateLimited(String),
+    #[error("{0}")]
+    Server(String),
+    #[error("{0}")]
+    NoNetwork(String),
+    #[error("{0}")]
+    Offline(String),
+    #[error("{0}")]
+    DiskFull(String),
+    #[error("{0}")]
+    BadDownload(String),
     #[error("out of memory: {0}")]
     OutOfMemory(String),
     #[error("{0}")]
@@ -55,6 +73,15 @@ impl Error {
             Error::PromptTooLong(_) => "prompt_too_long",
             Error::NoGpu(_) => "no_gpu",
             Error::Overloaded(_) => "overloaded",
+            Error::RevisionNotFound(_) => "revision_not_found",
+            Error::Gated(_) => "gated",
+            Error::Unauthorized(_) => "unauthorized",
+            Error::RateLimited(_) => "rate_limited",
+            Error::Server(_) => "server_error",
+            Error::NoNetwork(_) => "no_network",
+            Error::Offline(_) => "offline",
+            Error::DiskFull(_) => "disk_full",
+            Error::BadDownload(_) => "bad_download",
             Error::OutOfMemory(_) => "out_of_memory",
             Error::Backend(_) => "backend",
             Error::Panic(_) => "panic",

@@ -1,12 +1,12 @@
 //! The engine of Bombus: quantized decoder-only transformers with LoRA adapters.
 //!
 //! In the order in which data flows; each module may use those above it:
-//! a checkpoint's files (`mapped_file`, `tensor_file`, `config`), where its tensors belong (`modules`), text
-//! (`tokenizer`), what a token is drawn with (`sampler`), the operations (`backend`), the
-//! transformer over them (`decoder`), adapters (`adapter`), from files to a decoder
-//! (`checkpoint`), one request (`sequence`), which rows go into a step (`scheduler`), and the
-//! thread that runs them (`engine`). Beside all that, matrices of a caller's own
-//! (`quantization`), and checkpoints made of others (`convert`).
+//! a checkpoint's files (`mapped_file`, `tensor_file`, `config`), where they come from (`hub`),
+//! where its tensors belong (`modules`), text (`tokenizer`), what a token is drawn with
+//! (`sampler`), the operations (`backend`), the transformer over them (`decoder`), adapters
+//! (`adapter`), from files to a decoder (`checkpoint`), one request (`sequence`), which rows go
+//! into a step (`scheduler`), and the thread that runs them (`engine`). Beside all that, matrices
+//! of a caller's own (`quantization`), and checkpoints made of others (`convert`).
 
 pub mod adapter;
 pub mod backend;
@@ -17,6 +17,7 @@ pub mod decoder;
 pub mod engine;
 pub mod error;
 pub mod gauge;
+pub mod hub;
 pub mod mapped_file;
 pub mod memory;
 pub mod modules;

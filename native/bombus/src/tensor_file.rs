@@ -95,6 +95,14 @@ fn check_names(header: &[u8]) -> Result<(), serde_json::Error> {
     serde_json::Deserializer::from_slice(header).deserialize_map(Names)
 }
 
+pub const INDEX: &str = "model.safetensors.index.json";
+pub const SINGLE: &str = "model.safetensors";
+
+/// Whether a file is one of a checkpoint that has neither of these.
+pub fn is_shard(name: &str) -> bool {
+    name.starts_with("model") && name.ends_with(".safetensors")
+}
+
 /// The tensors of a checkpoint: `model.safetensors`, or the shards that
 /// `model.safetensors.index.json` names. Where there is an index, it decides.
 #[derive(Debug)]
@@ -106,7 +114,7 @@ pub struct TensorFiles {
 
 impl TensorFiles {
     pub fn open(folder: &Path) -> Result<Self> {
-        let index = folder.join("model.safetensors.index.json");
+        let index = folder.join(INDEX);
         if index.exists() { Self::open_index(folder, &index) } else { Self::open_all(folder) }
     }
 
@@ -137,7 +145,7 @@ impl TensorFiles {
 
     /// Without an index: `model.safetensors`, or every `model*.safetensors`, as mlx-lm does.
     fn open_all(folder: &Path) -> Result<Self> {
-        let single = folder.join("model.safetensors");
+        let single = folder.join(SINGLE);
         if single.exists() {
             return Self::open_one(&single);
         }
@@ -193,14 +201,11 @@ impl TensorFiles {
     }
 }
 
-fn shards_without_index(folder: &Path) -> Result<Vec<PathBuf>> {
+pub fn shards_without_index(folder: &Path) -> Result<Vec<PathBuf>> {
     let entries = std::fs::read_dir(folder).map_err(|error| Error::io(folder, &error))?;
     let mut shards: Vec<PathBuf> = entries
         .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| {
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            name.starts_with("model") && name.ends_with(".safetensors")
-        })
+        .filter(|path| is_shard(&path.file_name().unwrap_or_default().to_string_lossy()))
         .collect();
     shards.sort();
     let Some(first) = shards.first() else {
@@ -225,7 +230,7 @@ fn shard_count(path: &Path) -> Option<usize> {
 }
 
 /// shard file -> the tensors in it, from the index's `weight_map`.
-fn read_index(path: &Path) -> Result<BTreeMap<String, Vec<String>>> {
+pub fn read_index(path: &Path) -> Result<BTreeMap<String, Vec<String>>> {
     #[derive(serde::Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,

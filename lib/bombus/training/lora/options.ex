@@ -123,18 +123,12 @@ defmodule Bombus.Training.LoRA.Options do
     end
   end
 
-  # A string is a folder where there is one, else a Hub id, which mlx_lm fetches.
-  def model(id) when is_binary(id) do
-    cond do
-      File.dir?(id) -> {:ok, Path.expand(id)}
-      id =~ ~r{^[\w.-]+/[\w.-]+$} -> {:ok, id}
-      true -> Error.error(:not_found, "`#{id}` is no folder, and no id like owner/name")
-    end
-  end
-
+  # A Hub id goes to mlx_lm as it is: it uses the same cache, and needs files that Bombus does not.
+  def model(word) when is_binary(word), do: word |> Source.from_word() |> model()
   def model({:hf, id}) when is_binary(id), do: {:ok, id}
-  def model({:hf, id, _options}) when is_binary(id), do: {:ok, id}
-  def model(source), do: Source.resolve(source)
+  # It takes no such options.
+  def model({:hf, _id, _options} = source), do: Source.resolve(source, :any)
+  def model(source), do: Source.resolve(source, :model)
 
   defp resume(%{resume_from: nil}), do: {:ok, nil, 0}
 

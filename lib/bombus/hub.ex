@@ -1,0 +1,173 @@
+defmodule Bombus.Hub do
+  @moduledoc """
+  Models, tokenizers and adapters from the [Hugging Face Hub](https://huggingface.co).
+
+      {:ok, model} = Bombus.load_model({:hf, "mlx-community/Qwen3-0.6B-4bit"})
+      {:ok, tokenizer} = Bombus.load_tokenizer({:hf, "mlx-community/Qwen3-0.6B-4bit"})
+
+  A source is `{:hf, id}` or `{:hf, id, options}`:
+
+    * `:revision` - a branch, a tag or a commit's hash, `"main"` by default. With a hash the Hub is
+      not even asked where all is in the cache
+    * `:subdir` - the folder within the repository
+    * `:auth_token` - for what is private or gated; `false` for none. By default `HF_TOKEN`, else what
+      `hf auth login` has left. It is sent to the endpoint alone, never to the hosts that files
+      come from, and it is not shown in logs, errors or `inspect`
+    * `:cache_dir` - the cache's folder. By default `HF_HUB_CACHE`, else `hub` in `HF_HOME`, else
+      `~/.cache/huggingface/hub`
+    * `:offline` - `true`: only what is in the cache. By default as `HF_HUB_OFFLINE` says
+    * `:on_progress` - a function that is called with a `t:progress/0` about ten times a second, in the
+      calling process. Without one there is a bar where the standard error is a terminal
+      (not where `HF_HUB_DISABLE_PROGRESS_BARS` is `1`)
+
+  `HF_ENDPOINT` names another Hub, or a mirror. Proxies are those of `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY`.
+
+  ## The cache
+
+  It is the one of Python's huggingface_hub: what `hf download`, mlx-lm or transformers have downloaded
+  is found, and they find what was downloaded here. `hf cache` shows and cleans it.
+
+  Only the files that are needed are downloaded, four at once, straight to the disk. An interrupted
+  download goes on where it ended. A file gets its name when its size and its hash are what the Hub
+  has announced. Processes and VMs that want the same file wait for one download.
+
+  ## Errors
+
+  `{:error, %Bombus.Error{reason: reason}}`:
+
+    * `:not_found` - no such repository (or it is private), or no such file in it
+    * `:revision_not_found`
+    * `:gated`, `:unauthorized` - the message says what to do
+    * `:rate_limited` - the Hub asks to wait for more than ten minutes, or again and again; else Bombus
+      waits as it is told
+    * `:server_error`, `:no_network` - after five attempts, with growing pauses
+    * `:bad_download` - what came is not what was announced, twice
+    * `:disk_full`
+    * `:offline` - told to stay offline, and not all is in the cache
+
+  Where all is in the cache already, a Hub that cannot be reached, fails or limits is a warning in the log.
+  """
+
+  alias Bombus.{Error, Native}
+  alias Bombus.Hub.{Options, Progress}
+
+  require Logger
+
+  @typedoc "`owner/name`"
+  @type id :: String.t()
+
+  @typedoc """
+  How far a download is: bytes that are here and bytes that are needed, as far as that is known; bytes a
+  second; seconds that remain (`nil`: not known).
+  """
+  @type progress :: %{
+          id: id(),
+          bytes: non_neg_integer(),
+          total: non_neg_integer(),
+          rate: float(),
+          remaining: non_neg_integer() | nil
+        }
+
+  @type kind :: :model | :tokenizer | :adapter | :any
+
+  @kinds [:model, :tokenizer, :adapter, :any]
+
+  @doc """
+  Downloads what is needed of a repository, and returns the folder.
+
+  ## Options
+
+  Those of a source, and
+
+    * `:kind` - `:model`, `:tokenizer`, `:adapter`, or `:any` (default): the model and its tokenizer, or
+      the adapter
+
+  ## Examples
+
+      {:ok, folder} = Bombus.Hub.download("mlx-community/Qwen3-0.6B-4bit")
+  """
+  @spec download(id(), keyword()) :: {:ok, Path.t()} | {:error, Error.t()}
+  def download(id, options \\ []) do
+    Options.check!(id, options, [:kind])
+    {kind, options} = Keyword.pop(options, :kind, :any)
+    fetch(id, options, kind!(kind))
+  end
+
+  @doc """
+  Whether all files are in the cache, so that loading needs no network: those of a model, a tokenizer or
+  an adapter; `:any` is a model or an adapter.
+
+  ## Examples
+
+      Bombus.Hub.cached?({:hf, "mlx-community/Qwen3-0.6B-4bit"})
+      Bombus.Hub.cached?("mlx-community/Qwen3-0.6B-4bit", :tokenizer)
+  """
+  @spec cached?(id() | {:hf, id()} | {:hf, id(), keyword()}, kind()) :: boolean()
+  def cached?(source, kind \\ :any)
+  def cached?({:hf, id}, kind), do: cached?({:hf, id, []}, kind)
+  def cached?(id, kind) when is_binary(id), do: cached?({:hf, id, []}, kind)
+
+  def cached?({:hf, id, options}, kind) do
+    wanted = Options.wanted!(id, options)
+    kind = kind!(kind)
+    match?({:ok, _folder}, Native.await(&Native.cached(wanted, kind, &1)))
+  end
+
+  def cached?(other, _kind) do
+    raise ArgumentError,
+          "expected {:hf, \"owner/name\"}, got: #{inspect(Bombus.Source.hide_token(other))}"
+  end
+
+  @doc false
+  # `on_progress` of the call goes before that of the source.
+  def fetch(id, options, kind, on_progress \\ nil) do
+    wanted = Options.wanted!(id, options)
+    progress = Progress.new(id, on_progress || options[:on_progress])
+    reference = make_ref()
+
+    with {:ok, download} <- Error.from_native(Native.fetch(wanted, kind, reference)) do
+      try do
+        listen(reference, progress)
+      after
+        # Where a function of the caller's has raised.
+        Native.stop_fetch(download)
+        forget(reference)
+      end
+    end
+  end
+
+  defp listen(reference, progress) do
+    receive do
+      {^reference, {:progress, bytes, total, received}} ->
+        listen(reference, Progress.update(progress, bytes, total, received))
+
+      {^reference, {:waiting, reason, milliseconds}} ->
+        Progress.clear(progress)
+        Logger.warning("#{reason}. Trying again in #{Float.round(milliseconds / 1000, 1)} s")
+        listen(reference, progress)
+
+      {^reference, {:warning, message}} ->
+        Progress.clear(progress)
+        Logger.warning(message)
+        listen(reference, progress)
+
+      {^reference, {:done, answer}} ->
+        Progress.finish(progress, answer)
+        Error.from_native(answer)
+    end
+  end
+
+  defp forget(reference) do
+    receive do
+      {^reference, _event} -> forget(reference)
+    after
+      0 -> :ok
+    end
+  end
+
+  defp kind!(kind) when kind in @kinds, do: kind
+
+  defp kind!(other) do
+    raise ArgumentError, "expected :kind to be one of #{inspect(@kinds)}, got: #{inspect(other)}"
+  end
+end

@@ -1,0 +1,100 @@
+defmodule Bombus.Hub.Progress do
+  @moduledoc false
+  # How far a download is, for a function of the caller's or for a terminal.
+
+  alias Bombus.Hub.Options
+
+  # The rate is that of so many milliseconds.
+  @window 5_000
+  @bar 20
+
+  defstruct [:id, :show, :started, samples: [], drawn: 0]
+
+  def new(id, on_progress) do
+    %__MODULE__{id: id, show: on_progress || terminal(), started: now()}
+  end
+
+  # The standard error, where a person looks at it.
+  defp terminal do
+    case :io.columns(:standard_error) do
+      {:ok, columns} -> if not Options.flag("HF_HUB_DISABLE_PROGRESS_BARS"), do: columns
+      {:error, _reason} -> nil
+    end
+  end
+
+  @doc "`received`: the bytes that came through the network, without those that were there"
+  def update(%{show: nil} = progress, _bytes, _total, _received), do: progress
+
+  def update(progress, bytes, total, received) do
+    samples = [{now(), received} | progress.samples]
+    {recent, _older} = Enum.split_while(samples, fn {time, _} -> now() - time < @window end)
+    rate = rate(recent, progress.started)
+
+    show(%{progress | samples: recent}, %{
+      id: progress.id,
+      bytes: bytes,
+      total: total,
+      rate: rate,
+      remaining: if(rate > 0, do: ceil((total - bytes) / rate))
+    })
+  end
+
+  # Between the oldest and the newest; with a single one, since the start.
+  defp rate([{time, received}], started), do: per_second(received, time - started)
+
+  defp rate([{time, received} | _] = samples, _started) do
+    {first, before} = List.last(samples)
+    per_second(received - before, time - first)
+  end
+
+  defp per_second(bytes, milliseconds), do: bytes * 1000 / max(milliseconds, 1)
+
+  defp show(%{show: fun} = progress, state) when is_function(fun) do
+    fun.(state)
+    progress
+  end
+
+  defp show(%{show: columns} = progress, state) do
+    line = state |> line() |> String.slice(0, columns - 1)
+    width = String.length(line)
+    # Spaces over what the last line had more.
+    IO.write(:stderr, ["\r", String.pad_trailing(line, progress.drawn)])
+    %{progress | drawn: width}
+  end
+
+  @doc false
+  def line(state) do
+    part = if state.total > 0, do: state.bytes / state.total, else: 0.0
+    done = trunc(part * @bar)
+    bar = String.duplicate("#", done) <> String.duplicate("-", @bar - done)
+    left = if state.remaining, do: ", #{time(state.remaining)} left", else: ""
+
+    "#{state.id} [#{bar}] #{trunc(part * 100)}% of #{size(state.total)}, " <>
+      "#{size(state.rate)}/s#{left}"
+  end
+
+  @doc "Makes room for a line of somebody else's."
+  def clear(%{drawn: drawn}) when drawn > 0,
+    do: IO.write(:stderr, ["\r", String.duplicate(" ", drawn), "\r"])
+
+  def clear(_progress), do: :ok
+
+  @doc "The end of the bar's line, where one was begun."
+  def finish(%{drawn: drawn}, _answer) when drawn > 0, do: IO.write(:stderr, "\n")
+  def finish(_progress, _answer), do: :ok
+
+  defp time(seconds) when seconds >= 3600,
+    do: "#{div(seconds, 3600)}:#{padded(rem(div(seconds, 60), 60))}:#{padded(rem(seconds, 60))}"
+
+  defp time(seconds), do: "#{div(seconds, 60)}:#{padded(rem(seconds, 60))}"
+
+  defp padded(number), do: String.pad_leading("#{number}", 2, "0")
+
+  @doc false
+  def size(bytes) when bytes >= 1.0e9, do: "#{Float.round(bytes / 1.0e9, 2)} GB"
+  def size(bytes) when bytes >= 1.0e6, do: "#{Float.round(bytes / 1.0e6, 1)} MB"
+  def size(bytes) when bytes >= 1.0e3, do: "#{round(bytes / 1.0e3)} kB"
+  def size(bytes), do: "#{round(bytes)} bytes"
+
+  defp now, do: System.monotonic_time(:millisecond)
+end

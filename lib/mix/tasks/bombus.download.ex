@@ -1,0 +1,50 @@
+defmodule Mix.Tasks.Bombus.Download do
+  @shortdoc "Downloads a model or an adapter from the Hugging Face Hub"
+
+  @moduledoc """
+  Downloads a model with its tokenizer, or an adapter, from the Hugging Face Hub into its cache, and
+  writes the folder to the terminal. `{:hf, "owner/name"}` then loads it without a download.
+
+      mix bombus.download mlx-community/Qwen3-0.6B-4bit
+      mix bombus.download someone/my-adapter --revision v2
+
+  Interrupted, it goes on where it was when it is called again. A token for what is private or gated is
+  taken from `HF_TOKEN`, or from what `hf auth login` has left.
+
+  ## Options
+
+    * `--revision` - a branch, a tag or a commit's hash, `main` by default
+    * `--subdir` - the folder within the repository
+    * `--cache-dir` - the cache's folder; see `Bombus.Hub` for the default
+    * `--kind` - `model`, `tokenizer`, `adapter` or `any` (default)
+  """
+
+  use Mix.Task
+
+  @switches [revision: :string, subdir: :string, cache_dir: :string, kind: :string]
+  @kinds ~w(model tokenizer adapter any)
+
+  @impl true
+  def run(arguments) do
+    {options, id} = parse(arguments)
+    # What downloads needs no running application.
+    Mix.Task.run("app.config")
+
+    case Bombus.Hub.download(id, options) do
+      {:ok, folder} -> Mix.shell().info(folder)
+      {:error, error} -> Mix.raise(error.message)
+    end
+  rescue
+    error in [ArgumentError, OptionParser.ParseError] -> Mix.raise(Exception.message(error))
+  end
+
+  defp parse(arguments) do
+    case OptionParser.parse!(arguments, strict: @switches) do
+      {options, [id]} -> {Keyword.replace_lazy(options, :kind, &kind/1), id}
+      _other -> Mix.raise("expected one repository: mix bombus.download owner/name")
+    end
+  end
+
+  defp kind(kind) when kind in @kinds, do: String.to_atom(kind)
+  defp kind(kind), do: Mix.raise("expected --kind to be one of #{inspect(@kinds)}, got: #{kind}")
+end

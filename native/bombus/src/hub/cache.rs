@@ -1,0 +1,203 @@
+//! The folders of a repository in the cache, as huggingface_hub keeps them
+//! (<https://huggingface.co/docs/huggingface_hub/guides/manage-cache>):
+//!
+//! ```text
+//! models--owner--name/
+//!   refs/main                        the commit that a branch or tag was last
+//!   snapshots/<commit>/config.json   a link to
+//!   blobs/<etag>                     the file; <etag>.incomplete while it comes
+//!   .no_exist/<commit>/<file>        the commit has no such file
+//! .locks/models--owner--name/<etag>.lock
+//! ```
+
+use super::client::Found;
+use super::watch::Watch;
+use crate::error::{Error, Result};
+use hf_hub::{Cache, CacheRepo, Repo, RepoType};
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+pub struct Repository {
+    folders: CacheRepo,
+    folder: PathBuf,
+    locks: PathBuf,
+}
+
+/// How often a lock that another process holds is tried again.
+const NAP: Duration = Duration::from_millis(100);
+
+impl Repository {
+    pub fn new(cache: &Path, id: &str) -> Self {
+        let repo = Repo::new(id.to_owned(), RepoType::Model);
+        let name = repo.folder_name();
+        Self {
+            folder: cache.join(&name),
+            locks: cache.join(".locks").join(&name),
+            folders: Cache::new(cache.to_owned()).repo(repo),
+        }
+    }
+
+    /// The commit that the revision was when it was last asked for.
+    pub fn commit(&self, revision: &str) -> Option<String> {
+        let commit = fs::read_to_string(self.folder.join("refs").join(revision)).ok()?;
+        Some(commit.trim().to_owned()).filter(|commit| !commit.is_empty())
+    }
+
+    pub fn set_commit(&self, revision: &str, commit: &str) -> Result<()> {
+        if self.commit(revision).as_deref() == Some(commit) {
+            return Ok(());
+        }
+        let path = self.folder.join("refs").join(revision);
+        make_folder_of(&path)?;
+        // Nobody reads half of it.
+        let new = beside(&path);
+        fs::write(&new, commit)
+            .and_then(|()| fs::rename(&new, &path))
+            .map_err(|e| failed(&path, &e))
+    }
+
+    pub fn snapshot(&self, commit: &str) -> PathBuf {
+        self.folders.pointer_path(commit)
+    }
+
+    /// A file of a snapshot: a link to its blob.
+    pub fn pointer(&self, commit: &str, path: &str) -> PathBuf {
+        self.snapshot(commit).join(path)
+    }
+
+    pub fn blob(&self, etag: &str) -> PathBuf {
+        self.folder.join("blobs").join(etag)
+    }
+
+    pub fn is_absent(&self, commit: &str, path: &str) -> bool {
+        self.no_exist(commit, path).exists()
+    }
+
+    /// Spares a question next time; no matter if it cannot be noted.
+    pub fn set_absent(&self, commit: &str, path: &str) {
+        let note = self.no_exist(commit, path);
+        if !note.exists() && make_folder_of(&note).is_ok() {
+            _ = File::create(&note);
+        }
+    }
+
+    fn no_exist(&self, commit: &str, path: &str) -> PathBuf {
+        self.folder.join(".no_exist").join(commit).join(path)
+    }
+
+    /// Puts a blob into a snapshot.
+    pub fn link(&self, commit: &str, path: &str, etag: &str) -> Result<()> {
+        let pointer = self.pointer(commit, path);
+        make_folder_of(&pointer)?;
+        // From snapshots/<commit>/<folders of the path>.
+        let up = "../".repeat(2 + path.matches('/').count());
+        let new = beside(&pointer);
+        let linked = std::os::unix::fs::symlink(format!("{up}blobs/{etag}"), &new)
+            // Some file systems have no links.
+            .or_else(|_| fs::copy(self.blob(etag), &new).map(drop))
+            .and_then(|()| fs::rename(&new, &pointer));
+        linked.map_err(|error| failed(&pointer, &error))
+    }
+
+    /// Waits for whoever is downloading the same file, here or in another process: with flock, as
+    /// Python's filelock does. `nap` is called meanwhile. The lock ends with the file.
+    pub fn lock(&self, etag: &str, watch: &Watch, mut nap: impl FnMut()) -> Result<File> {
+        let path = self.locks.join(format!("{etag}.lock"));
+        make_folder_of(&path)?;
+        loop {
+            let file = File::options().create(true).append(true).open(&path);
+            let file = file.map_err(|error| failed(&path, &error))?;
+            match file.try_lock() {
+                // filelock removes its file when it lets go: a lock on that would be one's own.
+                Ok(()) if is_at(&file, &path) => return Ok(file),
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => {
+                    nap();
+                    watch.sleep(NAP)?;
+                }
+                Err(TryLockError::Error(error)) => return Err(failed(&path, &error)),
+            }
+        }
+    }
+
+    /// Fails where the disk has no room for what is missing of these files.
+    pub fn check_room<'a>(&self, files: impl Iterator<Item = &'a Found>) -> Result<()> {
+        let missing: u64 = files.map(|file| self.missing_bytes(file)).sum();
+        let blobs = self.folder.join("blobs");
+        if missing == 0 {
+            return Ok(());
+        }
+        fs::create_dir_all(&blobs).map_err(|error| failed(&blobs, &error))?;
+        let Ok(disk) = rustix::fs::statvfs(&blobs) else { return Ok(()) };
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        match free < missing {
+            true => Err(Error::DiskFull(format!(
+                "`{}` needs room for {}, and has {}",
+                blobs.display(),
+                size(missing),
+                size(free)
+            ))),
+            false => Ok(()),
+        }
+    }
+
+    fn missing_bytes(&self, file: &Found) -> u64 {
+        let blob = self.blob(&file.etag);
+        let length = |path: &Path| fs::metadata(path).map_or(0, |metadata| metadata.len());
+        let here = if blob.exists() { length(&blob) } else { length(&incomplete(&blob)) };
+        file.size.unwrap_or(0).saturating_sub(here)
+    }
+}
+
+/// Where a blob is while it comes. It stays after an interruption, for the next one to go on.
+pub fn incomplete(blob: &Path) -> PathBuf {
+    with_suffix(blob, ".incomplete")
+}
+
+/// A name for what will be renamed to `path`.
+fn beside(path: &Path) -> PathBuf {
+    use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let (process, next) = (std::process::id(), NEXT.fetch_add(1, Relaxed));
+    with_suffix(path, &format!(".{process}-{next}.new"))
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut path = path.as_os_str().to_owned();
+    path.push(suffix);
+    path.into()
+}
+
+fn is_at(file: &File, path: &Path) -> bool {
+    let same = |there: fs::Metadata| {
+        file.metadata().is_ok_and(|here| (here.dev(), here.ino()) == (there.dev(), there.ino()))
+    };
+    fs::metadata(path).is_ok_and(same)
+}
+
+fn make_folder_of(path: &Path) -> Result<()> {
+    let folder = path.parent().unwrap_or(path);
+    fs::create_dir_all(folder).map_err(|error| failed(folder, &error))
+}
+
+/// What went wrong with a file of the cache.
+pub fn failed(path: &Path, error: &io::Error) -> Error {
+    let message = format!("could not write `{}`: {error}", path.display());
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::DiskFull(message),
+        _ => Error::Io(message),
+    }
+}
+
+/// "4.3 GB"
+pub fn size(bytes: u64) -> String {
+    let units = [(1e9, "GB"), (1e6, "MB"), (1e3, "kB")];
+    let bytes = bytes as f64;
+    match units.iter().find(|(unit, _)| bytes >= *unit) {
+        Some((unit, name)) => format!("{:.1} {name}", bytes / unit),
+        None => format!("{bytes} bytes"),
+    }
+}

@@ -1,0 +1,280 @@
+//! Which files are needed, and how they are got: from the cache alone, or from the Hub.
+
+use super::Source;
+use super::cache::Repository;
+use super::client::{Client, Found, Reply};
+use super::download;
+use super::is_commit;
+use crate::error::{Error, Result};
+use crate::tensor_file::{self, INDEX, SINGLE};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+
+/// What is wanted of a repository.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Kind {
+    Model,
+    Tokenizer,
+    Adapter,
+    /// The model and its tokenizer, or the adapter.
+    Any,
+}
+
+/// Files by their names in the source's folder.
+pub trait Files {
+    /// Which of them there are; what is there is in the folder now.
+    fn get(&self, names: &[&str]) -> Result<Vec<bool>>;
+    /// All names, where they can be had only so.
+    fn list(&self) -> Result<Vec<String>>;
+    /// Where they are.
+    fn folder(&self) -> PathBuf;
+    fn missing(&self, name: &str) -> Error;
+}
+
+impl Kind {
+    /// The file that tells whether the repository has something of this kind.
+    fn first(self) -> &'static str {
+        match self {
+            Kind::Model | Kind::Any => "config.json",
+            Kind::Tokenizer => "tokenizer.json",
+            Kind::Adapter => "adapter_config.json",
+        }
+    }
+
+    /// Gets what is needed, or fails with what is missing.
+    pub fn collect(self, files: &dyn Files) -> Result<()> {
+        match self {
+            Kind::Model => model(files),
+            Kind::Tokenizer => tokenizer(files),
+            Kind::Adapter => adapter(files),
+            Kind::Any if has(files, "config.json")? => {
+                model(files)?;
+                if has(files, "tokenizer.json")? { tokenizer(files) } else { Ok(()) }
+            }
+            Kind::Any if has(files, "adapter_config.json")? => adapter(files),
+            Kind::Any => Err(files.missing("config.json` nor `adapter_config.json")),
+        }
+    }
+}
+
+fn model(files: &dyn Files) -> Result<()> {
+    let there = files.get(&["config.json", "generation_config.json", INDEX])?;
+    if !there[0] {
+        return Err(files.missing("config.json"));
+    }
+    if there[2] {
+        let shards = tensor_file::read_index(&files.folder().join(INDEX))?;
+        return require(files, &shards.keys().map(String::as_str).collect::<Vec<_>>());
+    }
+    if has(files, SINGLE)? {
+        return Ok(());
+    }
+    let names = files.list()?;
+    let shards: Vec<_> =
+        names.iter().map(String::as_str).filter(|name| tensor_file::is_shard(name)).collect();
+    if shards.is_empty() { Err(files.missing(SINGLE)) } else { require(files, &shards) }
+}
+
+fn tokenizer(files: &dyn Files) -> Result<()> {
+    let names = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
+    if files.get(&names)?[0] { Ok(()) } else { Err(files.missing(names[0])) }
+}
+
+fn adapter(files: &dyn Files) -> Result<()> {
+    require(files, &["adapter_config.json"])?;
+    for name in ["adapters.safetensors", "adapter_model.safetensors"] {
+        if has(files, name)? {
+            return Ok(());
+        }
+    }
+    Err(files.missing("adapters.safetensors` nor `adapter_model.safetensors"))
+}
+
+fn has(files: &dyn Files, name: &str) -> Result<bool> {
+    Ok(files.get(&[name])?[0])
+}
+
+fn require(files: &dyn Files, names: &[&str]) -> Result<()> {
+    let there = files.get(names)?;
+    match names.iter().zip(there).find(|(_, there)| !there) {
+        Some((name, _)) => Err(files.missing(name)),
+        None => Ok(()),
+    }
+}
+
+/// What is in the folder of a snapshot.
+pub struct Cached<'a> {
+    pub folder: &'a Path,
+}
+
+impl Files for Cached<'_> {
+    fn get(&self, names: &[&str]) -> Result<Vec<bool>> {
+        Ok(names.iter().map(|name| self.folder.join(name).exists()).collect())
+    }
+
+    fn list(&self) -> Result<Vec<String>> {
+        // Without an index nobody says which shards are missing but their own names.
+        match tensor_file::shards_without_index(self.folder) {
+            Ok(shards) => Ok(shards.iter().filter_map(|path| name(path)).collect()),
+            Err(_) => Ok(vec![]),
+        }
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.folder.to_owned()
+    }
+
+    fn missing(&self, name: &str) -> Error {
+        Error::NotFound(format!("it has no `{name}`"))
+    }
+}
+
+fn name(path: &Path) -> Option<String> {
+    Some(path.file_name()?.to_str()?.to_owned())
+}
+
+/// What the Hub has at one commit.
+pub struct Remote<'a> {
+    client: &'a Client<'a>,
+    repository: &'a Repository,
+    source: &'a Source,
+    commit: String,
+    /// What was said already, by paths in the repository.
+    known: Mutex<HashMap<String, Reply>>,
+}
+
+/// So many files at once.
+const PARALLEL: usize = 4;
+
+impl<'a> Remote<'a> {
+    /// Asks what the revision is now.
+    pub fn new(
+        client: &'a Client,
+        repository: &'a Repository,
+        source: &'a Source,
+        kind: Kind,
+    ) -> Result<Self> {
+        let mut known = HashMap::new();
+        let commit = if is_commit(&source.revision) {
+            source.revision.clone()
+        } else {
+            let path = source.path(kind.first());
+            let (commit, reply) = client.head_of_revision(&path)?;
+            known.insert(path, reply);
+            commit
+        };
+        Ok(Self { client, repository, source, commit, known: Mutex::new(known) })
+    }
+
+    pub fn commit(&self) -> &str {
+        &self.commit
+    }
+
+    fn head(&self, name: &str) -> Result<Reply> {
+        let path = self.source.path(name);
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(&path);
+        let pointer = self.repository.pointer(&self.commit, &path);
+        let reply = match known {
+            _ if pointer.exists() => return Ok(Reply::Here),
+            Some(reply) => reply,
+            None if self.repository.is_absent(&self.commit, &path) => return Ok(Reply::Absent),
+            None => self.client.head(&self.commit, &path)?,
+        };
+        if matches!(reply, Reply::Absent) {
+            self.repository.set_absent(&self.commit, &path);
+        }
+        Ok(reply)
+    }
+
+    fn download(&self, name: &str, found: &Found) -> Result<()> {
+        let path = self.source.path(name);
+        let url = self.client.url(&self.commit, &path)?;
+        download::download(self.client, &url, found, self.repository)?;
+        self.repository.link(&self.commit, &path, &found.etag)
+    }
+}
+
+impl Files for Remote<'_> {
+    fn get(&self, names: &[&str]) -> Result<Vec<bool>> {
+        let watch = self.client.watch;
+        let replies = in_parallel(names, |name| self.head(name), || ())?;
+        let there = replies.iter().map(|reply| !matches!(reply, Reply::Absent)).collect();
+        let mut wanted: Vec<(&str, Found)> = vec![];
+        for (name, reply) in names.iter().zip(replies) {
+            if let Reply::Found(found) = reply {
+                watch.expect(found.size.unwrap_or(0));
+                wanted.push((name, found));
+            }
+        }
+        self.repository.check_room(wanted.iter().map(|(_, found)| found))?;
+        in_parallel(&wanted, |(name, found)| self.download(name, found), || watch.stop())?;
+        Ok(there)
+    }
+
+    fn list(&self) -> Result<Vec<String>> {
+        let paths = self.client.list(&self.commit)?;
+        let folder = self.source.path("");
+        let within = |path: &String| path.strip_prefix(&folder).map(str::to_owned);
+        let direct = |name: &String| !name.contains(['/', '\\']);
+        Ok(paths.iter().filter_map(within).filter(direct).collect())
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.source.folder(self.repository.snapshot(&self.commit))
+    }
+
+    fn missing(&self, name: &str) -> Error {
+        let Source { id, revision, .. } = self.source;
+        Error::NotFound(format!(
+            "there is no `{}` in `{id}` (revision `{revision}`)",
+            self.source.path(name)
+        ))
+    }
+}
+
+/// The results of all, or the first error; that calls `fail`, so that the others may end early.
+fn in_parallel<T: Sync, R: Send>(
+    items: &[T],
+    work: impl Fn(&T) -> Result<R> + Sync,
+    fail: impl Fn() + Sync,
+) -> Result<Vec<R>> {
+    let next = AtomicUsize::new(0);
+    let results: Mutex<Vec<Option<R>>> = Mutex::new(items.iter().map(|_| None).collect());
+    let failed: Mutex<Option<Error>> = Mutex::new(None);
+    let serve = || {
+        while let Some((index, item)) = {
+            let index = next.fetch_add(1, Relaxed);
+            items.get(index).map(|item| (index, item))
+        } {
+            match crate::error::catch(|| work(item)) {
+                Ok(result) => {
+                    results.lock().unwrap_or_else(PoisonError::into_inner)[index] = Some(result);
+                }
+                Err(error) => {
+                    // What fails after it may do so because of it.
+                    failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                    next.store(items.len(), Relaxed);
+                    fail();
+                }
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        // This thread is one of them: where there are no more, it does all.
+        for _ in 1..PARALLEL.min(items.len()) {
+            _ = std::thread::Builder::new().name("bombus-hub".into()).spawn_scoped(scope, serve);
+        }
+        serve();
+    });
+    match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(error) => Err(error),
+        None => Ok(results
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+            .into_iter()
+            .flatten()
+            .collect()),
+    }
+}

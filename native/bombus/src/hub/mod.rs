@@ -1,0 +1,132 @@
+//! Models, tokenizers and adapters from the Hugging Face Hub, in the cache that Python's
+//! huggingface_hub uses: what one has downloaded, the other finds.
+//!
+//! `client` asks the Hub, `cache` is the folders on disk, `download` brings one file, `files` says
+//! which ones are needed, `watch` is what the caller hears and says meanwhile.
+//!
+//! Of the hf-hub crate only the names of the cache's folders are used. Its version 1 is 232 crates,
+//! and neither resumes, nor checks what it has, nor waits as it is told; 0.5 sends the token to
+//! whatever host a file is on.
+
+mod cache;
+mod client;
+mod download;
+mod files;
+mod watch;
+
+pub use client::Token;
+pub use files::Kind;
+pub use watch::{Event, Watch};
+
+use crate::error::{Error, Result};
+use cache::Repository;
+use client::Client;
+use files::{Cached, Remote};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Where the Hub is, and what is known of it here.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// `https://huggingface.co`, or a mirror
+    pub endpoint: String,
+    /// `~/.cache/huggingface/hub`
+    pub cache: PathBuf,
+    pub token: Option<Token>,
+    /// Only what is in the cache.
+    pub offline: bool,
+    /// Before the second attempt of a request; twice as long before each one after it.
+    pub pause: Duration,
+}
+
+#[derive(Clone, Debug)]
+pub struct Source {
+    /// `owner/name`
+    pub id: String,
+    /// A branch, a tag, or a commit's hash.
+    pub revision: String,
+    /// The folder within the repository.
+    pub subdir: Option<String>,
+}
+
+/// The folder with the files of this kind, downloaded where that is needed.
+///
+/// Where all of them are in the cache, a Hub that cannot be reached is a warning.
+pub fn fetch(settings: &Settings, source: &Source, kind: Kind, watch: &Watch) -> Result<PathBuf> {
+    let repository = Repository::new(&settings.cache, &source.id);
+    let cached = cached(settings, source, kind);
+    if settings.offline {
+        return cached.map_err(|missing| not_cached(source, &missing));
+    }
+    match cached {
+        Ok(folder) if is_commit(&source.revision) => Ok(folder),
+        Ok(folder) => update(settings, source, kind, watch, &repository, true).or_else(|error| {
+            let (Error::NoNetwork(reason) | Error::Server(reason) | Error::RateLimited(reason)) =
+                error
+            else {
+                return Err(error);
+            };
+            watch.warn(format!("{reason}. Using what is in the cache: {}", folder.display()));
+            Ok(folder)
+        }),
+        Err(_missing) => update(settings, source, kind, watch, &repository, false),
+    }
+}
+
+/// The folder, where all files of this kind are in it; else the error names what is missing.
+pub fn cached(settings: &Settings, source: &Source, kind: Kind) -> Result<PathBuf> {
+    let repository = Repository::new(&settings.cache, &source.id);
+    let commit = if is_commit(&source.revision) {
+        Some(source.revision.clone())
+    } else {
+        repository.commit(&source.revision)
+    };
+    let commit = commit.ok_or_else(|| Error::NotFound("nothing of it".into()))?;
+    let folder = source.folder(repository.snapshot(&commit));
+    kind.collect(&Cached { folder: &folder })?;
+    Ok(folder)
+}
+
+/// `hasty`: with the first trouble it is over, since there is something to fall back on.
+fn update(
+    settings: &Settings,
+    source: &Source,
+    kind: Kind,
+    watch: &Watch,
+    repository: &Repository,
+    hasty: bool,
+) -> Result<PathBuf> {
+    let client = Client::new(settings, source, watch, hasty)?;
+    let remote = Remote::new(&client, repository, source, kind)?;
+    kind.collect(&remote)?;
+    if source.revision != remote.commit() {
+        // All is there: a cache that cannot be written to is no reason to fail.
+        _ = repository.set_commit(&source.revision, remote.commit());
+    }
+    watch.finish();
+    Ok(source.folder(repository.snapshot(remote.commit())))
+}
+
+fn not_cached(source: &Source, missing: &Error) -> Error {
+    let Source { id, revision, .. } = source;
+    Error::Offline(format!(
+        "`{id}` (revision `{revision}`) is not in the cache: {missing}. Bombus is told to stay offline \
+         (offline: true, or HF_HUB_OFFLINE)"
+    ))
+}
+
+/// git's name of a commit, which never means another one.
+fn is_commit(revision: &str) -> bool {
+    revision.len() == 40 && revision.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+impl Source {
+    fn folder(&self, snapshot: PathBuf) -> PathBuf {
+        self.subdir.iter().fold(snapshot, |folder, subdir| folder.join(subdir))
+    }
+
+    /// The path of a file within the repository.
+    fn path(&self, name: &str) -> String {
+        self.subdir.as_ref().map_or(name.to_owned(), |subdir| format!("{subdir}/{name}"))
+    }
+}

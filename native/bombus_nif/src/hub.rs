@@ -1,0 +1,120 @@
+//! Downloads from the Hub: their settings, what is told of them, and their end with their caller.
+
+use crate::answer::{Address, result_term};
+use bombus::error::{Error, Result, catch};
+use bombus::hub::{self, Event, Kind, Settings, Source, Token, Watch};
+use rustler::{Encoder, Env, LocalPid, Monitor, NifMap, NifUnitEnum, Resource, ResourceArc, Term};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A download under way.
+pub struct DownloadHandle(Arc<Watch>);
+
+#[rustler::resource_impl]
+impl Resource for DownloadHandle {
+    const IMPLEMENTS_DOWN: bool = true;
+
+    /// The caller is dead.
+    fn down<'a>(&'a self, _env: Env<'a>, _pid: LocalPid, _monitor: Monitor) {
+        self.0.stop();
+    }
+}
+
+mod atoms {
+    rustler::atoms! { progress, waiting, warning, done }
+}
+
+#[derive(NifMap)]
+struct Wanted {
+    endpoint: String,
+    cache: String,
+    token: Option<String>,
+    offline: bool,
+    /// milliseconds
+    pause: u64,
+    id: String,
+    revision: String,
+    subdir: Option<String>,
+}
+
+impl Wanted {
+    fn split(self) -> (Settings, Source) {
+        let Wanted { endpoint, cache, token, offline, pause, id, revision, subdir } = self;
+        let (token, pause) = (token.map(Token), Duration::from_millis(pause));
+        (
+            Settings { endpoint, cache: cache.into(), token, offline, pause },
+            Source { id, revision, subdir },
+        )
+    }
+}
+
+#[derive(NifUnitEnum)]
+enum KindOption {
+    Model,
+    Tokenizer,
+    Adapter,
+    Any,
+}
+
+impl From<KindOption> for Kind {
+    fn from(kind: KindOption) -> Self {
+        match kind {
+            KindOption::Model => Kind::Model,
+            KindOption::Tokenizer => Kind::Tokenizer,
+            KindOption::Adapter => Kind::Adapter,
+            KindOption::Any => Kind::Any,
+        }
+    }
+}
+
+/// `{:ok, handle}` at once, then messages `{reference, event}`: `{:progress, bytes, total, received}`,
+/// `{:waiting, reason, milliseconds}`, `{:warning, message}`, and at the end
+/// `{:done, {:ok, folder} | {:error, {reason, message}}}`.
+#[rustler::nif]
+fn fetch<'a>(env: Env<'a>, wanted: Wanted, kind: KindOption, reference: Term<'a>) -> Term<'a> {
+    let (settings, source) = wanted.split();
+    let listener = Address::caller(env, reference);
+    let watch = Arc::new(Watch::new(move |event| _ = listener.send(|env| event_term(env, &event))));
+    let handle = ResourceArc::new(DownloadHandle(watch.clone()));
+    env.monitor(&handle, &env.pid());
+    let address = Address::caller(env, reference);
+    let work = move || {
+        let folder = catch(|| hub::fetch(&settings, &source, kind.into(), &watch));
+        let folder = folder.map(|folder| folder.display().to_string());
+        address.send(|env| (atoms::done(), result_term(env, &folder)).encode(env));
+    };
+    let spawned = std::thread::Builder::new().name("bombus-hub".into()).spawn(work);
+    let started: Result<_> = spawned
+        .map(|_thread| handle)
+        .map_err(|error| Error::OutOfMemory(format!("no thread: {error}")));
+    result_term(env, &started)
+}
+
+/// The download ends soon, with an error.
+#[rustler::nif]
+fn stop_fetch(handle: ResourceArc<DownloadHandle>) -> rustler::Atom {
+    handle.0.stop();
+    rustler::types::atom::ok()
+}
+
+/// Answers `{reference, {:ok, folder} | {:error, {reason, message}}}`.
+#[rustler::nif]
+fn cached<'a>(env: Env<'a>, wanted: Wanted, kind: KindOption, reference: Term<'a>) -> Term<'a> {
+    let (settings, source) = wanted.split();
+    let started = Address::caller(env, reference).answer_later(move || {
+        Ok(hub::cached(&settings, &source, kind.into())?.display().to_string())
+    });
+    result_term(env, &started.map(|()| rustler::types::atom::ok()))
+}
+
+fn event_term<'a>(env: Env<'a>, event: &Event) -> Term<'a> {
+    match event {
+        Event::Progress { bytes, total, received } => {
+            (atoms::progress(), bytes, total, received).encode(env)
+        }
+        Event::Waiting { reason, pause } => {
+            (atoms::waiting(), reason, pause.as_millis() as u64).encode(env)
+        }
+        Event::Warning(message) => (atoms::warning(), message).encode(env),
+    }
+}
