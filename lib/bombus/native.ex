@@ -30,6 +30,7 @@ defmodule Bombus.Native do
   def watch(_model, _pid, _reference), do: nif()
 
   # Files from the Hub.
+  def hide_token(_token), do: nif()
   def fetch(_wanted, _kind, _reference), do: nif()
   def stop_fetch(_download), do: nif()
   def cached(_wanted, _kind, _reference), do: nif()

@@ -281,6 +281,49 @@ defmodule Bombus.HubTest do
       assert {:ok, _tokenizer} = Bombus.load_tokenizer({:hf, @id, offline: false})
     end
 
+    test "a tokenizer that was interrupted is not taken for whole", %{
+      server: server,
+      files: files,
+      cache: cache
+    } do
+      files = Map.put(files, "chat_template.jinja", "{{ messages[0].content }}")
+      HubServer.push(server, "owner/chat", files)
+      commit = HubServer.commit(files)
+
+      for revision <- [commit, "main"] do
+        source = {:hf, "owner/chat", revision: revision}
+        File.rm_rf!(cache)
+        HubServer.fault(server, :hub, "GET", ~r/jinja/, [{400, []}])
+        assert reason(Bombus.load_tokenizer(source)) == :server_error
+        assert {:ok, %{chat_template?: true}} = Bombus.load_tokenizer(source)
+      end
+
+      # Loading asked for the model alone; a download is for all.
+      HubServer.push(server, "owner/model", files)
+      source = {:hf, "owner/model", revision: commit}
+      assert {:ok, _model} = Bombus.load_model(source)
+      refute Hub.cached?(source, :tokenizer)
+      assert {:ok, _folder} = Hub.download("owner/model", revision: commit)
+      assert Hub.cached?(source, :tokenizer)
+    end
+
+    test "what is new is worth some patience, though there is something older", %{
+      server: server,
+      files: files
+    } do
+      assert {:ok, old} = Hub.download(@id)
+      HubServer.push(server, @id, Map.put(files, "generation_config.json", "{ }"))
+      answers = [{503, []}, {:cut, 1}, :wrong_bytes]
+      HubServer.fault(server, :hub, "GET", ~r/generation_config/, answers)
+      {{:ok, new}, _log} = with_log(fn -> Hub.download(@id) end)
+      assert new != old
+      HubServer.push(server, @id, Map.put(files, "generation_config.json", "{  }"))
+      HubServer.fault(server, :hub, "GET", ~r/generation_config/, List.duplicate({503, []}, 5))
+      {answer, log} = with_log(fn -> Hub.download(@id) end)
+      assert answer == {:ok, new}
+      assert log =~ "in the cache"
+    end
+
     test "a half-downloaded model is not in the cache", %{files: files, cache: cache} do
       {:ok, folder} = Hub.download(@id)
       File.rm!(Path.join(folder, "model.safetensors"))
@@ -299,12 +342,12 @@ defmodule Bombus.HubTest do
       Bombus.load_model!({:hf, @id})
       hub = HubServer.url(server)
 
-      for fault <- [:no_network, {503, []}, {429, [{"Retry-After", "100"}]}] do
+      for fault <- [:no_network, {503, []}, {429, [{"Retry-After", "100"}]}, {429, []}] do
         if fault == :no_network do
           System.put_env("HF_ENDPOINT", nowhere())
         else
           System.put_env("HF_ENDPOINT", hub)
-          HubServer.fault(server, :hub, "HEAD", ~r/config.json/, [fault])
+          HubServer.fault(server, :hub, "HEAD", ~r/config.json/, [fault, fault])
         end
 
         log = capture_log(fn -> assert {:ok, _model} = Bombus.load_model({:hf, @id}) end)
@@ -409,6 +452,64 @@ defmodule Bombus.HubTest do
       HubServer.fault(server, :hub, "HEAD", ~r/config.json/, List.duplicate(around, 11))
       assert {:error, error} = Bombus.load_model({:hf, @id})
       assert error.message =~ "redirects"
+    end
+
+    test "of what no Hub says is not remembered", %{server: server, files: files} do
+      for file <- ["model.safetensors", "tokenizer_config.json", "config.json"] do
+        HubServer.fault(server, :hub, "HEAD", ~r/#{file}/, [{404, []}])
+        Hub.download(@id)
+        assert {:ok, folder} = Hub.download(@id)
+        assert File.read!(Path.join(folder, file)) == files[file]
+      end
+
+      # It has none, and does not say of which commit.
+      for code <- [[], [{"X-Error-Code", "EntryNotFound"}]] do
+        HubServer.fault(server, :hub, "HEAD", ~r/adapter.*config.json/, [{404, code}])
+        assert {:ok, _folder} = Hub.download("owner/adapter")
+      end
+    end
+
+    test "of the host of a file is one of the Hub's, too", %{server: server, cache: cache} do
+      large(server)
+      busy = {429, [{"Retry-After", "1"}]}
+      HubServer.fault(server, :cdn, "GET", ~r/blobs/, [busy])
+      {answer, log} = with_log(fn -> download() end)
+      assert {:ok, _folder} = answer
+      assert log =~ "Trying again in 1.0 s"
+      File.rm_rf!(cache)
+      forever = {429, [{"Retry-After", "18446744073709551615"}]}
+      HubServer.fault(server, :cdn, "GET", ~r/blobs/, [busy, forever])
+      {answer, _log} = with_log(fn -> download() end)
+      assert reason(answer) == :rate_limited
+    end
+
+    test "shows no password of the endpoint's", %{server: server} do
+      "http://" <> address = HubServer.url(server)
+      System.put_env("HF_ENDPOINT", "http://user:password@" <> address)
+
+      for status <- [401, 403, 404, 500] do
+        answers = List.duplicate({status, [{"X-Error-Code", "GatedRepo"}]}, 5)
+        HubServer.fault(server, :hub, "HEAD", ~r/config.json/, answers)
+        {{:error, error}, log} = with_log(fn -> Bombus.load_model({:hf, @id}) end)
+        refute inspect(error) <> log =~ "password"
+      end
+    end
+
+    test "a redirect's words count, where the file's own host says others", %{server: server} do
+      weights = large(server)
+      target = "/owner/large/resolve/main/model.safetensors?from=here&to=http://x"
+
+      said = [
+        {"Location", "./" <> Path.basename(target)},
+        {"X-Linked-Etag", HubServer.etag(weights)},
+        {"X-Linked-Size", "#{byte_size(weights)}"}
+      ]
+
+      HubServer.fault(server, :hub, "HEAD", ~r/model.safetensors/, [{302, said}])
+      HubServer.fault(server, :cdn, "GET", ~r/blobs/, [:wrong_bytes, :wrong_bytes])
+      {answer, _log} = with_log(fn -> download() end)
+      assert reason(answer) == :bad_download
+      assert {:ok, _folder} = download()
     end
 
     test "a repository that has moved is followed", %{server: server, files: files} do
@@ -547,6 +648,47 @@ defmodule Bombus.HubTest do
       end
 
       assert {:ok, _folder} = download()
+    end
+
+    test "whose size is not said before it comes is checked as well", %{server: server} do
+      files = %{"config.json" => "{}", "model.safetensors" => :rand.bytes(10_000)}
+      md5 = &Base.encode16(:crypto.hash(:md5, &1), case: :lower)
+
+      opaque = fn headers ->
+        for {name, value} <- headers, do: {name, if(name == "ETag", do: md5.(value), else: value)}
+      end
+
+      for {change, n} <- [{& &1, 1}, {opaque, 2}],
+          gets <- [[], [{:cut, 5_000}], [:wrong_bytes]] do
+        id = "owner/unsized-#{n}#{length(gets)}#{gets == [:wrong_bytes]}"
+        HubServer.push(server, id, files)
+        heads = List.duplicate({:no_length, change}, 9)
+        HubServer.fault(server, :hub, "HEAD", ~r/#{id}/, heads)
+        HubServer.fault(server, :hub, "GET", ~r/#{id}.*model/, gets)
+        {{:ok, folder}, _log} = with_log(fn -> download(id) end)
+        right? = File.read!(Path.join(folder, "model.safetensors")) == files["model.safetensors"]
+        # A hash says more than a size.
+        assert right? == (n == 1 or gets != [:wrong_bytes])
+      end
+
+      # Nor with it: the hash alone.
+      HubServer.push(server, "owner/never", files)
+
+      for method <- ["HEAD", "GET"] do
+        HubServer.fault(server, :hub, method, ~r/never/, List.duplicate({:no_length, & &1}, 9))
+      end
+
+      assert {:ok, folder} = download("owner/never")
+      assert File.read!(Path.join(folder, "model.safetensors")) == files["model.safetensors"]
+      HubServer.push(server, "owner/nothing-said", files)
+
+      for method <- ["HEAD", "GET"] do
+        answers = List.duplicate({:no_length, opaque}, 9)
+        HubServer.fault(server, :hub, method, ~r/nothing-said/, answers)
+      end
+
+      {answer, _log} = with_log(fn -> download("owner/nothing-said") end)
+      assert reason(answer) == :bad_download
     end
 
     test "is one for all who want it", %{server: server} do
@@ -690,8 +832,8 @@ defmodule Bombus.HubTest do
         download("owner/large", on_progress: fn _progress -> raise "no" end)
       end
 
-      assert {:messages, []} = Process.info(self(), :messages)
       assert {:ok, _folder} = download()
+      assert {:messages, []} = Process.info(self(), :messages)
     end
 
     test "is a line, where there is a terminal" do
@@ -730,9 +872,19 @@ defmodule Bombus.HubTest do
       tmp_dir: dir
     } do
       File.write!(Path.join(dir, "token"), "hf_secret\n")
-      Bombus.load_tokenizer!({:hf, @id})
-      assert [%{host: :hub} = request | _] = HubServer.requests(server)
-      assert authorized?(request)
+      System.put_env("BOMBUS_TEST_DIR", dir)
+      on_exit(fn -> System.delete_env("BOMBUS_TEST_DIR") end)
+
+      # As a shell would read it.
+      for home <- [dir, "$BOMBUS_TEST_DIR", "${BOMBUS_TEST_DIR}/."] do
+        System.put_env("HF_HOME", home)
+        HubServer.forget(server)
+        Bombus.load_tokenizer!({:hf, @id})
+        assert [%{host: :hub} = request | _] = HubServer.requests(server)
+        assert authorized?(request)
+      end
+
+      assert Hub.cached?(@id, :tokenizer)
       HubServer.forget(server)
       Bombus.load_tokenizer!({:hf, @id, auth_token: false})
       refute Enum.any?(HubServer.requests(server), &Map.has_key?(&1.headers, "authorization"))
@@ -769,6 +921,8 @@ defmodule Bombus.HubTest do
             fn -> Bombus.load_model({:hub, @id, auth_token: secret}) end,
             fn -> Bombus.load_model({:hf, @id, [auth_token: secret], :more}) end,
             fn -> Bombus.load_model({:hf, @id}, auth_token: secret) end,
+            fn -> Bombus.load_model({:hf, @id, auth_token: secret, cache_dir: "/\xff"}) end,
+            fn -> Hub.cached?({:hf, @id, auth_token: secret, cache_dir: "/\xff"}) end,
             fn -> Hub.cached?({:hf, [], auth_token: secret}) end,
             fn -> Hub.cached?({:hub, @id, auth_token: secret}) end,
             fn -> Serving.child_spec(name: A, model: {:hf, @id}, auth_token: secret) end

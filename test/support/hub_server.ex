@@ -43,7 +43,7 @@ defmodule Bombus.HubServer do
     * `{:trickle, n}` - after n bytes the rest comes byte by byte
     * `:wrong_bytes` - of the right number
     * `:no_range` - all of it, whatever part was asked for; `{:cut_from_0, n}` - cut, too
-    * `{:headers, function}` - with other headers
+    * `{:headers, function}` - with other headers; `{:no_length, function}` - and without the size
   """
   def fault(server, host, method, pattern, answers) do
     Agent.update(server, fn state ->
@@ -251,6 +251,9 @@ defmodule Bombus.HubServer do
       {:headers, fun} ->
         write(socket, head?, status, fun.(headers), byte_size(body), body)
 
+      {:no_length, fun} ->
+        write(socket, head?, status, fun.(headers), nil, body)
+
       {status, headers} when is_integer(status) ->
         write(socket, head?, status, headers, 0, "")
 
@@ -275,14 +278,13 @@ defmodule Bombus.HubServer do
     if :gen_tcp.send(socket, <<byte>>) == :ok, do: trickle(socket, rest), else: :closed
   end
 
+  # Without a length, the body of an answer ends with the connection.
   defp write(socket, head?, status, headers, length, body) do
-    headers =
-      for {name, value} <- [{"Content-Length", "#{length}"} | headers],
-          do: "#{name}: #{value}\r\n"
-
+    length = if length, do: [{"Content-Length", "#{length}"}], else: [{"Connection", "close"}]
+    headers = for {name, value} <- length ++ headers, do: "#{name}: #{value}\r\n"
     head = ["HTTP/1.1 #{status} X\r\n", headers, "\r\n"]
     :inet.setopts(socket, packet: :raw)
     _sent = :gen_tcp.send(socket, if(head?, do: head, else: [head, body]))
-    :more
+    if match?([{"Connection", _}], length), do: :closed, else: :more
   end
 end

@@ -3,6 +3,7 @@ defmodule Bombus.Hub.Options do
   # What a source's options and the environment say together, as in huggingface_hub's constants.py.
 
   alias Bombus.Hub.Token
+  alias Bombus.Native
 
   @known [:revision, :cache_dir, :auth_token, :offline, :subdir, :on_progress]
 
@@ -38,7 +39,7 @@ defmodule Bombus.Hub.Options do
       subdir: options[:subdir] && subdir!(options[:subdir]),
       endpoint: endpoint(),
       cache: cache(options[:cache_dir]),
-      token: token(options),
+      token: with(token when is_binary(token) <- token(options), do: Native.hide_token(token)),
       offline: offline!(options[:offline]),
       # In milliseconds, before a second attempt. Not for users: tests have no time.
       pause: Application.get_env(:bombus, :hub_pause, 400)
@@ -79,21 +80,39 @@ defmodule Bombus.Hub.Options do
   end
 
   defp endpoint do
-    String.trim_trailing(env("HF_ENDPOINT") || "https://huggingface.co", "/")
+    endpoint = env("HF_ENDPOINT") || "https://huggingface.co"
+    endpoint |> String.trim_trailing("/") |> utf8!("HF_ENDPOINT", "a URL")
   end
 
   defp cache(nil) do
-    Path.expand(env("HF_HUB_CACHE") || env("HUGGINGFACE_HUB_CACHE") || Path.join(home(), "hub"))
+    path = path("HF_HUB_CACHE") || path("HUGGINGFACE_HUB_CACHE") || Path.join(home(), "hub")
+    utf8!(path, "HF_HUB_CACHE or HF_HOME", "a path")
   end
 
-  defp cache(path) when is_binary(path), do: Path.expand(path)
+  defp cache(path) when is_binary(path),
+    do: path |> Path.expand() |> utf8!(":cache_dir", "a path")
 
   defp cache(other) do
     raise ArgumentError, "expected :cache_dir to be a path, got: #{inspect(other)}"
   end
 
+  defp utf8!(value, name, expected) do
+    if String.valid?(value),
+      do: value,
+      else: raise(ArgumentError, "expected #{name} to be #{expected} in UTF-8")
+  end
+
   defp home do
-    env("HF_HOME") || Path.join(env("XDG_CACHE_HOME") || Path.expand("~/.cache"), "huggingface")
+    path("HF_HOME") || Path.join(path("XDG_CACHE_HOME") || Path.expand("~/.cache"), "huggingface")
+  end
+
+  # As Python's expandvars and expanduser.
+  defp path(name) do
+    if value = env(name) do
+      ~r/\$(?:\{(\w+)\}|(\w+))/
+      |> Regex.replace(value, fn whole, braced, bare -> env(braced <> bare) || whole end)
+      |> Path.expand()
+    end
   end
 
   defp token(options) do
@@ -106,7 +125,7 @@ defmodule Bombus.Hub.Options do
   end
 
   defp own_token do
-    file = env("HF_TOKEN_PATH") || Path.join(home(), "token")
+    file = path("HF_TOKEN_PATH") || Path.join(home(), "token")
 
     cond do
       token = env("HF_TOKEN") -> clean!(token)

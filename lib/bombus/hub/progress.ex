@@ -16,8 +16,12 @@ defmodule Bombus.Hub.Progress do
 
   # The standard error, where a person looks at it.
   defp terminal do
-    case :io.columns(:standard_error) do
-      {:ok, columns} -> if not Options.flag("HF_HUB_DISABLE_PROGRESS_BARS"), do: columns
+    disabled? = Options.flag("HF_HUB_DISABLE_PROGRESS_BARS")
+
+    case disabled? || :io.columns(:standard_error) do
+      true -> nil
+      # Some terminals do not know how wide they are.
+      {:ok, columns} -> if columns > 0, do: columns, else: 80
       {:error, _reason} -> nil
     end
   end

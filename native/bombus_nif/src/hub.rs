@@ -4,11 +4,17 @@ use crate::answer::{Address, result_term};
 use bombus::error::{Error, Result, catch};
 use bombus::hub::{self, Event, Kind, Settings, Source, Token, Watch};
 use rustler::{Encoder, Env, LocalPid, Monitor, NifMap, NifUnitEnum, Resource, ResourceArc, Term};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// A download under way.
-pub struct DownloadHandle(Arc<Watch>);
+pub struct DownloadHandle {
+    watch: Arc<Watch>,
+    listener: Listener,
+}
+
+/// Whom to tell; nobody any more, once the caller has gone on to other things.
+type Listener = Arc<Mutex<Option<Address>>>;
 
 #[rustler::resource_impl]
 impl Resource for DownloadHandle {
@@ -16,8 +22,19 @@ impl Resource for DownloadHandle {
 
     /// The caller is dead.
     fn down<'a>(&'a self, _env: Env<'a>, _pid: LocalPid, _monitor: Monitor) {
-        self.0.stop();
+        self.watch.stop();
     }
+}
+
+/// A secret that may stand in a call's arguments: these are shown where a call fails.
+pub struct TokenHandle(Token);
+
+#[rustler::resource_impl]
+impl Resource for TokenHandle {}
+
+#[rustler::nif]
+fn hide_token(token: String) -> ResourceArc<TokenHandle> {
+    ResourceArc::new(TokenHandle(Token(token)))
 }
 
 mod atoms {
@@ -28,7 +45,7 @@ mod atoms {
 struct Wanted {
     endpoint: String,
     cache: String,
-    token: Option<String>,
+    token: Option<ResourceArc<TokenHandle>>,
     offline: bool,
     /// milliseconds
     pause: u64,
@@ -40,7 +57,7 @@ struct Wanted {
 impl Wanted {
     fn split(self) -> (Settings, Source) {
         let Wanted { endpoint, cache, token, offline, pause, id, revision, subdir } = self;
-        let (token, pause) = (token.map(Token), Duration::from_millis(pause));
+        let (token, pause) = (token.map(|token| token.0.clone()), Duration::from_millis(pause));
         (
             Settings { endpoint, cache: cache.into(), token, offline, pause },
             Source { id, revision, subdir },
@@ -73,15 +90,16 @@ impl From<KindOption> for Kind {
 #[rustler::nif]
 fn fetch<'a>(env: Env<'a>, wanted: Wanted, kind: KindOption, reference: Term<'a>) -> Term<'a> {
     let (settings, source) = wanted.split();
-    let listener = Address::caller(env, reference);
-    let watch = Arc::new(Watch::new(move |event| _ = listener.send(|env| event_term(env, &event))));
-    let handle = ResourceArc::new(DownloadHandle(watch.clone()));
+    let listener: Listener = Arc::new(Mutex::new(Some(Address::caller(env, reference))));
+    let told = listener.clone();
+    let watch = Arc::new(Watch::new(move |event| tell(&told, |env| event_term(env, &event))));
+    let handle = DownloadHandle { watch: watch.clone(), listener: listener.clone() };
+    let handle = ResourceArc::new(handle);
     env.monitor(&handle, &env.pid());
-    let address = Address::caller(env, reference);
     let work = move || {
         let folder = catch(|| hub::fetch(&settings, &source, kind.into(), &watch));
         let folder = folder.map(|folder| folder.display().to_string());
-        address.send(|env| (atoms::done(), result_term(env, &folder)).encode(env));
+        tell(&listener, |env| (atoms::done(), result_term(env, &folder)).encode(env));
     };
     let spawned = std::thread::Builder::new().name("bombus-hub".into()).spawn(work);
     let started: Result<_> = spawned
@@ -90,10 +108,17 @@ fn fetch<'a>(env: Env<'a>, wanted: Wanted, kind: KindOption, reference: Term<'a>
     result_term(env, &started)
 }
 
-/// The download ends soon, with an error.
+fn tell(listener: &Listener, event: impl for<'a> FnOnce(Env<'a>) -> Term<'a>) {
+    if let Some(address) = &*listener.lock().unwrap_or_else(PoisonError::into_inner) {
+        address.send(event);
+    }
+}
+
+/// The download ends soon, and nothing more is told of it.
 #[rustler::nif]
 fn stop_fetch(handle: ResourceArc<DownloadHandle>) -> rustler::Atom {
-    handle.0.stop();
+    handle.watch.stop();
+    handle.listener.lock().unwrap_or_else(PoisonError::into_inner).take();
     rustler::types::atom::ok()
 }
 

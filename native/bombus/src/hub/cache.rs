@@ -18,7 +18,7 @@ use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub struct Repository {
     folders: CacheRepo,
@@ -28,6 +28,8 @@ pub struct Repository {
 
 /// How often a lock that another process holds is tried again.
 const NAP: Duration = Duration::from_millis(100);
+/// A wait that is longer is told.
+const SILENCE: Duration = Duration::from_secs(10);
 
 impl Repository {
     pub fn new(cache: &Path, id: &str) -> Self {
@@ -107,8 +109,11 @@ impl Repository {
     pub fn lock(&self, etag: &str, watch: &Watch, mut nap: impl FnMut()) -> Result<File> {
         let path = self.locks.join(format!("{etag}.lock"));
         make_folder_of(&path)?;
+        let mut told_at = Some(Instant::now() + SILENCE);
         loop {
             let file = File::options().create(true).append(true).open(&path);
+            // Another user's can be locked, too.
+            let file = file.or_else(|_| File::open(&path));
             let file = file.map_err(|error| failed(&path, &error))?;
             match file.try_lock() {
                 // filelock removes its file when it lets go: a lock on that would be one's own.
@@ -117,15 +122,20 @@ impl Repository {
                 Err(TryLockError::WouldBlock) => {
                     nap();
                     watch.sleep(NAP)?;
+                    if told_at.take_if(|at| *at <= Instant::now()).is_some() {
+                        watch.warn(format!("waiting for another download of `{etag}`"));
+                    }
                 }
-                Err(TryLockError::Error(error)) => return Err(failed(&path, &error)),
+                // Some file systems have no locks. Two may then get into each other's way: the check
+                // of what they bring finds it.
+                Err(TryLockError::Error(_)) => return Ok(file),
             }
         }
     }
 
     /// Fails where the disk has no room for what is missing of these files.
     pub fn check_room<'a>(&self, files: impl Iterator<Item = &'a Found>) -> Result<()> {
-        let missing: u64 = files.map(|file| self.missing_bytes(file)).sum();
+        let missing = files.map(|file| self.missing_bytes(file)).fold(0, u64::saturating_add);
         let blobs = self.folder.join("blobs");
         if missing == 0 {
             return Ok(());
@@ -178,7 +188,7 @@ fn is_at(file: &File, path: &Path) -> bool {
     fs::metadata(path).is_ok_and(same)
 }
 
-fn make_folder_of(path: &Path) -> Result<()> {
+pub fn make_folder_of(path: &Path) -> Result<()> {
     let folder = path.parent().unwrap_or(path);
     fs::create_dir_all(folder).map_err(|error| failed(folder, &error))
 }

@@ -11,6 +11,7 @@ use super::{Settings, Source};
 use crate::error::{Error, Result};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use std::fmt;
+use std::io::Read;
 use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
 use ureq::http::{HeaderMap, Method, Request, Response, StatusCode, Uri};
@@ -37,10 +38,24 @@ pub struct Found {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Reply {
     Found(Found),
-    /// The commit has no such file.
-    Absent,
+    /// The commit has no such file; `for_good` where that can be remembered.
+    Absent {
+        for_good: bool,
+    },
     /// It was not asked: the file is in the cache.
     Here,
+}
+
+/// `/api/models/<id>/revision/<revision>`
+#[derive(serde::Deserialize)]
+struct Listing {
+    sha: Option<String>,
+    siblings: Vec<Sibling>,
+}
+
+#[derive(serde::Deserialize)]
+struct Sibling {
+    rfilename: String,
 }
 
 /// Why an attempt failed, and whether there may be another.
@@ -69,28 +84,35 @@ pub struct Client<'a> {
     source: &'a Source,
     pub watch: &'a Watch,
     endpoint: Uri,
-    hasty: bool,
+}
+
+/// How much trouble is worth: there may be something in the cache to fall back on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Patience {
+    /// A second attempt, since a connection that was kept may have ended; no long waits.
+    Short,
+    Long,
 }
 
 const ATTEMPTS: u32 = 5;
 /// What the Hub may make us wait, all together: twice its window for counting requests.
 const LONGEST_WAIT: Duration = Duration::from_secs(600);
+/// Whatever is longer is as good as this.
+const A_DAY: Duration = Duration::from_secs(24 * 3600);
 const REDIRECTS: usize = 10;
 /// After so long without a byte a connection counts as lost, as in huggingface_hub.
 const SILENCE: Duration = Duration::from_secs(10);
+/// What only the Hub says, and not where it redirects to.
+const OF_THE_HUB: [&str; 3] = ["x-repo-commit", "x-linked-etag", "x-linked-size"];
+/// A listing of more bytes is none.
+const LISTING: u64 = 64 << 20;
 /// How to give one, in messages.
 const TOKEN: &str = "as auth_token: or HF_TOKEN (https://huggingface.co/settings/tokens)";
 
 impl<'a> Client<'a> {
-    /// `hasty`: nothing is tried twice.
-    pub fn new(
-        settings: &'a Settings,
-        source: &'a Source,
-        watch: &'a Watch,
-        hasty: bool,
-    ) -> Result<Self> {
+    pub fn new(settings: &'a Settings, source: &'a Source, watch: &'a Watch) -> Result<Self> {
         let endpoint = uri(&settings.endpoint)?;
-        Ok(Self { settings, source, watch, endpoint, hasty })
+        Ok(Self { settings, source, watch, endpoint })
     }
 
     /// Where a file is.
@@ -101,30 +123,41 @@ impl<'a> Client<'a> {
     }
 
     /// The commit that the revision is, with what it says of this file.
-    pub fn head_of_revision(&self, path: &str) -> Result<(String, Reply)> {
-        let (commit, reply) = self.ask(&self.source.revision, path)?;
-        match commit.filter(|commit| is_name(commit)) {
-            Some(commit) => Ok((commit, reply)),
-            None if reply == Reply::Absent => Err(self.not_there()),
-            None => Err(self.no_hub("X-Repo-Commit")),
-        }
+    pub fn head_of_revision(&self, path: &str, patience: Patience) -> Result<(String, Reply)> {
+        let (commit, reply) = self.ask(&self.source.revision, path, patience)?;
+        let commit = match (commit, &reply) {
+            // What has no such file does not always say what it is.
+            (None, Reply::Absent { .. }) => self.listing(&self.source.revision)?.sha,
+            (commit, _) => commit,
+        };
+        let commit = commit.filter(|commit| is_name(commit));
+        Ok((commit.ok_or_else(|| self.no_hub("X-Repo-Commit"))?, reply))
     }
 
     pub fn head(&self, commit: &str, path: &str) -> Result<Reply> {
-        Ok(self.ask(commit, path)?.1)
+        Ok(self.ask(commit, path, Patience::Long)?.1)
     }
 
-    fn ask(&self, revision: &str, path: &str) -> Result<(Option<String>, Reply)> {
+    fn ask(
+        &self,
+        revision: &str,
+        path: &str,
+        patience: Patience,
+    ) -> Result<(Option<String>, Reply)> {
         let url = self.url(revision, path)?;
-        self.patiently(|| {
-            let response = self.request(Method::HEAD, url.clone(), 0, is_answered)?;
+        self.patiently(patience, || {
+            let response = self.request(Method::HEAD, url.clone(), 0)?;
             let commit = header(response.headers(), "x-repo-commit").map(str::to_owned);
             if response.status().is_success() || response.status().is_redirection() {
                 return Ok((commit, Reply::Found(self.found(&response)?)));
             }
             let code = header(response.headers(), "x-error-code");
             match response.status() == 404 && matches!(code, None | Some("EntryNotFound")) {
-                true => Ok((commit, Reply::Absent)),
+                // Without the Hub's own word it may be anybody's answer.
+                true => {
+                    let for_good = code.is_some() && commit.is_some();
+                    Ok((commit, Reply::Absent { for_good }))
+                }
                 false => Err(self.refused(&response)),
             }
         })
@@ -143,30 +176,27 @@ impl<'a> Client<'a> {
 
     /// The names of all files of a commit.
     pub fn list(&self, commit: &str) -> Result<Vec<String>> {
-        #[derive(serde::Deserialize)]
-        struct Listing {
-            siblings: Vec<Sibling>,
-        }
-        #[derive(serde::Deserialize)]
-        struct Sibling {
-            rfilename: String,
-        }
+        let siblings = self.listing(commit)?.siblings;
+        Ok(siblings.into_iter().map(|sibling| sibling.rfilename).collect())
+    }
+
+    fn listing(&self, revision: &str) -> Result<Listing> {
         let (endpoint, id) = (&self.settings.endpoint, &self.source.id);
-        let url = uri(&format!("{endpoint}/api/models/{id}/revision/{}", encoded(commit)))?;
-        let listing: Listing = self.patiently(|| {
+        let url = uri(&format!("{endpoint}/api/models/{id}/revision/{}", encoded(revision)))?;
+        self.patiently(Patience::Long, || {
             let response = self.get(url.clone(), 0)?;
-            serde_json::from_reader(response.into_body().into_reader()).map_err(|error| Trouble {
-                error: Error::Server(format!("{}: no valid listing: {error}", self.name())),
-                again: Again::Soon,
-                progress: false,
-            })
-        })?;
-        Ok(listing.siblings.into_iter().map(|sibling| sibling.rfilename).collect())
+            let mut text = vec![];
+            let read = response.into_body().into_reader().take(LISTING).read_to_end(&mut text);
+            read.map_err(|error| self.unreachable(&url, error.into()))?;
+            let name = self.name();
+            serde_json::from_slice(&text)
+                .map_err(|error| Error::Server(format!("{name}: no valid listing: {error}")).into())
+        })
     }
 
     /// The bytes of a file, after the first `from`.
     pub fn get(&self, url: Uri, from: u64) -> Result<Response<Body>, Trouble> {
-        let response = self.request(Method::GET, url, from, |_response| false)?;
+        let response = self.request(Method::GET, url, from)?;
         match response.status() {
             status if status.is_success() || status == StatusCode::RANGE_NOT_SATISFIABLE => {
                 Ok(response)
@@ -176,7 +206,15 @@ impl<'a> Client<'a> {
     }
 
     /// Tries until it works, or will not.
-    pub fn patiently<T>(&self, mut attempt: impl FnMut() -> Result<T, Trouble>) -> Result<T> {
+    pub fn patiently<T>(
+        &self,
+        patience: Patience,
+        mut attempt: impl FnMut() -> Result<T, Trouble>,
+    ) -> Result<T> {
+        let (most, longest) = match patience {
+            Patience::Short => (2, Duration::ZERO),
+            Patience::Long => (ATTEMPTS, LONGEST_WAIT),
+        };
         let (mut attempts, mut waited) = (0, Duration::ZERO);
         loop {
             self.watch.check()?;
@@ -193,7 +231,7 @@ impl<'a> Client<'a> {
                 }
                 Again::No => return Err(trouble.error),
             };
-            if self.hasty || attempts == ATTEMPTS || waited > LONGEST_WAIT {
+            if attempts == most || waited > longest {
                 return Err(trouble.error);
             }
             self.watch.waiting(trouble.error.to_string(), pause);
@@ -201,53 +239,57 @@ impl<'a> Client<'a> {
         }
     }
 
-    /// One request, with its redirects up to the answer that `is_enough`. The token goes to the
-    /// endpoint alone.
-    fn request(
-        &self,
-        method: Method,
-        mut url: Uri,
-        from: u64,
-        is_enough: impl Fn(&Response<Body>) -> bool,
-    ) -> Result<Response<Body>, Trouble> {
+    /// One request, with its redirects. The token goes to the endpoint alone. Of a file on another
+    /// host the head is not asked for, where the redirect says all of it: a signed address is for GET.
+    fn request(&self, method: Method, mut url: Uri, from: u64) -> Result<Response<Body>, Trouble> {
+        let mut said = HeaderMap::new();
         for _redirect in 0..=REDIRECTS {
-            let mut request = Request::builder().method(&method).uri(&url);
-            if let Some(Token(token)) = &self.settings.token
-                && is_same_origin(&url, &self.endpoint)
+            let mut response = self.send(&method, &url, from)?;
+            let headers = response.headers_mut();
+            for name in OF_THE_HUB {
+                // What a redirect says of a file counts for where it leads to.
+                if let Some(value) = headers.get(name).or(said.get(name)).cloned() {
+                    said.insert(name, value.clone());
+                    headers.insert(name, value);
+                }
+            }
+            let status = response.status();
+            if let Some(location) = header(response.headers(), "location")
+                && status.is_redirection()
             {
-                request = request.header("authorization", format!("Bearer {token}"));
-            }
-            if from > 0 {
-                request = request.header("range", format!("bytes={from}-"));
-            }
-            let response = request
-                .body(())
-                .map_err(ureq::Error::from)
-                .and_then(|request| agent().run(request))
-                .map_err(|error| self.unreachable(&url, error))?;
-            let location = header(response.headers(), "location").map(str::to_owned);
-            match location.filter(|_| response.status().is_redirection()) {
-                Some(location) => {
-                    let next = joined(&url, &location)
-                        .ok_or_else(|| self.no_hub("a Location that can be followed"))?;
-                    if !is_same_origin(&next, &url) && is_enough(&response) {
-                        return Ok(response);
-                    }
-                    url = next;
+                let next = joined(&url, location)
+                    .ok_or_else(|| self.no_hub("Location that can be followed"))?;
+                let elsewhere = !is_same_origin(&next, &url);
+                if method == Method::HEAD && elsewhere && is_answered(response.headers()) {
+                    return Ok(response);
                 }
+                url = next;
+            } else if matches!(status.as_u16(), 400..=407 | 410)
+                && !is_same_origin(&url, &self.endpoint)
+            {
                 // A signed address that is too old: another one comes from the endpoint.
-                None if response.status().is_client_error()
-                    && response.status() != StatusCode::RANGE_NOT_SATISFIABLE
-                    && !is_same_origin(&url, &self.endpoint) =>
-                {
-                    let (host, status) = (host(&url), response.status().as_u16());
-                    let error = Error::Server(format!("{}: {host} answered {status}", self.name()));
-                    return Err(Trouble { error, again: Again::Soon, progress: false });
-                }
-                None => return Ok(response),
+                let (name, host) = (self.name(), host(&url));
+                let error = Error::Server(format!("{name}: {host} answered {}", status.as_u16()));
+                return Err(Trouble { error, again: Again::Soon, progress: false });
+            } else {
+                return Ok(response);
             }
         }
         Err(Error::Server(format!("{}: more than {REDIRECTS} redirects", self.name())).into())
+    }
+
+    fn send(&self, method: &Method, url: &Uri, from: u64) -> Result<Response<Body>, Trouble> {
+        let mut request = Request::builder().method(method).uri(url);
+        if let Some(Token(token)) = &self.settings.token
+            && is_same_origin(url, &self.endpoint)
+        {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        if from > 0 {
+            request = request.header("range", format!("bytes={from}-"));
+        }
+        let sent = request.body(()).map_err(ureq::Error::from).and_then(|r| agent().run(r));
+        sent.map_err(|error| self.unreachable(url, error))
     }
 
     /// "`owner/name` at huggingface.co"
@@ -277,19 +319,23 @@ impl<'a> Client<'a> {
     }
 
     pub fn unreachable(&self, url: &Uri, error: ureq::Error) -> Trouble {
+        let (name, host) = (self.name(), host(url));
         let again = match error {
             ureq::Error::Tls(_) | ureq::Error::Rustls(_) => Again::No,
+            // They would show the address, which may be signed.
+            ureq::Error::BadUri(_) | ureq::Error::Http(_) => {
+                return Error::Server(format!("{name}: {host} has no address that works")).into();
+            }
             _ => Again::Soon,
         };
-        let (name, host) = (self.name(), host(url));
-        let message = format!("{name}: no connection with {host}: {error}");
+        let message = format!("{name}: the connection with {host} failed: {error}");
         Trouble { error: Error::NoNetwork(message), again, progress: false }
     }
 
     /// What an answer means that is none of those that were hoped for.
     fn refused(&self, response: &Response<Body>) -> Trouble {
         let Source { id, revision, .. } = self.source;
-        let (name, endpoint) = (self.name(), &self.settings.endpoint);
+        let (name, page) = (self.name(), page(&self.endpoint, id));
         let rejected = self.rejected();
         let wait = told_to_wait(response.headers(), SystemTime::now());
         let status = response.status().as_u16();
@@ -300,7 +346,7 @@ impl<'a> Client<'a> {
             }
             (_, Some("GatedRepo")) => {
                 let message = format!(
-                    "{name} is gated, and {rejected}: accept its conditions at {endpoint}/{id}, and \
+                    "{name} is gated, and {rejected}: accept its conditions at {page}, and \
                      give a token of that account {TOKEN}"
                 );
                 (Error::Gated(message), Again::No)
@@ -330,10 +376,9 @@ impl<'a> Client<'a> {
 }
 
 /// Whether a redirect to another host says all that was asked.
-fn is_answered(response: &Response<Body>) -> bool {
-    header(response.headers(), "x-linked-etag").is_some()
-        || header(response.headers(), "x-repo-commit").is_some()
-            && header(response.headers(), "etag").is_some()
+fn is_answered(headers: &HeaderMap) -> bool {
+    headers.contains_key("x-linked-etag")
+        || headers.contains_key("x-repo-commit") && headers.contains_key("etag")
 }
 
 /// One for all, which keeps connections.
@@ -373,14 +418,15 @@ fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 fn told_to_wait(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     if let Some(after) = header(headers, "retry-after").map(str::trim) {
         let until = |date: SystemTime| date.duration_since(now).unwrap_or(Duration::ZERO);
-        let seconds = after.parse().map(Duration::from_secs).ok();
-        return seconds.or_else(|| httpdate::parse_http_date(after).map(until).ok());
+        let wait = after.parse().map(Duration::from_secs).ok();
+        let wait = wait.or_else(|| httpdate::parse_http_date(after).map(until).ok());
+        return wait.map(|wait| wait.min(A_DAY));
     }
     let limit = header(headers, "ratelimit")?;
     let value = |name: &str| {
         limit.split(';').find_map(|part| part.trim().strip_prefix(name)?.parse::<u64>().ok())
     };
-    (value("r=")? == 0).then_some(Duration::from_secs(value("t=")?))
+    (value("r=")? == 0).then_some(Duration::from_secs(value("t=")?).min(A_DAY))
 }
 
 /// Without the quotes, and the mark of a weak one.
@@ -403,21 +449,46 @@ fn encoded(part: &str) -> String {
 
 fn uri(url: &str) -> Result<Uri> {
     let invalid = || Error::Server("the Hub's address is no valid URL: check HF_ENDPOINT".into());
-    url.parse().ok().filter(|uri: &Uri| uri.authority().is_some()).ok_or_else(invalid)
+    url.parse().ok().filter(is_http).ok_or_else(invalid)
 }
 
-/// The address that a `Location` means.
+fn is_http(uri: &Uri) -> bool {
+    matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some()
+}
+
+/// The address that a `Location` means (RFC 3986, 5.2).
 fn joined(base: &Uri, location: &str) -> Option<Uri> {
     let scheme = base.scheme_str()?;
+    let (before, _) = location.split_at(location.find(['/', '?', '#']).unwrap_or(location.len()));
+    if before.contains(':') {
+        return location.parse().ok().filter(is_http);
+    }
     if location.starts_with("//") {
         return format!("{scheme}:{location}").parse().ok();
     }
-    if location.contains("://") {
-        return location.parse().ok();
-    }
+    let location = location.split('#').next()?;
+    let (path, query) = location.split_at(location.find('?').unwrap_or(location.len()));
     let folder = base.path().rsplit_once('/').map_or("", |(folder, _file)| folder);
-    let path = if location.starts_with('/') { "" } else { &format!("{folder}/") };
-    format!("{scheme}://{}{path}{location}", base.authority()?).parse().ok()
+    let path = match path {
+        "" => base.path().to_owned(),
+        path if path.starts_with('/') => without_dots(path),
+        path => without_dots(&format!("{folder}/{path}")),
+    };
+    format!("{scheme}://{}{path}{query}", base.authority()?).parse().ok()
+}
+
+/// A path without its parts `.` and `..`.
+fn without_dots(path: &str) -> String {
+    let mut parts: Vec<&str> = vec![];
+    for part in path.split('/').skip(1) {
+        match part {
+            "." => {}
+            ".." => _ = parts.pop(),
+            part => parts.push(part),
+        }
+    }
+    let folder = if path.ends_with("/.") || path.ends_with("/..") { "/" } else { "" };
+    format!("/{}{folder}", parts.join("/"))
 }
 
 fn is_same_origin(one: &Uri, other: &Uri) -> bool {
@@ -427,6 +498,14 @@ fn is_same_origin(one: &Uri, other: &Uri) -> bool {
         Some((scheme, uri.host()?.to_ascii_lowercase(), port))
     };
     origin(one).is_some() && origin(one) == origin(other)
+}
+
+/// Where a person looks at a repository; without the password that the endpoint may have.
+fn page(endpoint: &Uri, id: &str) -> String {
+    let port = endpoint.port().map_or(String::new(), |port| format!(":{port}"));
+    let scheme = endpoint.scheme_str().unwrap_or("https");
+    let path = endpoint.path().trim_end_matches('/');
+    format!("{scheme}://{}{port}{path}/{id}", host(endpoint))
 }
 
 /// For messages: no path (which may be signed), no password.
@@ -453,6 +532,7 @@ mod tests {
         assert_eq!(wait("retry-after", "Wed, 21 Oct 2026 07:28:30 GMT"), Some(30));
         assert_eq!(wait("retry-after", "Wed, 21 Oct 2026 07:00:00 GMT"), Some(0));
         assert_eq!(wait("retry-after", "soon"), None);
+        assert_eq!(wait("retry-after", "18446744073709551615"), Some(86400));
         assert_eq!(wait("ratelimit", "\"resolvers\";r=0;t=55"), Some(55));
         assert_eq!(wait("ratelimit", "\"resolvers\";r=12;t=55"), None);
         assert_eq!(wait("etag", "x"), None);
@@ -475,6 +555,11 @@ mod tests {
         let next = |location: &str| joined(&base, location).map(|uri| uri.to_string());
         assert_eq!(next("/c/d").as_deref(), Some("http://hub:1234/c/d"));
         assert_eq!(next("c?y=2").as_deref(), Some("http://hub:1234/a/c?y=2"));
+        assert_eq!(next("?y=2").as_deref(), Some("http://hub:1234/a/b?y=2"));
+        assert_eq!(next("./../../c/./d").as_deref(), Some("http://hub:1234/c/d"));
+        assert_eq!(next("/c?z=http://x").as_deref(), Some("http://hub:1234/c?z=http://x"));
+        assert_eq!(next("ftp://x/y"), None);
+        assert_eq!(next("mailto:x"), None);
         assert_eq!(next("https://cdn/x").as_deref(), Some("https://cdn/x"));
         assert_eq!(next("//cdn/x").as_deref(), Some("http://cdn/x"));
     }

@@ -2,8 +2,8 @@
 //! checked before it has its name.
 
 use super::cache::{self, Repository};
-use super::client::{Again, Client, Found, Trouble};
-use super::watch::Counted;
+use super::client::{Again, Client, Found, Patience, Trouble};
+use super::watch::{Counted, Watch};
 use crate::error::{Error, Result};
 use ring::digest::{Context, SHA1_FOR_LEGACY_USE_ONLY, SHA256};
 use std::fs::{self, File};
@@ -17,6 +17,7 @@ pub fn download(client: &Client, url: &Uri, found: &Found, repository: &Reposito
     let blob = repository.blob(&found.etag);
     let path = cache::incomplete(&blob);
     let mut counted = Counted::new(client.watch);
+    cache::make_folder_of(&blob)?;
     if !is_whole(&blob, found) {
         let others_bytes = || counted.set(length(&path));
         let _lock = repository.lock(&found.etag, client.watch, others_bytes)?;
@@ -45,10 +46,10 @@ fn bring(
     path: &Path,
     counted: &mut Counted,
 ) -> Result<()> {
-    let mut partial = Partial::open(path, found)?;
+    let mut partial = Partial::open(path, found, client.watch)?;
     // What was there may be wrong, or a byte was lost on the way: once more, from the start.
     let mut second = false;
-    client.patiently(|| {
+    client.patiently(Patience::Long, || {
         partial.fetch(client, url, counted)?;
         match partial.check(url) {
             Err(error) if !second => {
@@ -75,31 +76,26 @@ struct Partial<'a> {
     length: u64,
     /// The most that it ever was: only what is beyond is progress.
     furthest: u64,
+    /// As announced, by the file's head or with its first byte.
     size: Option<u64>,
     etag: &'a str,
     digests: Digests,
+    watch: &'a Watch,
 }
 
 impl<'a> Partial<'a> {
     /// Goes on with what is there.
-    fn open(path: &Path, found: &'a Found) -> Result<Self> {
+    fn open(path: &Path, found: &'a Found, watch: &'a Watch) -> Result<Self> {
         let file = File::options().create(true).append(true).read(true).open(path);
         let file = file.map_err(|error| cache::failed(path, &error))?;
-        let size = found.size;
-        let digests = Digests::new(&found.etag, size);
-        let mut partial = Self {
-            path: path.to_owned(),
-            file,
-            length: 0,
-            furthest: 0,
-            size,
-            etag: &found.etag,
-            digests,
-        };
-        if size.is_some_and(|size| length(path) > size) {
-            partial.clear()?;
-        } else {
-            partial.read_again()?;
+        let (etag, size) = (found.etag.as_str(), found.size);
+        let digests = Digests::new(etag, size);
+        let path = path.to_owned();
+        let mut partial = Self { path, file, length: 0, furthest: 0, size, etag, digests, watch };
+        // Where nobody says how long it should be, it may be too long.
+        match size.is_none_or(|size| length(&partial.path) > size) {
+            true => partial.clear()?,
+            false => partial.read_again()?,
         }
         Ok(partial)
     }
@@ -110,8 +106,12 @@ impl<'a> Partial<'a> {
 
     fn read_again(&mut self) -> Result<()> {
         let mut buffer = vec![0; BUFFER];
+        self.file.seek(SeekFrom::Start(0)).map_err(|error| self.failed(&error))?;
+        self.digests = Digests::new(self.etag, self.size);
+        self.length = 0;
         let mut there = (&self.file).take(length(&self.path));
         loop {
+            self.watch.check()?;
             let read = there.read(&mut buffer).map_err(|error| self.failed(&error))?;
             if read == 0 {
                 return Ok(());
@@ -123,7 +123,6 @@ impl<'a> Partial<'a> {
 
     fn clear(&mut self) -> Result<()> {
         self.file.set_len(0).map_err(|error| self.failed(&error))?;
-        self.file.seek(SeekFrom::Start(0)).map_err(|error| self.failed(&error))?;
         self.length = 0;
         self.digests = Digests::new(self.etag, self.size);
         Ok(())
@@ -149,6 +148,10 @@ impl<'a> Partial<'a> {
                 let error = Error::BadDownload(format!("`{file}` did not go on where it ended"));
                 return Err(Trouble { error, again: Again::Soon, progress: false });
             }
+        }
+        if self.size.is_none() {
+            self.size = announced(&response);
+            self.clear()?;
         }
         let received = self.receive(client, url, response.into_body().into_reader(), counted);
         let progress = self.length > self.furthest;
@@ -190,14 +193,19 @@ impl<'a> Partial<'a> {
         Ok(())
     }
 
-    fn check(&self, url: &Uri) -> Result<()> {
+    fn check(&mut self, url: &Uri) -> Result<()> {
         let file = url.path();
+        if self.size.is_none() && !self.digests.is_empty() {
+            // git's name of it begins with its size.
+            self.size = Some(self.length);
+            self.read_again()?;
+        }
         match self.size {
             Some(size) if size != self.length => Err(Error::BadDownload(format!(
                 "`{file}` came with {} bytes, {size} were announced",
                 self.length
             ))),
-            None if self.digests.is_empty() => Err(Error::BadDownload(format!(
+            None => Err(Error::BadDownload(format!(
                 "`{file}` came without a size and without a hash: nobody can say whether it is whole"
             ))),
             _ if !self.digests.agree(self.etag) => Err(Error::BadDownload(format!(
@@ -207,6 +215,11 @@ impl<'a> Partial<'a> {
             _ => Ok(()),
         }
     }
+}
+
+/// The size of the whole, where an answer has all of it and says so.
+fn announced(response: &ureq::http::Response<ureq::Body>) -> Option<u64> {
+    response.headers().get("content-length")?.to_str().ok()?.parse().ok()
 }
 
 /// Whether an answer begins where it was asked to.

@@ -2,7 +2,7 @@
 
 use super::Source;
 use super::cache::Repository;
-use super::client::{Client, Found, Reply};
+use super::client::{Client, Found, Patience, Reply};
 use super::download;
 use super::is_commit;
 use crate::error::{Error, Result};
@@ -78,8 +78,9 @@ fn model(files: &dyn Files) -> Result<()> {
 }
 
 fn tokenizer(files: &dyn Files) -> Result<()> {
-    let names = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
-    if files.get(&names)?[0] { Ok(()) } else { Err(files.missing(names[0])) }
+    // First, so that a tokenizer that is there has all that belongs to it.
+    files.get(&["tokenizer_config.json", "chat_template.jinja"])?;
+    require(files, &["tokenizer.json"])
 }
 
 fn adapter(files: &dyn Files) -> Result<()> {
@@ -104,26 +105,39 @@ fn require(files: &dyn Files, names: &[&str]) -> Result<()> {
     }
 }
 
-/// What is in the folder of a snapshot.
+/// What is in the cache of one commit.
 pub struct Cached<'a> {
-    pub folder: &'a Path,
+    pub repository: &'a Repository,
+    pub source: &'a Source,
+    pub commit: &'a str,
+    /// Fails where a file is not there, and was never said to be absent: it may have been missed.
+    pub sure: bool,
 }
 
 impl Files for Cached<'_> {
     fn get(&self, names: &[&str]) -> Result<Vec<bool>> {
-        Ok(names.iter().map(|name| self.folder.join(name).exists()).collect())
+        let there = |name: &&str| {
+            let path = self.source.path(name);
+            match self.repository.pointer(self.commit, &path).exists() {
+                false if self.sure && !self.repository.is_absent(self.commit, &path) => {
+                    Err(self.missing(name))
+                }
+                there => Ok(there),
+            }
+        };
+        names.iter().map(there).collect()
     }
 
     fn list(&self) -> Result<Vec<String>> {
         // Without an index nobody says which shards are missing but their own names.
-        match tensor_file::shards_without_index(self.folder) {
+        match tensor_file::shards_without_index(&self.folder()) {
             Ok(shards) => Ok(shards.iter().filter_map(|path| name(path)).collect()),
             Err(_) => Ok(vec![]),
         }
     }
 
     fn folder(&self) -> PathBuf {
-        self.folder.to_owned()
+        self.source.folder(self.repository.snapshot(self.commit))
     }
 
     fn missing(&self, name: &str) -> Error {
@@ -155,13 +169,14 @@ impl<'a> Remote<'a> {
         repository: &'a Repository,
         source: &'a Source,
         kind: Kind,
+        patience: Patience,
     ) -> Result<Self> {
         let mut known = HashMap::new();
         let commit = if is_commit(&source.revision) {
             source.revision.clone()
         } else {
             let path = source.path(kind.first());
-            let (commit, reply) = client.head_of_revision(&path)?;
+            let (commit, reply) = client.head_of_revision(&path, patience)?;
             known.insert(path, reply);
             commit
         };
@@ -179,10 +194,12 @@ impl<'a> Remote<'a> {
         let reply = match known {
             _ if pointer.exists() => return Ok(Reply::Here),
             Some(reply) => reply,
-            None if self.repository.is_absent(&self.commit, &path) => return Ok(Reply::Absent),
+            None if self.repository.is_absent(&self.commit, &path) => {
+                return Ok(Reply::Absent { for_good: true });
+            }
             None => self.client.head(&self.commit, &path)?,
         };
-        if matches!(reply, Reply::Absent) {
+        if reply == (Reply::Absent { for_good: true }) {
             self.repository.set_absent(&self.commit, &path);
         }
         Ok(reply)
@@ -200,7 +217,7 @@ impl Files for Remote<'_> {
     fn get(&self, names: &[&str]) -> Result<Vec<bool>> {
         let watch = self.client.watch;
         let replies = in_parallel(names, |name| self.head(name), || ())?;
-        let there = replies.iter().map(|reply| !matches!(reply, Reply::Absent)).collect();
+        let there = replies.iter().map(|reply| !matches!(reply, Reply::Absent { .. })).collect();
         let mut wanted: Vec<(&str, Found)> = vec![];
         for (name, reply) in names.iter().zip(replies) {
             if let Reply::Found(found) = reply {

@@ -20,8 +20,8 @@ pub use watch::{Event, Watch};
 
 use crate::error::{Error, Result};
 use cache::Repository;
-use client::Client;
-use files::{Cached, Remote};
+use client::{Client, Patience};
+use files::{Cached, Files, Remote};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -58,18 +58,24 @@ pub fn fetch(settings: &Settings, source: &Source, kind: Kind, watch: &Watch) ->
     if settings.offline {
         return cached.map_err(|missing| not_cached(source, &missing));
     }
-    match cached {
-        Ok(folder) if is_commit(&source.revision) => Ok(folder),
-        Ok(folder) => update(settings, source, kind, watch, &repository, true).or_else(|error| {
-            let (Error::NoNetwork(reason) | Error::Server(reason) | Error::RateLimited(reason)) =
-                error
-            else {
-                return Err(error);
-            };
+    if is_commit(&source.revision) {
+        let known =
+            Cached { repository: &repository, source, commit: &source.revision, sure: true };
+        if kind.collect(&known).is_ok() {
+            return Ok(known.folder());
+        }
+    }
+    let patience = if cached.is_ok() { Patience::Short } else { Patience::Long };
+    let updated = update(settings, source, kind, watch, &repository, patience);
+    match (updated, cached) {
+        (
+            Err(Error::NoNetwork(reason) | Error::Server(reason) | Error::RateLimited(reason)),
+            Ok(folder),
+        ) => {
             watch.warn(format!("{reason}. Using what is in the cache: {}", folder.display()));
             Ok(folder)
-        }),
-        Err(_missing) => update(settings, source, kind, watch, &repository, false),
+        }
+        (updated, _) => updated,
     }
 }
 
@@ -82,22 +88,22 @@ pub fn cached(settings: &Settings, source: &Source, kind: Kind) -> Result<PathBu
         repository.commit(&source.revision)
     };
     let commit = commit.ok_or_else(|| Error::NotFound("nothing of it".into()))?;
-    let folder = source.folder(repository.snapshot(&commit));
-    kind.collect(&Cached { folder: &folder })?;
-    Ok(folder)
+    let cached = Cached { repository: &repository, source, commit: &commit, sure: false };
+    kind.collect(&cached)?;
+    Ok(cached.folder())
 }
 
-/// `hasty`: with the first trouble it is over, since there is something to fall back on.
+/// `patience`: with the question what the revision is now; what is new is worth more.
 fn update(
     settings: &Settings,
     source: &Source,
     kind: Kind,
     watch: &Watch,
     repository: &Repository,
-    hasty: bool,
+    patience: Patience,
 ) -> Result<PathBuf> {
-    let client = Client::new(settings, source, watch, hasty)?;
-    let remote = Remote::new(&client, repository, source, kind)?;
+    let client = Client::new(settings, source, watch)?;
+    let remote = Remote::new(&client, repository, source, kind, patience)?;
     kind.collect(&remote)?;
     if source.revision != remote.commit() {
         // All is there: a cache that cannot be written to is no reason to fail.
