@@ -6,6 +6,7 @@ defmodule Bombus.Hub.Progress do
 
   # The rate is that of so many milliseconds.
   @window 5_000
+  @moment 1_000
   @bar 20
 
   defstruct [:id, :show, :started, samples: [], drawn: 0]
@@ -20,8 +21,7 @@ defmodule Bombus.Hub.Progress do
 
     case disabled? || :io.columns(:standard_error) do
       true -> nil
-      # Some terminals do not know how wide they are.
-      {:ok, columns} -> if columns > 0, do: columns, else: 80
+      {:ok, columns} -> columns
       {:error, _reason} -> nil
     end
   end
@@ -33,13 +33,15 @@ defmodule Bombus.Hub.Progress do
     samples = [{now(), received} | progress.samples]
     {recent, _older} = Enum.split_while(samples, fn {time, _} -> now() - time < @window end)
     rate = rate(recent, progress.started)
+    # What the first moments say is no rate yet.
+    known? = now() - progress.started > @moment or bytes == total
 
     show(%{progress | samples: recent}, %{
       id: progress.id,
       bytes: bytes,
       total: total,
       rate: rate,
-      remaining: if(rate > 0, do: ceil((total - bytes) / rate))
+      remaining: if(known? and rate > 0, do: ceil((total - bytes) / rate))
     })
   end
 

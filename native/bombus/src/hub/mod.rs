@@ -1,13 +1,14 @@
 //! Models, tokenizers and adapters from the Hugging Face Hub, in the cache that Python's
 //! huggingface_hub uses: what one has downloaded, the other finds.
 //!
-//! `client` asks the Hub, `cache` is the folders on disk, `download` brings one file, `files` says
-//! which ones are needed, `watch` is what the caller hears and says meanwhile.
+//! `client` asks the Hub (at an `address`), `cache` is the folders on disk, `download` brings one
+//! file, `files` says which ones are needed, `watch` is what the caller hears and says meanwhile.
 //!
 //! Of the hf-hub crate only the names of the cache's folders are used. Its version 1 is 232 crates,
 //! and neither resumes, nor checks what it has, nor waits as it is told; 0.5 sends the token to
 //! whatever host a file is on.
 
+mod address;
 mod cache;
 mod client;
 mod download;
