@@ -58,7 +58,7 @@ defmodule Bombus do
       with `{:error, %Bombus.Error{reason: :overloaded}}`
     * `:prefill_chunk` - how many prompt tokens go into one step, beside a token of every sequence
       that is being generated: what a long prompt holds the others up for. 64 by default
-      on `:cpu`, which is no slower there than more, else 512
+      on `:cpu`, which is no slower there than more, 2048 on an NVIDIA card, else 512
     * `:max_context` - how many tokens a sequence may have, prompt and all; what the model was made
       for is the most, and the default
     * `:prefix_cache` - how many bytes of keys and values of finished sequences are kept, 1 GiB by

@@ -58,6 +58,8 @@ impl Device {
             // Measured: bench/README.md
             Device::Cpu(_) => 64,
             #[cfg(feature = "mlx")]
+            Device::Mlx(device) if device.is_cuda() => 2048,
+            #[cfg(feature = "mlx")]
             Device::Mlx(_) => 512,
         }
     }

@@ -26,6 +26,11 @@ impl Device {
         })
     }
 
+    /// MLX's GPU is a Mac's or NVIDIA's.
+    pub fn is_cuda(self) -> bool {
+        self == Device::Gpu && !cfg!(target_os = "macos")
+    }
+
     fn make(self) -> Stream {
         Stream::new_with_device(&match self {
             Device::Cpu => MlxDevice::cpu(),

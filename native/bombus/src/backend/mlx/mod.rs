@@ -6,6 +6,7 @@
 mod array;
 mod attention;
 mod device;
+mod few_rows;
 mod linear;
 pub mod quantize;
 mod sample;
@@ -72,11 +73,11 @@ impl Backend for Mlx {
     }
 
     fn linear(&self, parts: &[LinearWeights]) -> Result<Linear> {
-        Linear::load(parts)
+        Linear::load(parts, self.device)
     }
 
     fn embedding(&self, weights: &LinearWeights) -> Result<Linear> {
-        Linear::load(std::slice::from_ref(weights))
+        Linear::load(std::slice::from_ref(weights), self.device)
     }
 
     fn lora(&self, weights: &LoraWeights, adapted: Adapted<Self>) -> Result<Lora> {
