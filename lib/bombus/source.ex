@@ -54,14 +54,14 @@ defmodule Bombus.Source do
   def hide_token(other), do: other
 
   @doc """
-  What a word in a command means: `demo`, a folder where there is one, else a Hub id where it looks
-  like one.
+  What a word in a command means: `demo`, a folder or file where there is one, else a Hub id where it
+  looks like one.
   """
   @spec from_word(String.t()) :: t()
   def from_word("demo"), do: :demo
 
   def from_word(word) do
-    if not File.dir?(word) and word =~ ~r{^[\w.-]+/[\w.-]+$} and not (word =~ ~r{^\.+/}),
+    if not File.exists?(word) and word =~ ~r{^[\w.-]+/[\w.-]+$} and not (word =~ ~r{^\.+/}),
       do: {:hf, word},
       else: {:local, word}
   end

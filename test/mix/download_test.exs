@@ -30,6 +30,22 @@ defmodule Mix.Tasks.Bombus.DownloadTest do
     assert generate.(["--model", "owner/name"]) == generate.([])
   end
 
+  test "a word is a file where there is one, else an id where it looks like one" do
+    for {word, source} <- [
+          {"demo", :demo},
+          {"owner/name", {:hf, "owner/name"}},
+          {"lib/bombus", {:local, "lib/bombus"}},
+          # A training's checkpoint.
+          {"lib/bombus.ex", {:local, "lib/bombus.ex"}},
+          {"nowhere", {:local, "nowhere"}},
+          {"../models", {:local, "../models"}},
+          {"/models/one", {:local, "/models/one"}},
+          {"a/b/c", {:local, "a/b/c"}}
+        ] do
+      assert Bombus.Source.from_word(word) == source
+    end
+  end
+
   test "mistakes are said in a line" do
     for {arguments, words} <- [
           {[], "expected one repository"},
