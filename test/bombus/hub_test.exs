@@ -167,6 +167,17 @@ defmodule Bombus.HubTest do
       assert error.message =~ "config.json"
     end
 
+    test "for a training, with options that mlx_lm does not have", %{server: server} do
+      alias Bombus.Training.LoRA.Options
+      # Without options it is mlx_lm's to fetch.
+      assert Options.model(@id) == {:ok, @id}
+      assert Options.model({:hf, @id}) == {:ok, @id}
+      assert asked(server) == []
+      assert {:ok, folder} = Options.model({:hf, @id, revision: "main"})
+      assert File.exists?(Path.join(folder, "model.safetensors"))
+      assert File.exists?(Path.join(folder, "tokenizer.json"))
+    end
+
     test "a branch, a tag, a commit, and what is new in a branch", %{server: server, files: files} do
       HubServer.push(server, @id, %{"config.json" => "{}"}, "refs/pr/1")
       assert {:ok, _model} = Bombus.load_model({:hf, @id})
