@@ -682,6 +682,13 @@ defmodule Bombus.HubTest do
         assert right? == (n == 1 or gets != [:wrong_bytes])
       end
 
+      # Cut, without a hash, before anybody has said how long it is: not the rest for the whole.
+      HubServer.push(server, "owner/rest", files)
+      HubServer.fault(server, :hub, "HEAD", ~r/rest/, List.duplicate({:no_length, opaque}, 9))
+      HubServer.fault(server, :hub, "GET", ~r/rest.*model/, [{:cut_chunk, 4_000}])
+      {{:ok, folder}, _log} = with_log(fn -> download("owner/rest") end)
+      assert File.read!(Path.join(folder, "model.safetensors")) == files["model.safetensors"]
+
       # Nor with it: the hash alone.
       HubServer.push(server, "owner/never", files)
 

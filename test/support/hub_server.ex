@@ -40,6 +40,7 @@ defmodule Bombus.HubServer do
 
     * `{status, headers}`
     * `{:cut, n}` - the body ends after n bytes, and with it the connection
+    * `{:cut_chunk, n}` - the same in a chunk, which does not say how long the whole is
     * `{:trickle, n}` - after n bytes the rest comes byte by byte
     * `:wrong_bytes` - of the right number
     * `:no_range` - all of it, whatever part was asked for; `{:cut_from_0, n}` - cut, too
@@ -264,6 +265,10 @@ defmodule Bombus.HubServer do
       {cut, n} when cut in [:cut, :cut_from_0] ->
         write(socket, head?, status, headers, byte_size(body), binary_part(body, 0, n))
         :closed
+
+      {:cut_chunk, n} ->
+        chunk = [Integer.to_string(byte_size(body), 16), "\r\n", binary_part(body, 0, n)]
+        write(socket, head?, status, [{"Transfer-Encoding", "chunked"} | headers], nil, chunk)
 
       {:trickle, n} ->
         <<first::binary-size(n), rest::binary>> = body

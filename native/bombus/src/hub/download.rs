@@ -150,8 +150,9 @@ impl<'a> Partial<'a> {
             }
         }
         if self.size.is_none() {
+            // git's name of the file begins with its size.
             self.size = announced(&response);
-            self.clear()?;
+            self.read_again()?;
         }
         let received = self.receive(client, url, response.into_body().into_reader(), counted);
         let progress = self.length > self.furthest;
@@ -217,9 +218,13 @@ impl<'a> Partial<'a> {
     }
 }
 
-/// The size of the whole, where an answer has all of it and says so.
+/// The size of the whole file, as an answer with all of it or with its rest says.
 fn announced(response: &ureq::http::Response<ureq::Body>) -> Option<u64> {
-    response.headers().get("content-length")?.to_str().ok()?.parse().ok()
+    let value = |name| response.headers().get(name)?.to_str().ok();
+    match response.status() {
+        StatusCode::PARTIAL_CONTENT => value("content-range")?.rsplit_once('/')?.1.parse().ok(),
+        _ => value("content-length")?.parse().ok(),
+    }
 }
 
 /// Whether an answer begins where it was asked to.
