@@ -152,7 +152,7 @@ defmodule Bombus.Hub do
         listen(reference, progress)
 
       {^reference, {:done, answer}} ->
-        Progress.finish(progress, answer)
+        Progress.finish(progress)
         Error.from_native(answer)
     end
   end

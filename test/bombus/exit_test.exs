@@ -25,8 +25,7 @@ defmodule Bombus.ExitTest do
       #{ending}
       """
 
-      arguments = ["-pa", Application.app_dir(:bombus, "ebin"), "-e", script]
-      {output, status} = System.cmd("elixir", arguments, stderr_to_stdout: true)
+      {output, status} = Bombus.Fixtures.elixir(script)
       assert status == 0, "#{ending} ended with status #{status}: #{output}"
     end
   end

@@ -581,15 +581,10 @@ defmodule Bombus.HubTest do
       assert_receive {:DOWN, ^monitor, _, _, _}
       script = "{:ok, _} = Bombus.Hub.download(\"owner/large\", kind: :model)"
       env = [{"HF_ENDPOINT", HubServer.url(server)}, {"HF_HOME", Path.dirname(cache)}]
-      task = Task.async(fn -> elixir(script, env) end)
+      task = Task.async(fn -> Fixtures.elixir(script, env) end)
       assert {"", 0} = Task.await(task, 60_000)
       assert File.read!(blob(cache, weights)) == weights
       assert [_first, %{headers: %{"range" => "bytes=100" <> _more}}] = cdn(server)
-    end
-
-    defp elixir(script, env) do
-      arguments = ["-pa", Application.app_dir(:bombus, "ebin"), "-e", script]
-      System.cmd("elixir", arguments, env: env, stderr_to_stdout: true)
     end
 
     test "starts again where the server ignores where it should begin", %{server: server} do
@@ -714,7 +709,7 @@ defmodule Bombus.HubTest do
       tasks = for _ <- 1..8, do: Task.async(fn -> download() end)
       env = [{"HF_ENDPOINT", HubServer.url(server)}, {"HF_HOME", System.get_env("HF_HOME")}]
       script = "{:ok, _} = Bombus.Hub.download(\"owner/large\", kind: :model)"
-      others = for _ <- 1..2, do: Task.async(fn -> elixir(script, env) end)
+      others = for _ <- 1..2, do: Task.async(fn -> Fixtures.elixir(script, env) end)
       [{:ok, folder} | _] = answers = Task.await_many(tasks, 60_000)
       assert Enum.all?(answers, &(&1 == {:ok, folder}))
       assert Enum.all?(Task.await_many(others, 60_000), &match?({"", 0}, &1))
@@ -748,7 +743,7 @@ defmodule Bombus.HubTest do
 
     defp vm(script, env) do
       env = for {name, value} <- env, do: {to_charlist(name), to_charlist(value)}
-      [args: ["-pa", Application.app_dir(:bombus, "ebin"), "-e", script], env: env]
+      [args: Fixtures.elixir_arguments(script), env: env]
     end
 
     test "needs room on the disk", %{server: server, cache: cache} do
@@ -794,7 +789,7 @@ defmodule Bombus.HubTest do
       env = [{"HF_ENDPOINT", HubServer.url(server)}, {"HF_HOME", Path.dirname(cache)}]
 
       if File.exists?("/proc/self/status") do
-        assert {kilobytes, 0} = elixir(script, env)
+        assert {kilobytes, 0} = Fixtures.elixir(script, env)
         assert String.to_integer(kilobytes) < 20_000
       end
     end

@@ -46,6 +46,16 @@ defmodule Bombus.Fixtures do
     end
   end
 
+  @doc "What the command `elixir` takes to run a script in a VM of its own, with this Bombus."
+  def elixir_arguments(script) do
+    ["-pa", Application.app_dir(:bombus, "ebin"), "-e", script]
+  end
+
+  @doc "Runs a script in a VM of its own; -> what it wrote, and its status"
+  def elixir(script, env \\ []) do
+    System.cmd("elixir", elixir_arguments(script), env: env, stderr_to_stdout: true)
+  end
+
   @doc "Another node of a cluster, with these paths; -> who stops it, and its name"
   def start_peer(paths) do
     :os.cmd(~c"epmd -daemon")

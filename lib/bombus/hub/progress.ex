@@ -9,7 +9,7 @@ defmodule Bombus.Hub.Progress do
   @moment 1_000
   @bar 20
 
-  defstruct [:id, :show, :started, samples: [], drawn: 0]
+  defstruct [:id, :show, :started, samples: [], drawn?: false]
 
   def new(id, on_progress) do
     %__MODULE__{id: id, show: on_progress || terminal(), started: now()}
@@ -61,11 +61,8 @@ defmodule Bombus.Hub.Progress do
   end
 
   defp show(%{show: columns} = progress, state) do
-    line = state |> line() |> String.slice(0, columns - 1)
-    width = String.length(line)
-    # Spaces over what the last line had more.
-    IO.write(:stderr, ["\r", String.pad_trailing(line, progress.drawn)])
-    %{progress | drawn: width}
+    IO.write(:stderr, ["\r", state |> line() |> String.slice(0, columns - 1), "\e[K"])
+    %{progress | drawn?: true}
   end
 
   @doc false
@@ -80,14 +77,10 @@ defmodule Bombus.Hub.Progress do
   end
 
   @doc "Makes room for a line of somebody else's."
-  def clear(%{drawn: drawn}) when drawn > 0,
-    do: IO.write(:stderr, ["\r", String.duplicate(" ", drawn), "\r"])
-
-  def clear(_progress), do: :ok
+  def clear(%{drawn?: drawn?}), do: if(drawn?, do: IO.write(:stderr, "\r\e[K"))
 
   @doc "The end of the bar's line, where one was begun."
-  def finish(%{drawn: drawn}, _answer) when drawn > 0, do: IO.write(:stderr, "\n")
-  def finish(_progress, _answer), do: :ok
+  def finish(%{drawn?: drawn?}), do: if(drawn?, do: IO.write(:stderr, "\n"))
 
   defp time(seconds) when seconds >= 3600,
     do: "#{div(seconds, 3600)}:#{padded(rem(div(seconds, 60), 60))}:#{padded(rem(seconds, 60))}"
@@ -96,11 +89,10 @@ defmodule Bombus.Hub.Progress do
 
   defp padded(number), do: String.pad_leading("#{number}", 2, "0")
 
-  @doc false
-  def size(bytes) when bytes >= 1.0e9, do: "#{Float.round(bytes / 1.0e9, 2)} GB"
-  def size(bytes) when bytes >= 1.0e6, do: "#{Float.round(bytes / 1.0e6, 1)} MB"
-  def size(bytes) when bytes >= 1.0e3, do: "#{round(bytes / 1.0e3)} kB"
-  def size(bytes), do: "#{round(bytes)} bytes"
+  defp size(bytes) when bytes >= 1.0e9, do: "#{Float.round(bytes / 1.0e9, 2)} GB"
+  defp size(bytes) when bytes >= 1.0e6, do: "#{Float.round(bytes / 1.0e6, 1)} MB"
+  defp size(bytes) when bytes >= 1.0e3, do: "#{round(bytes / 1.0e3)} kB"
+  defp size(bytes), do: "#{round(bytes)} bytes"
 
   defp now, do: System.monotonic_time(:millisecond)
 end

@@ -11,12 +11,13 @@
 //! ```
 
 use super::client::Found;
+use super::is_commit;
 use super::watch::Watch;
 use crate::error::{Error, Result};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 use std::fs::{self, File, TryLockError};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -42,8 +43,11 @@ impl Repository {
         }
     }
 
-    /// The commit that the revision was when it was last asked for.
+    /// The commit that the revision is, or was when it was last asked for.
     pub fn commit(&self, revision: &str) -> Option<String> {
+        if is_commit(revision) {
+            return Some(revision.to_owned());
+        }
         let commit = fs::read_to_string(self.folder.join("refs").join(revision)).ok()?;
         Some(commit.trim().to_owned()).filter(|commit| !commit.is_empty())
     }
@@ -55,10 +59,7 @@ impl Repository {
         let path = self.folder.join("refs").join(revision);
         make_folder_of(&path)?;
         // Nobody reads half of it.
-        let new = beside(&path);
-        fs::write(&new, commit)
-            .and_then(|()| fs::rename(&new, &path))
-            .map_err(|e| failed(&path, &e))
+        put(&path, |new| fs::write(new, commit))
     }
 
     pub fn snapshot(&self, commit: &str) -> PathBuf {
@@ -96,12 +97,11 @@ impl Repository {
         make_folder_of(&pointer)?;
         // From snapshots/<commit>/<folders of the path>.
         let up = "../".repeat(2 + path.matches('/').count());
-        let new = beside(&pointer);
-        let linked = std::os::unix::fs::symlink(format!("{up}blobs/{etag}"), &new)
-            // Some file systems have no links.
-            .or_else(|_| fs::copy(self.blob(etag), &new).map(drop))
-            .and_then(|()| fs::rename(&new, &pointer));
-        linked.map_err(|error| failed(&pointer, &error))
+        let target = format!("{up}blobs/{etag}");
+        // Some file systems have no links.
+        put(&pointer, |new| {
+            symlink(&target, new).or_else(|_| fs::copy(self.blob(etag), new).map(drop))
+        })
     }
 
     /// Waits for whoever is downloading the same file, here or in another process: with flock, as
@@ -164,21 +164,17 @@ impl Repository {
 
 /// Where a blob is while it comes. It stays after an interruption, for the next one to go on.
 pub fn incomplete(blob: &Path) -> PathBuf {
-    with_suffix(blob, ".incomplete")
-}
-
-/// A name for what will be renamed to `path`.
-fn beside(path: &Path) -> PathBuf {
-    use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    let (process, next) = (std::process::id(), NEXT.fetch_add(1, Relaxed));
-    with_suffix(path, &format!(".{process}-{next}.new"))
-}
-
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut path = path.as_os_str().to_owned();
-    path.push(suffix);
+    let mut path = blob.as_os_str().to_owned();
+    path.push(".incomplete");
     path.into()
+}
+
+/// Makes something beside `path`, and gives it that name in one step.
+fn put(path: &Path, make: impl FnMut(&Path) -> io::Result<()>) -> Result<()> {
+    let folder = path.parent().unwrap_or(path);
+    let made =
+        tempfile::Builder::new().make_in(folder, make).map_err(|error| failed(path, &error))?;
+    made.into_temp_path().persist(path).map_err(|error| failed(path, &error.error))
 }
 
 fn is_at(file: &File, path: &Path) -> bool {

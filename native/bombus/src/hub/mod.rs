@@ -55,16 +55,16 @@ pub struct Source {
 /// Where all of them are in the cache, a Hub that cannot be reached is a warning.
 pub fn fetch(settings: &Settings, source: &Source, kind: Kind, watch: &Watch) -> Result<PathBuf> {
     let repository = Repository::new(&settings.cache, &source.id);
-    let cached = cached(settings, source, kind);
-    if settings.offline {
-        return cached.map_err(|missing| not_cached(source, &missing));
-    }
-    if is_commit(&source.revision) {
+    if is_commit(&source.revision) && !settings.offline {
         let known =
             Cached { repository: &repository, source, commit: &source.revision, sure: true };
         if kind.collect(&known).is_ok() {
             return Ok(known.folder());
         }
+    }
+    let cached = cached(settings, source, kind);
+    if settings.offline {
+        return cached.map_err(|missing| not_cached(source, &missing));
     }
     let patience = if cached.is_ok() { Patience::Short } else { Patience::Long };
     let updated = update(settings, source, kind, watch, &repository, patience);
@@ -83,11 +83,7 @@ pub fn fetch(settings: &Settings, source: &Source, kind: Kind, watch: &Watch) ->
 /// The folder, where all files of this kind are in it; else the error names what is missing.
 pub fn cached(settings: &Settings, source: &Source, kind: Kind) -> Result<PathBuf> {
     let repository = Repository::new(&settings.cache, &source.id);
-    let commit = if is_commit(&source.revision) {
-        Some(source.revision.clone())
-    } else {
-        repository.commit(&source.revision)
-    };
+    let commit = repository.commit(&source.revision);
     let commit = commit.ok_or_else(|| Error::NotFound("nothing of it".into()))?;
     let cached = Cached { repository: &repository, source, commit: &commit, sure: false };
     kind.collect(&cached)?;
@@ -106,10 +102,8 @@ fn update(
     let client = Client::new(settings, source, watch)?;
     let remote = Remote::new(&client, repository, source, kind, patience)?;
     kind.collect(&remote)?;
-    if source.revision != remote.commit() {
-        // All is there: a cache that cannot be written to is no reason to fail.
-        _ = repository.set_commit(&source.revision, remote.commit());
-    }
+    // All is there: a cache that cannot be written to is no reason to fail.
+    _ = repository.set_commit(&source.revision, remote.commit());
     watch.finish();
     Ok(source.folder(repository.snapshot(remote.commit())))
 }
