@@ -43,6 +43,7 @@ pub fn load<B: Backend>(
         backend,
     };
     checkpoint.check_all_taken()?;
+    B::prepare(&decoder)?;
     Ok(decoder)
 }
 

@@ -56,8 +56,8 @@ pub struct BoundAdapter<B: Backend> {
     pub lm_head: Option<B::Lora>,
 }
 
-/// Keys and values of one sequence, layer by layer.
-pub type KvCache<B> = Vec<<B as Backend>::Cache>;
+/// Keys and values of one sequence.
+pub type KvCache<B> = <B as Backend>::Cache;
 
 /// One sequence's part of a step.
 pub struct Part<'a, B: Backend> {
@@ -66,33 +66,99 @@ pub struct Part<'a, B: Backend> {
     pub adapter: Option<&'a BoundAdapter<B>>,
 }
 
+/// Some of a step's parts, as a step of their own.
+struct Parts<'a, B: Backend> {
+    tokens: Vec<Token>,
+    parts: Vec<Part<'a, B>>,
+    outputs: Vec<usize>,
+    /// The same rows in the whole step.
+    wanted: Vec<usize>,
+}
+
+impl<B: Backend> Default for Parts<'_, B> {
+    fn default() -> Self {
+        Self { tokens: vec![], parts: vec![], outputs: vec![], wanted: vec![] }
+    }
+}
+
+impl<'a, B: Backend> Parts<'a, B> {
+    fn add(&mut self, part: &'a mut Part<B>, tokens: &[Token], outputs: &[usize]) {
+        let (rows, start) = (part.segment.rows.clone(), self.tokens.len());
+        self.tokens.extend(&tokens[rows.clone()]);
+        let segment = Segment { rows: start..self.tokens.len(), start: part.segment.start };
+        self.parts.push(Part { segment, cache: part.cache, adapter: part.adapter });
+        for output in outputs.iter().filter(|output| rows.contains(output)) {
+            self.outputs.push(output - rows.start + start);
+            self.wanted.push(*output);
+        }
+    }
+}
+
 /// Consecutive rows with one adapter.
 type Span<'a, B> = (Range<usize>, &'a BoundAdapter<B>);
 
 impl<B: Backend> Decoder<B> {
     pub fn kv_cache(&self) -> KvCache<B> {
-        self.layers.iter().map(|_| self.backend.cache()).collect()
+        self.backend.cache(self.layers.len())
     }
 
     /// What shares the first `positions` with `cache`.
     pub fn fork(&self, cache: &KvCache<B>, positions: usize) -> Result<KvCache<B>> {
-        cache.iter().map(|layer| self.backend.fork(layer, positions)).collect()
+        self.backend.fork(cache, positions)
     }
 
-    /// Makes room for so many positions.
-    pub fn reserve(&self, cache: &mut KvCache<B>, positions: usize) -> Result<()> {
-        let mut layers = self.layers.iter().zip(cache);
-        layers.try_for_each(|(layer, cache)| {
-            self.backend.reserve(&self.attention, &layer.k_norm, cache, positions)
+    /// Makes room for these positions.
+    pub fn reserve(&self, cache: &mut KvCache<B>, positions: Range<usize>) -> Result<()> {
+        let mut layers = self.layers.iter().enumerate();
+        layers.try_for_each(|(index, layer)| {
+            let (shape, positions) = (&self.attention, positions.clone());
+            self.backend.reserve(shape, index, &layer.k_norm, cache, positions)
         })
     }
 
     pub fn pages(&self, cache: &KvCache<B>) -> Vec<Page> {
-        cache.iter().flat_map(|layer| self.backend.pages(layer)).collect()
+        self.backend.pages(cache)
     }
 
-    /// The logits `[outputs, vocab]` of the rows named in `outputs`, in ascending order.
+    /// The logits `[outputs, vocab]` of the rows named in `outputs`, in ascending order. Parts of one row
+    /// may have a way of their own.
     pub fn forward(
+        &self,
+        tokens: &[Token],
+        previous: Option<&B::Samples>,
+        parts: &mut [Part<B>],
+        outputs: &[usize],
+    ) -> Result<B::Tensor> {
+        let mut own = vec![];
+        for part in &*parts {
+            let rows = &part.segment.rows;
+            own.push(rows.len() == 1 && outputs.contains(&rows.start) && self.backend.steps(part)?);
+        }
+        if !own.contains(&true) {
+            return self.through_layers(tokens, previous, parts, outputs);
+        }
+        let (mut alone, mut rest) = (Parts::default(), Parts::default());
+        for (part, alone_is_it) in parts.iter_mut().zip(&own) {
+            (if *alone_is_it { &mut alone } else { &mut rest }).add(part, tokens, outputs);
+        }
+        let logits = self.backend.step(&alone.tokens, previous, &mut alone.parts)?;
+        if rest.parts.is_empty() {
+            return Ok(logits);
+        }
+        let others = self.through_layers(&rest.tokens, previous, &mut rest.parts, &rest.outputs)?;
+        let both = self.backend.stack(&logits, &others)?;
+        // Where each wanted row is among both.
+        let mut places: Vec<(usize, usize)> =
+            alone.wanted.into_iter().chain(rest.wanted).zip(0..).collect();
+        places.sort_unstable();
+        let places: Vec<usize> = places.into_iter().map(|(_, place)| place).collect();
+        match places.is_sorted() {
+            true => Ok(both),
+            false => self.backend.select(&both, &places),
+        }
+    }
+
+    pub(crate) fn through_layers(
         &self,
         tokens: &[Token],
         previous: Option<&B::Samples>,
@@ -124,9 +190,10 @@ impl<B: Backend> Decoder<B> {
         let x = backend.rms_norm(&hidden, &layer.input_layernorm, eps)?;
         let [q, k, v] = outputs(backend.project(&layer.qkv_proj, &x, &loras(QKV))?);
         let segments: Vec<Segment> = parts.iter().map(|part| part.segment.clone()).collect();
-        let mut caches: Vec<_> = parts.iter_mut().map(|part| &mut part.cache[index]).collect();
+        let mut caches: Vec<_> = parts.iter_mut().map(|part| &mut *part.cache).collect();
         let norms = [&layer.q_norm, &layer.k_norm];
-        let x = backend.attention(&self.attention, [q, k, v], norms, &segments, &mut caches)?;
+        let x =
+            backend.attention(&self.attention, index, [q, k, v], norms, &segments, &mut caches)?;
         let [x] = outputs(backend.project(&layer.o_proj, &x, &loras(O))?);
         let hidden = backend.add(&hidden, &x)?;
 

@@ -12,6 +12,8 @@
 mod common;
 
 use bombus::adapter::Adapter;
+use bombus::engine::Engine;
+use bombus::scheduler::Limits;
 use common::*;
 use serde_json::Value;
 use std::sync::Arc;
@@ -147,4 +149,78 @@ fn greedy_tokens_are_mlx_lms_all_runs_in_one_batch() {
             assert!(end == agreed.len() || answer.len() == end, "{name}: it did not end at eos");
         }
     }
+}
+
+/// Each token in a step of its own, behind what the step before left: as a text is generated.
+#[test]
+fn tokens_one_by_one_score_as_mlx_lms() {
+    let mut faults = vec![];
+    for (device, case) in devices().into_iter().flat_map(|d| CASES.map(|case| (d, case))) {
+        let expected = expected(case);
+        let engine = load_on(device, case);
+        let all = ids(&expected["token_ids"]);
+        for (name, adapter, run) in runs(case, &expected) {
+            let scored: Vec<f64> = (1..all.len())
+                .map(|end| f64::from(log_prob(&engine, &all[..end], all[end], adapter.clone())))
+                .collect();
+            let dtype = expected["dtype"].as_str().unwrap();
+            faults.extend(fault(&format!("{device:?} {name}"), dtype, &scored, &run));
+        }
+    }
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+}
+
+/// Twenty at once, more than a tile of the tensor cores has rows, and their prompts in chunks beside them.
+#[test]
+fn a_crowd_in_bfloat16_answers_as_each_alone() {
+    const CASE: &str = "bf16-4bit";
+    for device in devices() {
+        let limits = Limits { prefill_chunk: 16, max_batch_size: 32, ..Limits::default() };
+        let engine = Engine::load(&parity(CASE), device, limits).unwrap();
+        let adapters =
+            [None, Some("all-layers"), Some("last-qv")].map(|it| it.map(|it| adapter(CASE, it)));
+        let request = |seed: usize| {
+            let ids: Vec<u32> =
+                (0..3 + 5 * seed).map(|at| ((at * 37 + seed * 11) % 250) as u32).collect();
+            let mut request = ids_request(&ids, 24);
+            request.sampling.logprobs = Some(0);
+            request.adapter = adapters[seed % 3].clone();
+            request
+        };
+        let crowd: Vec<_> = (0..20).map(|seed| start(&engine, request(seed)).unwrap()).collect();
+        let mut compared = 0;
+        for (seed, running) in crowd.into_iter().enumerate() {
+            let (answer, _, logprobs) = running.wait_for_all().unwrap();
+            let (alone, _, own) = start(&engine, request(seed)).unwrap().wait_for_all().unwrap();
+            let same =
+                answer.ids.iter().zip(&alone.ids).take_while(|(one, other)| one == other).count();
+            // Where two tokens are as probable, the answers part; behind that they tell nothing.
+            for (one, other) in logprobs.iter().zip(&own).take(same + 1) {
+                let off = (one.chosen - other.chosen).abs();
+                assert!(
+                    off < 0.1,
+                    "{device:?} {seed}: {} alone, {} in a crowd",
+                    other.chosen,
+                    one.chosen
+                );
+                compared += 1;
+            }
+        }
+        assert!(compared > 200, "{device:?}: {compared}");
+    }
+}
+
+/// One in float32, and one that the kernels for NVIDIA cards serve.
+const CASES: [&str; 2] = ["bf16-4bit", "f32-untied"];
+
+/// ln p of `next` behind a prompt, of which all but the last token is known from the request before.
+fn log_prob(engine: &Engine, prompt: &[u32], next: u32, adapter: Option<Arc<Adapter>>) -> f32 {
+    let mut request = ids_request(prompt, 1);
+    request.sampling.logprobs = Some(1000);
+    request.min_new_tokens = 1;
+    request.adapter = adapter;
+    let (_, usage, logprobs) = start(engine, request).unwrap().wait_for_all().unwrap();
+    assert_eq!(usage.cached_tokens, prompt.len() - 1);
+    let tops = &logprobs[0].top;
+    tops.iter().find(|(id, _)| *id == next).unwrap().1
 }

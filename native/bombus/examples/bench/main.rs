@@ -6,6 +6,8 @@ mod checkpoint;
 mod machine;
 mod measure;
 mod peers;
+#[cfg(feature = "mlx")]
+mod profile;
 mod report;
 
 use anyhow::{Context, Result, bail};
@@ -13,7 +15,7 @@ use bombus::backend::cpu::{self, Level};
 use bombus::engine::Device;
 use lexopt::{Parser, ValueExt};
 use measure::Sizes;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 const USAGE: &str = "\
 usage: bench [options]
@@ -32,6 +34,7 @@ usage: bench [options]
   --prefill-chunk N  prompt tokens in a step (64 on cpu, 512 with MLX)
   --repeat N         rounds; every figure is their median (3)
   --dir PATH         where checkpoints are kept (a folder of the system's for temporary files)
+  --profile          with MLX, where the time goes, for --prompt, --depth and --batch; nothing else
   --json PATH        writes all figures there
   --llama-cpp PATH   a folder with llama-bench and llama-batched-bench; takes turns with us
   --gguf PATH        what those read
@@ -52,6 +55,7 @@ pub struct Options {
     pub mlx_lm: Option<PathBuf>,
     pub adapters: usize,
     pub prefill_chunk: Option<usize>,
+    pub profile: bool,
 }
 
 impl Options {
@@ -76,6 +80,7 @@ impl Options {
             mlx_lm: None,
             adapters: 0,
             prefill_chunk: None,
+            profile: false,
         };
         let mut parser = Parser::from_env();
         while let Some(argument) = parser.next()? {
@@ -84,6 +89,10 @@ impl Options {
             if name == "help" {
                 println!("{USAGE}");
                 std::process::exit(0);
+            }
+            if name == "profile" {
+                options.profile = true;
+                continue;
             }
             let value = parser.value()?;
             let numbers = || -> Result<Vec<usize>> {
@@ -136,10 +145,28 @@ fn level(name: &str) -> Result<Level> {
     })
 }
 
+#[cfg(feature = "mlx")]
+fn profile(options: &Options, folder: &Path, device: Device) -> Result<()> {
+    let Device::Mlx(device) = device else { bail!("--profile is for --device gpu or mlx-cpu") };
+    let tables = profile::profile(options, folder, device)?;
+    if let Some(path) = &options.json {
+        std::fs::write(path, serde_json::to_string_pretty(&tables)?)?;
+    }
+    Ok(())
+}
+
+#[cfg(not(feature = "mlx"))]
+fn profile(_: &Options, _: &Path, _: Device) -> Result<()> {
+    bail!("--profile needs the feature mlx")
+}
+
 fn main() -> Result<()> {
     let options = Options::parse()?;
     let device = options.device()?;
     let folder = checkpoint::make(&options)?;
+    if options.profile {
+        return profile(&options, &folder, device);
+    }
     let adapters = checkpoint::adapters(&folder, options.adapters)?;
     let mut report = report::Report::new(&options, checkpoint::bytes(&folder)?);
     for round in 0..options.repeat {

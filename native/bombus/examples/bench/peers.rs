@@ -96,16 +96,19 @@ fn number(run: &Value, field: &str) -> Result<f64> {
     run[field].as_f64().with_context(|| format!("`{field}` in {run}"))
 }
 
-/// mlx-lm on the checkpoint that we read: the first prompt's prefill, and decode behind nothing.
+/// mlx-lm on the checkpoint that we read, all figures.
 pub fn mlx_lm(python: &Path, folder: &Path, sizes: &Sizes) -> Result<Figures> {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../bench/mlx_lm_bench.py");
-    let prompt = sizes.prompt.first().context("--prompt is empty")?.to_string();
-    let output = Command::new(python).arg(script).arg(folder).arg(&prompt).output()?;
+    let lists = [&sizes.prompt, &sizes.depth, &sizes.batch].map(|sizes| join(sizes));
+    let mut command = Command::new(python);
+    command.arg(script).arg(folder).args(lists).arg(sizes.tokens.to_string());
+    let output = command.output()?;
     ensure!(output.status.success(), "mlx-lm: {}", String::from_utf8_lossy(&output.stderr));
     let line = String::from_utf8(output.stdout)?;
     let figures: Value = serde_json::from_str(line.trim().lines().last().unwrap_or_default())?;
-    Ok(vec![
-        (format!("prefill {prompt}"), number(&figures, "prefill")?),
-        ("decode at 0".into(), number(&figures, "decode")?),
-    ])
+    let figures = figures.as_object().context("no figures of mlx-lm's")?;
+    figures
+        .iter()
+        .map(|(what, _)| Ok((what.clone(), number(&Value::Object(figures.clone()), what)?)))
+        .collect()
 }

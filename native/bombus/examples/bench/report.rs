@@ -102,7 +102,7 @@ fn push_new<'a>(list: &mut Vec<&'a str>, item: &'a str) {
     }
 }
 
-fn median(rounds: &[f64]) -> f64 {
+pub fn median(rounds: &[f64]) -> f64 {
     let mut sorted = rounds.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)

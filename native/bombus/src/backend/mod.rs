@@ -11,7 +11,8 @@ pub mod mlx;
 mod sample_tests;
 
 use crate::config::Quantization;
-use crate::error::Result;
+use crate::decoder::{Decoder, Part};
+use crate::error::{Error, Result};
 use crate::sampler::{Draw, Sample};
 use crate::tensor_file::TensorView;
 use std::ops::Range;
@@ -104,7 +105,7 @@ pub trait Backend {
     type Embedding;
     /// One adapter's pair for one linear layer or embedding.
     type Lora;
-    /// Keys and values of one sequence in one layer.
+    /// Keys and values of one sequence.
     type Cache;
     /// Token ids that may not have been computed yet, `[rows]`.
     type Samples;
@@ -122,22 +123,55 @@ pub trait Backend {
     /// Waits for this model's turn at what it shares with others.
     fn turn(&self) -> Self::Turn;
 
+    /// Gets a decoder ready that has all its weights.
+    fn prepare(_decoder: &Decoder<Self>) -> Result<()>
+    where
+        Self: Sized,
+    {
+        Ok(())
+    }
+
+    /// Whether `step` serves this part, which has one row.
+    fn steps(&self, _part: &Part<Self>) -> Result<bool>
+    where
+        Self: Sized,
+    {
+        Ok(false)
+    }
+
+    /// The logits `[rows, vocab]` of parts of one row each, by a way of the backend's own through all layers.
+    fn step(
+        &self,
+        _tokens: &[Token],
+        _previous: Option<&Self::Samples>,
+        _parts: &mut [Part<Self>],
+    ) -> Result<Self::Tensor>
+    where
+        Self: Sized,
+    {
+        Err(Error::Backend("this backend takes no steps of its own".into()))
+    }
+
+    /// Rows of one below those of the other.
+    fn stack(&self, x: &Self::Tensor, y: &Self::Tensor) -> Result<Self::Tensor>;
+
     fn norm(&self, weight: &TensorView) -> Result<Self::Norm>;
     fn linear(&self, parts: &[LinearWeights]) -> Result<Self::Linear>;
     fn embedding(&self, weights: &LinearWeights) -> Result<Self::Embedding>;
     fn lora(&self, weights: &LoraWeights, adapted: Adapted<Self>) -> Result<Self::Lora>;
-    fn cache(&self) -> Self::Cache;
+    fn cache(&self, layers: usize) -> Self::Cache;
     /// A cache that begins as this one, up to so many positions: what is the same is shared.
     fn fork(&self, cache: &Self::Cache, positions: usize) -> Result<Self::Cache>;
     /// The memory of a cache, in pieces that forks may share.
     fn pages(&self, cache: &Self::Cache) -> Vec<Page>;
-    /// Makes room for so many positions: an error where there is no memory for them.
+    /// Makes room for these positions in a layer: an error where there is no memory for them.
     fn reserve(
         &self,
         shape: &AttentionShape,
+        layer: usize,
         k_norm: &Self::Norm,
         cache: &mut Self::Cache,
-        positions: usize,
+        positions: Range<usize>,
     ) -> Result<()>;
 
     /// -> `[rows, hidden]`
@@ -164,6 +198,7 @@ pub trait Backend {
     fn attention(
         &self,
         shape: &AttentionShape,
+        layer: usize,
         qkv: [Self::Tensor; 3],
         head_norms: [&Self::Norm; 2],
         segments: &[Segment],

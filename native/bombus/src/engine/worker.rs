@@ -207,7 +207,7 @@ impl<B: Backend> Worker<B> {
             cached = common.min(prompt.len() - 1);
             live.cache = self.decoder.fork(cache, cached)?;
         }
-        self.decoder.reserve(&mut live.cache, prompt.len())?;
+        self.decoder.reserve(&mut live.cache, cached..prompt.len())?;
         sequence.begin_at(cached);
         live.start(cached);
         Ok(())
@@ -218,12 +218,12 @@ impl<B: Backend> Worker<B> {
         let sequence = self.scheduler.remove(id);
         let Some(mut live) = self.live.remove(&id) else { return };
         if let Some(sequence) = sequence.filter(|_| end.is_ok()) {
-            let cache = std::mem::take(&mut live.cache);
+            let cache = std::mem::replace(&mut live.cache, self.decoder.kv_cache());
             let kept = catch(|| self.keep(live.adapter_key(), sequence.into_computed(), &cache));
             // Without what it might have kept, it has ended as well.
             kept.unwrap_or_else(|_| self.prefixes.clear());
         }
-        live.cache.clear();
+        live.cache = self.decoder.kv_cache();
         live.places.clear();
         live.adapter = None;
         live.share.set(0);

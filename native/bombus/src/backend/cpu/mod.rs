@@ -42,6 +42,7 @@ use linear::{Delta, Linear, Lora};
 use pool::Pool;
 use rows::{Gated, Norm, RmsNorm, Sum};
 use sample::Samples;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tensor::{Shared, Spare, Tensor};
 
@@ -132,7 +133,7 @@ impl Backend for Cpu {
     type Linear = Linear;
     type Embedding = Linear;
     type Lora = Lora;
-    type Cache = Cache;
+    type Cache = Vec<Cache>;
     type Samples = Samples;
     type Turn = Turn;
 
@@ -158,26 +159,27 @@ impl Backend for Cpu {
         Lora::load(self, weights, adapted)
     }
 
-    fn cache(&self) -> Cache {
-        Cache::default()
+    fn cache(&self, layers: usize) -> Vec<Cache> {
+        (0..layers).map(|_| Cache::default()).collect()
     }
 
-    fn fork(&self, cache: &Cache, positions: usize) -> Result<Cache> {
-        Ok(cache.fork(positions))
+    fn fork(&self, cache: &Vec<Cache>, positions: usize) -> Result<Vec<Cache>> {
+        Ok(cache.iter().map(|layer| layer.fork(positions)).collect())
     }
 
-    fn pages(&self, cache: &Cache) -> Vec<Page> {
-        cache.pages()
+    fn pages(&self, cache: &Vec<Cache>) -> Vec<Page> {
+        cache.iter().flat_map(Cache::pages).collect()
     }
 
     fn reserve(
         &self,
         shape: &AttentionShape,
+        layer: usize,
         k_norm: &Norm,
-        cache: &mut Cache,
-        positions: usize,
+        cache: &mut Vec<Cache>,
+        positions: Range<usize>,
     ) -> Result<()> {
-        cache.reserve(0..positions, &attention::Layout::new(shape, k_norm))
+        cache[layer].reserve(positions, &attention::Layout::new(shape, k_norm))
     }
 
     fn embed(
@@ -220,12 +222,14 @@ impl Backend for Cpu {
     fn attention(
         &self,
         shape: &AttentionShape,
+        layer: usize,
         qkv: [Tensor; 3],
         head_norms: [&Norm; 2],
         segments: &[Segment],
-        caches: &mut [&mut Cache],
+        caches: &mut [&mut Vec<Cache>],
     ) -> Result<Tensor> {
-        attention::attend(self, shape, qkv, head_norms, segments, caches)
+        let mut caches: Vec<_> = caches.iter_mut().map(|cache| &mut cache[layer]).collect();
+        attention::attend(self, shape, qkv, head_norms, segments, &mut caches)
     }
 
     fn gated(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
@@ -239,6 +243,13 @@ impl Backend for Cpu {
         Ok(self.map(x.rows, x.width, |row, out| {
             // SAFETY: all three are of one width.
             unsafe { self.level.run(Sum { x: x.row(row), y: y.row(row), out }) };
+        }))
+    }
+
+    fn stack(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+        Ok(self.map(x.rows + y.rows, x.width, |row, out| match row.checked_sub(x.rows) {
+            None => out.copy_from_slice(x.row(row)),
+            Some(row) => out.copy_from_slice(y.row(row)),
         }))
     }
 

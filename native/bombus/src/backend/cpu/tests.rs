@@ -245,7 +245,7 @@ proptest! {
         for cpu in cpus() {
             let norm = |name| cpu.norm(&files.require(name).unwrap()).unwrap();
             let head_norms = [norm("q"), norm("k")];
-            let mut caches: Vec<Cache> = sequences.iter().map(|_| Cache::default()).collect();
+            let mut caches: Vec<Vec<Cache>> = sequences.iter().map(|_| cpu.cache(1)).collect();
             let mut done = vec![0; sequences.len()];
             // Steps of a chunk of every sequence that is not yet at its end.
             while done.iter().zip(&lengths).any(|(done, (length, _))| done < length) {
@@ -265,14 +265,14 @@ proptest! {
                     users.push(user);
                 }
                 let qkv = rows.map(|values| tensor(&cpu, end, &values));
-                let mut used: Vec<&mut Cache> = caches
+                let mut used: Vec<&mut Vec<Cache>> = caches
                     .iter_mut()
                     .enumerate()
                     .filter(|(user, _)| users.contains(user))
                     .map(|(_, cache)| cache)
                     .collect();
                 let norms_of = [&head_norms[0], &head_norms[1]];
-                let out = cpu.attention(&shape, qkv, norms_of, &segments, &mut used).unwrap();
+                let out = cpu.attention(&shape, 0, qkv, norms_of, &segments, &mut used).unwrap();
                 for (segment, user) in segments.iter().zip(users) {
                     for row in segment.rows.clone() {
                         let position = segment.start + row - segment.rows.start;
@@ -287,7 +287,7 @@ proptest! {
                     done[user] = segment.start + segment.rows.len();
                 }
             }
-            prop_assert!(caches.iter().all(|cache| !cache.pages().is_empty()));
+            prop_assert!(caches.iter().all(|cache| !cpu.pages(cache).is_empty()));
         }
     }
 }

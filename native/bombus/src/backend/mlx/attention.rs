@@ -11,11 +11,11 @@ const GROWTH: i32 = 256;
 
 /// Keys and values of one sequence in one layer: `[1, kv_heads, capacity, head_dim]`.
 #[derive(Default)]
-pub struct Cache {
+pub struct LayerCache {
     keys_values: Option<[Array; 2]>,
 }
 
-impl Cache {
+impl LayerCache {
     /// MLX copies the arrays when one of the two is written to.
     pub fn fork(&self, positions: usize) -> Result<Self> {
         let capacity = capacity(positions as i32);
@@ -78,7 +78,7 @@ pub fn attend(
     [q, k, v]: [Array; 3],
     [q_norm, k_norm]: [&Array; 2],
     segments: &[Segment],
-    caches: &mut [&mut Cache],
+    caches: &mut [&mut LayerCache],
 ) -> Result<Array> {
     let head_dim = shape.head_dim as i32;
     let heads = |x: Array| x.reshape(&[x.dim(0), -1, head_dim]);

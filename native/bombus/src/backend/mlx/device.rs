@@ -65,6 +65,16 @@ pub fn gpu_available() -> bool {
     available
 }
 
+/// Waits until all that was submitted on a stream is done.
+#[allow(unsafe_code)]
+pub fn synchronize(stream: &Stream) -> Result<()> {
+    // SAFETY: the stream is this thread's.
+    match unsafe { mlx_sys::mlx_synchronize(stream.as_ptr()) } {
+        0 => Ok(()),
+        _ => Err(Error::Backend("MLX did not wait for its stream".into())),
+    }
+}
+
 /// Bytes that MLX holds in the whole process: active, cached, peak.
 pub fn memory() -> Result<[usize; 3]> {
     use mlx_rs::memory::{active_memory, cache_memory, peak_memory};

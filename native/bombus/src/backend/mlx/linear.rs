@@ -1,16 +1,18 @@
 //! Linear layers, quantized or dense, and the adapters' pairs.
 
-use super::{Adapted, Device, LinearWeights, LoraRows, LoraWeights, Mlx, array, few_rows};
+use super::{Adapted, Device, LinearWeights, LoraRows, LoraWeights, Mlx, array, cuda};
 use crate::config::Quantization;
 use crate::error::{Error, Result};
 use mlx_rs::ops::indexing::take_axis;
 use mlx_rs::{Array, Dtype, ops, transforms};
 use std::ops::Range;
+use std::rc::Rc;
 
 /// One or several linear layers with the same input. Neighbours whose weights agree in kind are
 /// one matrix, so that one kernel serves them.
 pub struct Linear {
     blocks: Vec<Block>,
+    device: Device,
 }
 
 struct Block {
@@ -47,7 +49,7 @@ impl Linear {
             splits.pop();
             blocks.push(Block { weight: Weight::load(block, device)?, splits });
         }
-        Ok(Self { blocks })
+        Ok(Self { blocks, device })
     }
 
     /// x: `[rows, in]` -> one `[rows, out]` for each layer
@@ -76,9 +78,50 @@ impl Linear {
         unreachable!("layer {part} of {before}")
     }
 
+    /// The bytes of its weights.
+    pub fn nbytes(&self) -> usize {
+        let bytes = |block: &Block| match &block.weight {
+            Weight::Dense(weight) => weight.nbytes(),
+            Weight::Quantized(Quantized { weight, scales, biases, .. }) => {
+                weight.nbytes() + scales.nbytes() + biases.nbytes()
+            }
+        };
+        self.blocks.iter().map(bytes).sum()
+    }
+
+    /// All parts as one, where that is so and they are quantized.
+    pub fn matrix(&self) -> Option<Matrix<'_>> {
+        let [Block { weight: Weight::Quantized(quantized), .. }] = &self.blocks[..] else {
+            return None;
+        };
+        let Quantized { weight, scales, biases, layout, .. } = quantized;
+        Some(Matrix {
+            arrays: [weight, scales, biases],
+            outputs: weight.dim(0) as usize,
+            inputs: weight.dim(1) as usize * 32 / layout.bits,
+            layout: *layout,
+        })
+    }
+
     /// The rows `ids` of an embedding, dequantized: `[ids, hidden]`.
     pub fn take(&self, ids: &Array) -> Result<Array> {
         self.blocks[0].weight.take(ids)
+    }
+}
+
+/// A quantized weight: its codes, scales and biases.
+pub struct Matrix<'a> {
+    pub arrays: [&'a Array; 3],
+    pub outputs: usize,
+    pub inputs: usize,
+    layout: Quantization,
+}
+
+impl Matrix<'_> {
+    /// 4 bits in groups of 64, and bfloat16.
+    pub fn is_usual(&self) -> bool {
+        self.layout == Quantization { group_size: 64, bits: 4 }
+            && self.arrays[1].dtype() == Dtype::Bfloat16
     }
 }
 
@@ -95,11 +138,15 @@ fn fusible(one: &LinearWeights, other: &LinearWeights) -> bool {
 
 impl Weight {
     fn load(parts: &[LinearWeights], device: Device) -> Result<Self> {
-        let weight = stack(parts.iter().map(|part| array::load(&part.weight)))?;
+        let stack = |arrays: &mut dyn Iterator<Item = Result<Array>>| {
+            let stacked = stack(arrays)?;
+            if device.is_cuda() { cuda::on_card(&stacked) } else { Ok(stacked) }
+        };
+        let weight = stack(&mut parts.iter().map(|part| array::load(&part.weight)))?;
         let quantized: Option<Vec<_>> = parts.iter().map(|part| part.quantized.as_ref()).collect();
         let Some(quantized) = quantized else { return Ok(Weight::Dense(weight)) };
-        let scales = stack(quantized.iter().map(|part| array::load(&part.scales)))?;
-        let biases = stack(quantized.iter().map(|part| array::load(&part.biases)))?;
+        let scales = stack(&mut quantized.iter().map(|part| array::load(&part.scales)))?;
+        let biases = stack(&mut quantized.iter().map(|part| array::load(&part.biases)))?;
         let layout = quantized[0].layout;
         Ok(Weight::Quantized(Quantized { weight, scales, biases, layout, device }))
     }
@@ -133,8 +180,8 @@ impl Quantized {
             return Ok(x.matmul(self.dense(weight.clone(), scales.clone(), biases)?.t())?);
         }
         if device.is_cuda()
-            && few_rows::serves(x, weight, scales, *layout)
-            && let Some(kernel) = few_rows::kernel()
+            && cuda::few_rows::serves(x, weight, scales, *layout)
+            && let Some(kernel) = cuda::few_rows::kernel()
         {
             return kernel.matmul(x, weight, scales, biases);
         }
@@ -168,6 +215,8 @@ pub struct Lora {
     factors: Option<Array>,
     /// or the whole of a token's embedding
     by_token: bool,
+    /// For the kernel that takes whole steps, where it serves this pair.
+    pub packed: Option<Rc<cuda::Packed>>,
 }
 
 impl Lora {
@@ -179,13 +228,17 @@ impl Lora {
         let embedding = matches!(adapted, Adapted::Embedding(_));
         let by_token = embedding && !weights.transposed;
         let scale = Array::from_f32(weights.scale);
-        let mut lora = Self { a, b, scale, factors: None, by_token };
+        let mut lora = Self { a, b, scale, factors: None, by_token, packed: None };
         if let Some(magnitude) = &weights.magnitude {
             let magnitude = array::load(magnitude)?.as_dtype(Dtype::Float32)?;
             let by_column = embedding && weights.transposed;
             let factors = magnitude.divide(lora.norms(adapted, by_column)?)?;
             transforms::eval([&factors])?;
             lora.factors = Some(factors);
+        } else if let Adapted::Projection(linear, _) = adapted
+            && linear.device.is_cuda()
+        {
+            lora.packed = cuda::Packed::new(&lora.a, &lora.b, weights.scale)?;
         }
         Ok(lora)
     }

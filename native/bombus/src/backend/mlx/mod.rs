@@ -5,29 +5,52 @@
 
 mod array;
 mod attention;
+mod cuda;
 mod device;
-mod few_rows;
 mod linear;
 pub mod quantize;
 mod sample;
 
+pub use cuda::Phase;
 pub use device::{Device, gpu_available, memory};
 
 use super::{Adapted, AttentionShape, Backend, LinearWeights};
 use super::{LoraRows, LoraWeights, Page, Segment, Token};
+use crate::decoder::{Decoder, Part};
 use crate::error::{Error, Result};
 use crate::sampler::{Draw, Sample};
 use crate::tensor_file::TensorView;
-use attention::Cache;
+use attention::LayerCache;
+use cuda::Card;
 use linear::{Linear, Lora};
 use mlx_rs::ops::indexing::{take_along_axis, take_axis};
 use mlx_rs::{Array, Dtype, Stream, fast, ops, transforms};
 use sample::Samples;
+use std::cell::OnceCell;
+use std::ops::Range;
+use std::rc::Rc;
 
 #[derive(Clone)]
 pub struct Mlx {
     device: Device,
     stream: Stream,
+    /// On an NVIDIA card, where its kernels serve the model.
+    card: Rc<OnceCell<Card>>,
+}
+
+/// What a step took of the card goes back with it, where no samples keep it.
+pub struct Turn(Rc<OnceCell<Card>>);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        drop(self.0.get().map(Card::turn));
+    }
+}
+
+/// Keys and values of one sequence.
+pub enum Cache {
+    Layers(Vec<LayerCache>),
+    Paged(cuda::Sequence),
 }
 
 impl From<mlx_rs::error::Exception> for Error {
@@ -45,7 +68,14 @@ impl From<mlx_rs::error::Exception> for Error {
 impl Mlx {
     pub fn new(device: Device) -> Result<Self> {
         device::init()?;
-        Ok(Self { stream: device.stream()?, device })
+        Ok(Self { stream: device.stream()?, device, card: Rc::default() })
+    }
+}
+
+impl Mlx {
+    /// How long the phases of the last step took, where the kernel for NVIDIA cards made it.
+    pub fn profile(&self) -> Result<Vec<Phase>> {
+        self.card.get().map_or(Ok(vec![]), |card| card.step().profile())
     }
 }
 
@@ -57,7 +87,7 @@ impl Backend for Mlx {
     type Lora = Lora;
     type Cache = Cache;
     type Samples = Samples;
-    type Turn = ();
+    type Turn = Turn;
 
     const DEFERS: bool = true;
 
@@ -66,7 +96,9 @@ impl Backend for Mlx {
         mlx_rs::with_stream(&self.stream, work)
     }
 
-    fn turn(&self) {}
+    fn turn(&self) -> Turn {
+        Turn(self.card.clone())
+    }
 
     fn norm(&self, weight: &TensorView) -> Result<Array> {
         array::load(weight)
@@ -84,21 +116,76 @@ impl Backend for Mlx {
         Lora::load(weights, adapted)
     }
 
-    fn cache(&self) -> Cache {
-        Cache::default()
+    fn cache(&self, layers: usize) -> Cache {
+        match self.card.get() {
+            Some(card) => Cache::Paged(card.sequence()),
+            None => Cache::Layers((0..layers).map(|_| LayerCache::default()).collect()),
+        }
     }
 
     fn fork(&self, cache: &Cache, positions: usize) -> Result<Cache> {
-        cache.fork(positions)
+        Ok(match cache {
+            Cache::Layers(layers) => {
+                let layers = layers.iter().map(|layer| layer.fork(positions));
+                Cache::Layers(layers.collect::<Result<_>>()?)
+            }
+            Cache::Paged(sequence) => Cache::Paged(sequence.fork(positions)),
+        })
     }
 
     fn pages(&self, cache: &Cache) -> Vec<Page> {
-        vec![cache.page()]
+        match cache {
+            Cache::Layers(layers) => layers.iter().map(LayerCache::page).collect(),
+            Cache::Paged(sequence) => sequence.pages(),
+        }
     }
 
     /// MLX says so itself when it has no memory.
-    fn reserve(&self, _: &AttentionShape, _: &Array, _: &mut Cache, _: usize) -> Result<()> {
+    fn reserve(
+        &self,
+        _: &AttentionShape,
+        _: usize,
+        _: &Array,
+        cache: &mut Cache,
+        positions: Range<usize>,
+    ) -> Result<()> {
+        match cache {
+            Cache::Layers(_) => Ok(()),
+            Cache::Paged(sequence) => sequence.reserve(positions),
+        }
+    }
+
+    fn prepare(decoder: &Decoder<Self>) -> Result<()> {
+        let backend = &decoder.backend;
+        if backend.device.is_cuda()
+            && let Some(card) = Card::new(decoder)?
+        {
+            _ = backend.card.set(card);
+        }
         Ok(())
+    }
+
+    fn steps(&self, part: &Part<Self>) -> Result<bool> {
+        match self.card.get() {
+            Some(card) => card.step().serves(part.adapter),
+            None => Ok(false),
+        }
+    }
+
+    fn step(
+        &self,
+        tokens: &[Token],
+        previous: Option<&Samples>,
+        parts: &mut [Part<Self>],
+    ) -> Result<Array> {
+        let Some(card) = self.card.get() else {
+            return Err(Error::Backend("a step without a card".into()));
+        };
+        card.take_step(tokens, previous.map(|samples| &samples.ids), parts)
+    }
+
+    fn stack(&self, x: &Array, y: &Array) -> Result<Array> {
+        Ok(ops::concatenate(&[x.as_dtype(Dtype::Float32)?, y.as_dtype(Dtype::Float32)?], 0)?)
     }
 
     fn embed(
@@ -138,12 +225,23 @@ impl Backend for Mlx {
     fn attention(
         &self,
         shape: &AttentionShape,
+        layer: usize,
         qkv: [Array; 3],
         head_norms: [&Array; 2],
         segments: &[Segment],
         caches: &mut [&mut Cache],
     ) -> Result<Array> {
-        attention::attend(shape, qkv, head_norms, segments, caches)
+        let (mut layers, mut sequences) = (vec![], vec![]);
+        for cache in caches {
+            match cache {
+                Cache::Layers(cache) => layers.push(&mut cache[layer]),
+                Cache::Paged(sequence) => sequences.push(sequence),
+            }
+        }
+        match self.card.get() {
+            Some(card) => card.attend(shape, layer, qkv, head_norms, segments, &mut sequences),
+            None => attention::attend(shape, qkv, head_norms, segments, &mut layers),
+        }
     }
 
     fn gated(&self, gate: &Array, up: &Array) -> Result<Array> {
@@ -168,7 +266,9 @@ impl Backend for Mlx {
     }
 
     fn sample(&self, logits: &Array, draws: &[Draw]) -> Result<Samples> {
-        sample::sample(logits, draws)
+        let mut samples = sample::sample(logits, draws)?;
+        samples.turn = self.card.get().and_then(Card::turn);
+        Ok(samples)
     }
 
     fn log_probs(&self, logits: &Array, targets: &[u32]) -> Result<Vec<f32>> {

@@ -1,6 +1,7 @@
 //! Sampling in MLX's graph, so that the next step can be submitted before the token is known.
 
 use super::array;
+use super::cuda::Turn;
 use crate::error::Result;
 use crate::sampler::{Draw, Logprobs, Sample};
 use mlx_rs::ops::indexing::{argmax_axis, take_along_axis, take_axis};
@@ -12,6 +13,8 @@ pub struct Samples {
     /// Whether the row's logits hold what is no number; its id then means nothing.
     broken: Array,
     logprobs: Option<Tops>,
+    /// Held until they are read.
+    pub turn: Option<Turn>,
 }
 
 /// ln p of the ids `[rows, 1]`; the most probable ids and their ln p `[rows, top]`.
@@ -86,7 +89,7 @@ pub fn sample(logits: &Array, draws: &[Draw]) -> Result<Samples> {
     let broken = ops::is_nan(logits.sum_axis(-1, false)?)?;
     let ids = ids(change(logits.clone(), draws)?, draws)?;
     let logprobs = Tops::new(&logits, &ids, draws)?;
-    Ok(Samples { ids, broken, logprobs })
+    Ok(Samples { ids, broken, logprobs, turn: None })
 }
 
 fn ids(logits: Array, draws: &[Draw]) -> Result<Array> {

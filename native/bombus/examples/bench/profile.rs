@@ -1,0 +1,230 @@
+//! Where the time goes with MLX: a prefill, operation by operation, and the steps of the kernel for NVIDIA
+//! cards, phase by phase. Beside it what the memory would need at least.
+
+use crate::Options;
+use crate::report::median;
+use anyhow::Result;
+use bombus::backend::mlx::{Device, Mlx};
+use bombus::backend::{Backend, Segment, Token};
+use bombus::checkpoint;
+use bombus::config::Config;
+use bombus::decoder::{Decoder, KvCache, Part};
+use bombus::sampler::Draw;
+use mlx_rs::{Array, transforms};
+use serde_json::{Value, json};
+use std::path::Path;
+use std::time::Instant;
+
+const STEPS: usize = 20;
+
+/// What, its times in seconds, and the least that it must read and write in bytes.
+struct Line {
+    name: String,
+    rounds: Vec<f64>,
+    bytes: usize,
+}
+
+type Table = Vec<Line>;
+
+pub fn profile(options: &Options, folder: &Path, device: Device) -> Result<Value> {
+    let backend = Mlx::new(device)?;
+    backend.clone().scope(|| {
+        let config = Config::open(folder)?;
+        let decoder = checkpoint::load(folder, &config, None, backend)?;
+        let bandwidth = bandwidth()?;
+        println!("memory: {:.2} TB/s for a copy, read and written", bandwidth / 1e12);
+        let mut all = vec![];
+        for &prompt in &options.sizes.prompt {
+            let name = format!("prefill {prompt}, one operation after the other");
+            all.push(print(&name, prefill(&decoder, prompt)?, bandwidth));
+        }
+        for &depth in &options.sizes.depth {
+            for &batch in &options.sizes.batch {
+                let table = steps(&decoder, batch, depth.max(8))?;
+                if !table.is_empty() {
+                    let name = format!("a step of {batch} behind {depth}");
+                    all.push(print(&name, table, bandwidth));
+                }
+            }
+        }
+        Ok(json!({ "bandwidth": bandwidth, "tables": all }))
+    })
+}
+
+fn print(name: &str, table: Table, bandwidth: f64) -> Value {
+    println!("\n{name:36}{:>10}{:>10}{:>8}", "us", "MB", "floor");
+    let sum = |value: fn(&Line) -> f64| table.iter().map(value).sum::<f64>();
+    let (seconds, bytes) = (sum(|line| median(&line.rounds)), sum(|line| line.bytes as f64));
+    let show = |name: &str, seconds: f64, bytes: f64| {
+        let share = 100.0 * bytes / bandwidth / seconds;
+        println!("{name:36}{:10.1}{:10.1}{share:7.0}%", seconds * 1e6, bytes / 1e6);
+    };
+    table.iter().for_each(|line| show(&line.name, median(&line.rounds), line.bytes as f64));
+    show("all", seconds, bytes);
+    let lines = table.iter().map(
+        |line| json!({ "name": line.name, "seconds": median(&line.rounds), "bytes": line.bytes }),
+    );
+    json!({ "name": name, "seconds": seconds, "bytes": bytes, "lines": lines.collect::<Vec<_>>() })
+}
+
+/// Bytes a second, read and written, of copying what no cache holds.
+fn bandwidth() -> Result<f64> {
+    const WORDS: i32 = 1 << 28;
+    let source = Array::ones::<f32>(&[WORDS])?;
+    transforms::eval([&source])?;
+    let mut best = 0.0f64;
+    for _ in 0..5 {
+        let start = Instant::now();
+        transforms::eval([&source.negative()?])?;
+        best = best.max(2.0 * 4.0 * f64::from(WORDS) / start.elapsed().as_secs_f64());
+    }
+    Ok(best)
+}
+
+fn token(place: usize) -> Token {
+    Token::Id(((place * 7919 + 11) % 2000) as u32)
+}
+
+/// All layers of a prompt, every operation computed before the next begins.
+fn prefill(decoder: &Decoder<Mlx>, rows: usize) -> Result<Table> {
+    // The first round compiles.
+    (0..4)
+        .map(|_| layers(decoder, rows))
+        .skip(1)
+        .try_fold(vec![], |table, round| join(table, round?))
+}
+
+/// The same lines, once more.
+fn join(mut table: Table, round: Table) -> Result<Table> {
+    if table.is_empty() {
+        return Ok(round);
+    }
+    table.iter_mut().zip(round).for_each(|(line, again)| line.rounds.extend(again.rounds));
+    Ok(table)
+}
+
+/// Computes an operation; its time and bytes join those of the same in other layers. `weights` are the
+/// bytes that it reads beside its inputs.
+fn time(
+    table: &mut Table,
+    name: &str,
+    weights: usize,
+    inputs: &[&Array],
+    operation: impl FnOnce() -> bombus::error::Result<Vec<Array>>,
+) -> Result<Vec<Array>> {
+    let start = Instant::now();
+    let outputs = operation()?;
+    transforms::eval(&outputs)?;
+    let seconds = start.elapsed().as_secs_f64();
+    let numbers = inputs.iter().copied().chain(&outputs).map(Array::nbytes);
+    let bytes = weights + numbers.sum::<usize>();
+    match table.iter_mut().find(|line| line.name == name) {
+        Some(line) => {
+            line.rounds[0] += seconds;
+            line.bytes += bytes;
+        }
+        None => table.push(Line { name: name.into(), rounds: vec![seconds], bytes }),
+    }
+    Ok(outputs)
+}
+
+/// As `Decoder::forward`.
+fn layers(decoder: &Decoder<Mlx>, rows: usize) -> Result<Table> {
+    let (backend, shape) = (&decoder.backend, &decoder.attention);
+    let eps = shape.rms_norm_eps;
+    let tokens: Vec<Token> = (0..rows).map(token).collect();
+    let segments = [Segment { rows: 0..rows, start: 0 }];
+    let mut cache = decoder.kv_cache();
+    let mut table = vec![];
+    let one = |mut outputs: Vec<Array>| outputs.swap_remove(0);
+    let mut hidden = one(time(&mut table, "embedding", 0, &[], || {
+        Ok(vec![backend.embed(&decoder.embed_tokens, &tokens, None, &[])?])
+    })?);
+    for (index, layer) in decoder.layers.iter().enumerate() {
+        let x = one(time(&mut table, "norms", 0, &[&hidden], || {
+            Ok(vec![backend.rms_norm(&hidden, &layer.input_layernorm, eps)?])
+        })?);
+        let qkv = time(&mut table, "qkv", layer.qkv_proj.nbytes(), &[&x], || {
+            backend.project(&layer.qkv_proj, &x, &[])
+        })?;
+        let [q, k, v] = [&qkv[0], &qkv[1], &qkv[2]];
+        let x = one(time(&mut table, "attention", 0, &[q, k, v], || {
+            let qkv = [q.clone(), k.clone(), v.clone()];
+            let norms = [&layer.q_norm, &layer.k_norm];
+            let mut caches = [&mut cache];
+            Ok(vec![backend.attention(shape, index, qkv, norms, &segments, &mut caches)?])
+        })?);
+        let x = one(time(&mut table, "o", layer.o_proj.nbytes(), &[&x], || {
+            backend.project(&layer.o_proj, &x, &[])
+        })?);
+        hidden = one(time(&mut table, "sums", 0, &[&hidden, &x], || {
+            Ok(vec![backend.add(&hidden, &x)?])
+        })?);
+        let x = one(time(&mut table, "norms", 0, &[&hidden], || {
+            Ok(vec![backend.rms_norm(&hidden, &layer.post_attention_layernorm, eps)?])
+        })?);
+        let gate_up = time(&mut table, "gate, up", layer.gate_up_proj.nbytes(), &[&x], || {
+            backend.project(&layer.gate_up_proj, &x, &[])
+        })?;
+        let x = one(time(&mut table, "silu(gate) * up", 0, &[&gate_up[0], &gate_up[1]], || {
+            Ok(vec![backend.gated(&gate_up[0], &gate_up[1])?])
+        })?);
+        let x = one(time(&mut table, "down", layer.down_proj.nbytes(), &[&x], || {
+            backend.project(&layer.down_proj, &x, &[])
+        })?);
+        hidden = one(time(&mut table, "sums", 0, &[&hidden, &x], || {
+            Ok(vec![backend.add(&hidden, &x)?])
+        })?);
+    }
+    Ok(table)
+}
+
+/// Steps of so many sequences at once behind prompts of so many tokens: what the kernel notes of itself.
+fn steps(decoder: &Decoder<Mlx>, batch: usize, depth: usize) -> Result<Table> {
+    let mut caches = vec![];
+    for sequence in 0..batch {
+        let mut cache = decoder.kv_cache();
+        let tokens: Vec<Token> = (0..depth).map(|place| token(place + sequence)).collect();
+        forward(decoder, &tokens, &mut [(&mut cache, 0..depth, 0)])?;
+        caches.push(cache);
+    }
+    let mut table: Table = vec![];
+    for position in depth..depth + STEPS {
+        let tokens: Vec<Token> = (0..batch).map(token).collect();
+        let own = caches.iter_mut().enumerate();
+        let mut parts: Vec<_> = own.map(|(row, cache)| (cache, row..row + 1, position)).collect();
+        forward(decoder, &tokens, &mut parts)?;
+        let shape = &decoder.attention;
+        // Keys and values of bfloat16.
+        let seen = 4 * shape.num_key_value_heads * shape.head_dim * (position + 1);
+        let phases = decoder.backend.profile()?.into_iter().map(|phase| Line {
+            bytes: match phase.name {
+                "attention" => batch * seen * decoder.layers.len(),
+                _ => phase.weights,
+            },
+            name: phase.name.into(),
+            rounds: vec![phase.seconds],
+        });
+        table = join(table, phases.collect())?;
+    }
+    Ok(table)
+}
+
+type Rows<'a> = (&'a mut KvCache<Mlx>, std::ops::Range<usize>, usize);
+
+/// A step; each part's cache, rows, and the position of the first.
+fn forward(decoder: &Decoder<Mlx>, tokens: &[Token], parts: &mut [Rows]) -> Result<()> {
+    let outputs: Vec<usize> = parts.iter().map(|(_, rows, _)| rows.end - 1).collect();
+    let parts = parts.iter_mut().map(|(cache, rows, start)| Part {
+        segment: Segment { rows: rows.clone(), start: *start },
+        cache: *cache,
+        adapter: None,
+    });
+    let _turn = decoder.backend.turn();
+    let logits = decoder.forward(tokens, None, &mut parts.collect::<Vec<_>>(), &outputs)?;
+    let draws = vec![Draw::default(); outputs.len()];
+    let samples = decoder.backend.sample(&logits, &draws)?;
+    decoder.backend.submit(&samples)?;
+    decoder.backend.read(&samples)?;
+    Ok(())
+}

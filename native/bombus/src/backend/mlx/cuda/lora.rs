@@ -1,0 +1,104 @@
+//! Adapters as the kernel for steps wants them.
+
+use super::pages::Addresses;
+use super::{Mlx, on_card};
+use crate::decoder::BoundAdapter;
+use crate::error::Result;
+use mlx_rs::{Array, Dtype, ops, transforms};
+use std::cell::RefCell;
+use std::rc::Rc;
+
+/// `MOST_RANK` of the kernel.
+const MOST_RANK: i32 = 64;
+
+/// A pair for one linear layer: a `[rank, in]`, every eight inputs in the order 0 4 1 5 2 6 3 7 (`placed`
+/// of the kernel), b `[out, rank]`; both in bfloat16.
+pub struct Packed {
+    a: Array,
+    b: Array,
+    rank: usize,
+    scale: f32,
+}
+
+impl Packed {
+    /// a: `[in, rank]`, b: `[rank, out]`; none where the kernel does not take it.
+    pub fn new(a: &Array, b: &Array, scale: f32) -> Result<Option<Rc<Self>>> {
+        let (inputs, rank) = (a.dim(0), a.dim(1));
+        if inputs % 8 != 0 || !(1..=MOST_RANK).contains(&rank) {
+            return Ok(None);
+        }
+        let ordered = a.t().reshape(&[rank, inputs / 8, 2, 4])?.transpose_axes(&[0, 1, 3, 2])?;
+        let flat = |x: Array| on_card(&x.as_dtype(Dtype::Bfloat16)?.flatten(None, None)?);
+        let (a, b) = (flat(ordered)?, flat(b.t())?);
+        Ok(Some(Rc::new(Self { a, b, rank: rank as usize, scale })))
+    }
+}
+
+/// The tables of the adapters in use: address, and highest rank.
+pub struct Tables {
+    addresses: Rc<Addresses>,
+    known: RefCell<Vec<Table>>,
+}
+
+struct Table {
+    /// They keep what the table points to, and name the adapter.
+    pairs: Vec<Option<Rc<Packed>>>,
+    _words: Array,
+    address: u64,
+    rank: usize,
+}
+
+impl Tables {
+    pub fn new(addresses: Rc<Addresses>) -> Self {
+        Self { addresses, known: RefCell::default() }
+    }
+
+    /// None where the kernel does not serve this adapter: DoRA, or what it adds to embedding or head.
+    pub fn of(&self, adapter: &BoundAdapter<Mlx>) -> Result<Option<(u64, usize)>> {
+        if adapter.embed_tokens.is_some() || adapter.lm_head.is_some() {
+            return Ok(None);
+        }
+        let mut pairs = vec![];
+        for lora in adapter.layers.iter().flatten() {
+            match lora.as_ref().map(|lora| lora.packed.clone()) {
+                Some(None) => return Ok(None),
+                packed => pairs.push(packed.flatten()),
+            }
+        }
+        let same = |table: &Table| {
+            let address = |pair: &Option<Rc<Packed>>| pair.as_ref().map(Rc::as_ptr);
+            table.pairs.iter().map(address).eq(pairs.iter().map(address))
+        };
+        if let Some(table) = self.known.borrow().iter().find(|table| same(table)) {
+            return Ok(Some((table.address, table.rank)));
+        }
+        // Those that nobody else has any more.
+        let used =
+            |table: &Table| table.pairs.iter().flatten().any(|pair| Rc::strong_count(pair) > 1);
+        self.known.borrow_mut().retain(used);
+        let table = self.make(pairs)?;
+        let found = (table.address, table.rank);
+        self.known.borrow_mut().push(table);
+        Ok(Some(found))
+    }
+
+    fn make(&self, pairs: Vec<Option<Rc<Packed>>>) -> Result<Table> {
+        let mut words = vec![];
+        for pair in &pairs {
+            match pair {
+                Some(pair) => {
+                    let rank = pair.rank as u64 | u64::from(pair.scale.to_bits()) << 32;
+                    let rank = Array::from_slice(&[rank], &[1]);
+                    words.extend([self.addresses.of(&pair.a)?, self.addresses.of(&pair.b)?, rank]);
+                }
+                None => words.push(Array::from_slice(&[0u64; 3], &[3])),
+            }
+        }
+        let words = on_card(&ops::concatenate(&words, 0)?)?;
+        let address = self.addresses.of(&words)?;
+        transforms::eval([&address])?;
+        let address = super::array::values::<u64>(&address)?[0];
+        let rank = pairs.iter().flatten().map(|pair| pair.rank).max().unwrap_or(0);
+        Ok(Table { pairs, _words: words, address, rank })
+    }
+}

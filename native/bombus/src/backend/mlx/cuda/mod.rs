@@ -1,0 +1,314 @@
+//! What an NVIDIA card alone has: kernels of our own (`step.cuh`: a token for each of many sequences in
+//! one launch), and pages of keys and values for them.
+//!
+//! They serve models in 4 bits, groups of 64 and bfloat16; all others, and steps that the kernels are not
+//! made for, take MLX's own operations.
+
+pub mod few_rows;
+mod kernel;
+mod lora;
+mod pages;
+mod step;
+mod turns;
+
+pub use lora::Packed;
+pub use pages::Sequence;
+pub use step::Phase;
+pub use turns::Turn;
+
+use super::linear::Matrix;
+use super::{AttentionShape, Cache, Mlx, Segment, Token, array, device};
+use crate::decoder::{Decoder, Part};
+use crate::error::{Error, Result};
+use kernel::{Kernel, Launch, Source};
+use mlx_rs::fast::{self, ScaledDotProductAttentionMask as Mask};
+use mlx_rs::{Array, Dtype, Stream, ops, transforms};
+use pages::{Addresses, POSITIONS, Pool};
+use std::cell::RefCell;
+use std::collections::HashSet;
+use std::rc::Rc;
+use step::{MOST_IN_A_TILE, MOST_ROWS, Row, Step};
+
+const PRIMITIVES: &str = include_str!("primitives.cuh");
+const STEP: &str = include_str!("step.cuh");
+
+/// A model's kernels, and what they need of it.
+pub struct Card {
+    step: Step,
+    append: Kernel,
+    pool: Rc<Pool>,
+    /// Numbers of layers, each on the card.
+    layers: Vec<Array>,
+    /// For the step that is being made.
+    turn: RefCell<Option<Turn>>,
+}
+
+/// What the kernels are compiled for.
+pub struct Shape {
+    hidden: usize,
+    inner: usize,
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+    layers: usize,
+    vocab: usize,
+    eps: f32,
+    theta: f32,
+}
+
+impl Card {
+    /// None where the kernels are not made for this model, or do not work on this card.
+    pub fn new(decoder: &Decoder<Mlx>) -> Result<Option<Self>> {
+        let Some(shape) = Shape::of(decoder) else { return Ok(None) };
+        let addresses = Rc::new(Addresses::new()?);
+        let page_bytes = shape.layers * 2 * shape.kv_heads * POSITIONS * shape.dim * 2;
+        let pool = Pool::new(addresses.clone(), page_bytes)?;
+        let append = Kernel::new(&Source {
+            name: c"bombus_append",
+            inputs: &[c"q", c"k", c"v", c"q_norm", c"k_norm", c"plan", c"layer"],
+            outputs: &[c"queries", c"keys", c"values"],
+            header: &[PRIMITIVES, STEP].concat(),
+            body: include_str!("append.cu"),
+            contiguous: false,
+            shared: 0,
+        })?;
+        let layers = (0..shape.layers).map(|layer| on_card(&array::indices(&[layer])));
+        let layers = layers.collect::<Result<_>>()?;
+        let step = Step::new(decoder, shape, addresses)?;
+        let card = Self { step, append, pool, layers, turn: RefCell::default() };
+        Ok(card.works(decoder)?.then_some(card))
+    }
+
+    /// Tries each of the kernel's forms (which also compiles them), beside MLX's own operations.
+    fn works(&self, decoder: &Decoder<Mlx>) -> Result<bool> {
+        let logits = |caches: &mut [Cache], own: bool| {
+            let tokens = vec![Token::Id(1); caches.len()];
+            let parts = caches.iter_mut().enumerate().map(|(row, cache)| Part {
+                segment: Segment { rows: row..row + 1, start: 0 },
+                cache,
+                adapter: None,
+            });
+            let mut parts: Vec<_> = parts.collect();
+            match own {
+                true => self.take_step(&tokens, None, &mut parts),
+                false => decoder.through_layers(&tokens, None, &mut parts, &[0]),
+            }
+        };
+        let theirs = logits(&mut [decoder.kv_cache()], false)?.as_dtype(Dtype::Float32)?;
+        let size = theirs.abs()?.mean(false)?;
+        for rows in [1, MOST_IN_A_TILE + 1] {
+            let mut caches: Vec<_> = (0..rows).map(|_| Cache::Paged(self.sequence())).collect();
+            let own = logits(&mut caches, true)?;
+            let off = own.subtract(&theirs)?.abs()?.mean(false)?;
+            // MLX rounds to bfloat16 between layers, the kernel does not.
+            let close = off.lt(size.multiply(Array::from_f32(0.1))?)?;
+            close.eval()?;
+            drop(self.turn());
+            if !array::values::<bool>(&close)?[0] {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    pub fn sequence(&self) -> Sequence {
+        Sequence::new(&self.pool)
+    }
+
+    pub fn step(&self) -> &Step {
+        &self.step
+    }
+
+    /// As `Backend::step`; more rows than the kernel takes go in several launches.
+    pub fn take_step(
+        &self,
+        tokens: &[Token],
+        previous: Option<&Array>,
+        parts: &mut [Part<Mlx>],
+    ) -> Result<Array> {
+        let mut rows = vec![];
+        for (token, part) in tokens.iter().zip(parts) {
+            let Cache::Paged(sequence) = &mut *part.cache else {
+                return Err(Error::Backend("a cache without pages".into()));
+            };
+            let (position, adapter) = (part.segment.start, part.adapter);
+            rows.push(Row { token: *token, position, sequence, adapter });
+        }
+        let finish = || device::synchronize(&Stream::thread_local_or_default());
+        let turn = turns::take(std::ptr::from_ref(self) as usize, finish)?;
+        self.turn.replace(Some(turn));
+        let mut logits = vec![];
+        for rows in rows.chunks_mut(MOST_ROWS) {
+            // Two launches at once would wait for each other's blocks for ever.
+            if let Some(before) = logits.last() {
+                transforms::async_eval([before])?;
+            }
+            logits.push(self.step.run(rows, previous)?);
+        }
+        match &logits[..] {
+            [one] => Ok(one.clone()),
+            _ => Ok(ops::concatenate(&logits, 0)?),
+        }
+    }
+
+    /// What must be kept until the step that was made has been computed.
+    pub fn turn(&self) -> Option<Turn> {
+        self.turn.take()
+    }
+
+    /// As `attention::attend`.
+    pub fn attend(
+        &self,
+        shape: &AttentionShape,
+        layer: usize,
+        [q, k, v]: [Array; 3],
+        head_norms: [&Array; 2],
+        segments: &[Segment],
+        sequences: &mut [&mut Sequence],
+    ) -> Result<Array> {
+        let mut outputs = vec![];
+        for (segment, sequence) in segments.iter().zip(sequences) {
+            let rows = |x: &Array| array::rows(x, &segment.rows);
+            let count = segment.rows.len();
+            sequence.reserve(segment.start..segment.start + count)?;
+            let qkv = [rows(&q)?, rows(&k)?, rows(&v)?];
+            let [q, k, v] = self.append(layer, qkv, head_norms, segment, sequence)?;
+            let scale = (shape.head_dim as f32).powf(-0.5);
+            let mask = (count > 1).then_some(Mask::Causal);
+            let attended =
+                fast::scaled_dot_product_attention(q, k, v, scale, mask, None::<&Array>)?;
+            outputs.push(attended.transpose_axes(&[0, 2, 1, 3])?.reshape(&[count as i32, -1])?);
+        }
+        match &outputs[..] {
+            [one] => Ok(one.clone()),
+            _ => Ok(ops::concatenate(&outputs, 0)?),
+        }
+    }
+
+    /// -> q `[1, heads, rows, dim]`, and all keys and values of the sequence.
+    fn append(
+        &self,
+        layer: usize,
+        [q, k, v]: [Array; 3],
+        [q_norm, k_norm]: [&Array; 2],
+        segment: &Segment,
+        sequence: &Sequence,
+    ) -> Result<[Array; 3]> {
+        let Shape { heads, kv_heads, dim, eps, theta, .. } = self.step.shape;
+        let count = segment.rows.len();
+        let end = segment.start + count;
+        let of = |heads: usize, positions: usize| [1, heads as i32, positions as i32, dim as i32];
+        let (own, all) = (of(heads, count), of(kv_heads, end));
+        let items = count * (heads + 2 * kv_heads) + segment.start * 2 * kv_heads;
+        let outputs = self.append.run(&Launch {
+            inputs: &[
+                &q,
+                &k,
+                &v,
+                q_norm,
+                k_norm,
+                &sequence.plan(segment.start),
+                &self.layers[layer],
+            ],
+            outputs: &[own, all, all]
+                .map(|shape| (shape, Dtype::Bfloat16))
+                .each_ref()
+                .map(|(shape, dtype)| (&shape[..], *dtype)),
+            blocks: items.div_ceil(8).min(4096) as i32,
+            threads: 256,
+            constants: &[
+                (c"HEADS", heads as i32),
+                (c"KV_HEADS", kv_heads as i32),
+                (c"DIM", dim as i32),
+                (c"EPS_BITS", eps.to_bits() as i32),
+                (c"THETA_BITS", theta.to_bits() as i32),
+            ],
+        })?;
+        Ok(outputs.try_into().unwrap_or_else(|_| unreachable!("three outputs")))
+    }
+}
+
+impl Shape {
+    /// None where the kernels are not made for it.
+    fn of(decoder: &Decoder<Mlx>) -> Option<Self> {
+        let attention = &decoder.attention;
+        let (heads, kv_heads) = (attention.num_attention_heads, attention.num_key_value_heads);
+        let dim = attention.head_dim;
+        let first = decoder.layers.first()?;
+        let [hidden, inner, vocab] = [
+            first.o_proj.matrix()?.outputs,
+            first.down_proj.matrix()?.inputs,
+            decoder.embed_tokens.matrix()?.outputs,
+        ];
+        let shape = Self {
+            hidden,
+            inner,
+            heads,
+            kv_heads,
+            dim,
+            layers: decoder.layers.len(),
+            vocab,
+            eps: attention.rms_norm_eps,
+            theta: attention.rope_theta,
+        };
+        let bf16 = |norm: &Array| norm.dtype() == Dtype::Bfloat16;
+        let fits = |matrix: Option<Matrix>, outputs, inputs| {
+            matrix.is_some_and(|it| it.outputs == outputs && it.inputs == inputs && it.is_usual())
+        };
+        let whole = decoder.layers.iter().all(|layer| {
+            fits(layer.qkv_proj.matrix(), (heads + 2 * kv_heads) * dim, hidden)
+                && fits(layer.o_proj.matrix(), hidden, heads * dim)
+                && fits(layer.gate_up_proj.matrix(), 2 * inner, hidden)
+                && fits(layer.down_proj.matrix(), hidden, inner)
+                && [&layer.input_layernorm, &layer.post_attention_layernorm].into_iter().all(bf16)
+                && [&layer.q_norm, &layer.k_norm].into_iter().all(bf16)
+        });
+        let head = decoder.lm_head.as_ref().unwrap_or(&decoder.embed_tokens);
+        let whole = whole
+            && bf16(&decoder.norm)
+            && fits(decoder.embed_tokens.matrix(), vocab, hidden)
+            && fits(head.matrix(), vocab, hidden);
+        (whole && matches!(dim, 64 | 128) && heads % kv_heads == 0).then_some(shape)
+    }
+
+    fn qkv_width(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.dim
+    }
+}
+
+/// A copy in the card's own memory: what comes from a file is in memory that both share, and moves between
+/// them page by page.
+pub fn on_card(array: &Array) -> Result<Array> {
+    let zero = Array::from_f32(0.0).as_dtype(array.dtype())?;
+    let copy = array.add(zero)?;
+    transforms::eval([&copy])?;
+    Ok(copy)
+}
+
+/// How many multiprocessors the card has: so many blocks are all there at once.
+fn multiprocessors() -> Result<usize> {
+    // More blocks than there can be multiprocessors, each long enough for all of those to take some.
+    const BLOCKS: i32 = 2048;
+    let kernel = Kernel::new(&Source {
+        name: c"bombus_multiprocessors",
+        inputs: &[c"x"],
+        outputs: &[c"own"],
+        header: "",
+        body: "const long long start = clock64();\n\
+               unsigned number;\n\
+               asm volatile(\"mov.u32 %0, %%smid;\" : \"=r\"(number));\n\
+               while (clock64() - start < 50000) {}\n\
+               if (threadIdx.x == 0) own[blockIdx.x] = number + 0 * x[0];",
+        contiguous: true,
+        shared: 0,
+    })?;
+    let own = kernel.run(&Launch {
+        inputs: &[&array::indices(&[0])],
+        outputs: &[(&[BLOCKS], Dtype::Uint32)],
+        blocks: BLOCKS,
+        threads: 1024,
+        constants: &[],
+    })?;
+    transforms::eval(&own)?;
+    Ok(array::values::<u32>(&own[0])?.into_iter().collect::<HashSet<_>>().len())
+}
