@@ -208,6 +208,7 @@ pub trait Backend {
     /// `silu(gate) * up`
     fn gated(&self, gate: &Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor>;
     fn add(&self, x: &Self::Tensor, y: &Self::Tensor) -> Result<Self::Tensor>;
+    /// Rows of x, in any order.
     fn select(&self, x: &Self::Tensor, rows: &[usize]) -> Result<Self::Tensor>;
     /// The head of a model with tied embeddings: x `[rows, hidden]` -> `[rows, vocab]`.
     fn unembed(

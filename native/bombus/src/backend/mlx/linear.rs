@@ -109,6 +109,9 @@ impl Linear {
     }
 }
 
+/// What the kernels for NVIDIA cards are made for.
+const USUAL: Quantization = Quantization { group_size: 64, bits: 4 };
+
 /// A quantized weight: its codes, scales and biases.
 pub struct Matrix<'a> {
     pub arrays: [&'a Array; 3],
@@ -120,8 +123,7 @@ pub struct Matrix<'a> {
 impl Matrix<'_> {
     /// 4 bits in groups of 64, and bfloat16.
     pub fn is_usual(&self) -> bool {
-        self.layout == Quantization { group_size: 64, bits: 4 }
-            && self.arrays[1].dtype() == Dtype::Bfloat16
+        self.layout == USUAL && self.arrays[1].dtype() == Dtype::Bfloat16
     }
 }
 
@@ -170,23 +172,41 @@ impl Weight {
 }
 
 /// From so many rows on, a card does better with a dense copy of the matrix. Measured on an H200, 4 bits,
-/// Qwen3-8B's shapes: at 128 rows 228 us against 260, at 256 rows 438 against 278.
+/// Qwen3-8B's shapes: at 128 rows 228 us against 260, at 256 rows 438 against 278. Where our own kernel makes
+/// that copy, fewer rows take it too: MLX would compile its product for half a minute first.
 const MANY_ROWS: i32 = 192;
 
 impl Quantized {
     fn matmul(&self, x: &Array) -> Result<Array> {
         let Self { weight, scales, biases, layout, device } = self;
-        if device.is_cuda() && x.dim(0) >= MANY_ROWS {
-            return Ok(x.matmul(self.dense(weight.clone(), scales.clone(), biases)?.t())?);
-        }
         if device.is_cuda()
-            && cuda::few_rows::serves(x, weight, scales, *layout)
-            && let Some(kernel) = cuda::few_rows::kernel()
+            && let Some(product) = self.cuda_matmul(x)?
         {
-            return kernel.matmul(x, weight, scales, biases);
+            return Ok(product);
         }
         let (group_size, bits) = (layout.group_size as i32, layout.bits as i32);
         Ok(ops::quantized_matmul(x, weight, scales, biases, true, group_size, bits)?)
+    }
+
+    /// None where MLX's own product is the better one.
+    fn cuda_matmul(&self, x: &Array) -> Result<Option<Array>> {
+        let Self { weight, scales, biases, layout, .. } = self;
+        if cuda::few_rows::serves(x, weight, scales, *layout)
+            && let Some(kernel) = cuda::few_rows::kernel()
+        {
+            return kernel.matmul(x, weight, scales, biases).map(Some);
+        }
+        let usual = *layout == USUAL && [x, scales].map(Array::dtype) == [Dtype::Bfloat16; 2];
+        let dense = match usual {
+            true => cuda::operations::dense(weight, scales, biases)?,
+            false => None,
+        };
+        let dense = match dense {
+            Some(dense) => dense,
+            None if x.dim(0) >= MANY_ROWS => self.dense(weight.clone(), scales.clone(), biases)?,
+            None => return Ok(None),
+        };
+        Ok(Some(x.matmul(dense.t())?))
     }
 
     fn dense(&self, weight: Array, scales: Array, biases: &Array) -> Result<Array> {

@@ -157,10 +157,13 @@ impl Backend for Mlx {
 
     fn prepare(decoder: &Decoder<Self>) -> Result<()> {
         let backend = &decoder.backend;
-        if backend.device.is_cuda()
-            && let Some(card) = Card::new(decoder)?
-        {
-            _ = backend.card.set(card);
+        if backend.device.is_cuda() {
+            match Card::new(decoder) {
+                Ok(Some(card)) => _ = backend.card.set(card),
+                Err(error @ Error::OutOfMemory(_)) => return Err(error),
+                // A card that the kernels are not made for.
+                Ok(None) | Err(_) => {}
+            }
         }
         Ok(())
     }
@@ -239,12 +242,17 @@ impl Backend for Mlx {
             }
         }
         match self.card.get() {
-            Some(card) => card.attend(shape, layer, qkv, head_norms, segments, &mut sequences),
+            Some(card) => card.attend(layer, qkv, head_norms, segments, &mut sequences),
             None => attention::attend(shape, qkv, head_norms, segments, &mut layers),
         }
     }
 
     fn gated(&self, gate: &Array, up: &Array) -> Result<Array> {
+        if self.device.is_cuda()
+            && let Some(gated) = cuda::operations::gated(gate, up)?
+        {
+            return Ok(gated);
+        }
         let silu = gate.multiply(ops::sigmoid(gate)?)?;
         Ok(silu.multiply(up)?)
     }
@@ -254,7 +262,7 @@ impl Backend for Mlx {
     }
 
     fn select(&self, x: &Array, rows: &[usize]) -> Result<Array> {
-        if rows.len() as i32 == x.dim(0) {
+        if rows.iter().copied().eq(0..x.dim(0) as usize) {
             return Ok(x.clone());
         }
         Ok(take_axis(x, array::indices(rows), 0)?)
@@ -314,4 +322,23 @@ fn token_ids(tokens: &[Token], previous: Option<&Array>) -> Result<Array> {
     let sampled: Vec<bool> = tokens.iter().map(sampled).collect();
     let sampled = Array::from_slice(&sampled, &[sampled.len() as i32]);
     Ok(ops::select(sampled, from_previous, known)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_selected_in_any_order() {
+        let backend = Mlx::new(Device::Cpu).unwrap();
+        backend.scope(|| {
+            let x = Array::from_slice(&[1f32, 2.0, 3.0], &[3, 1]);
+            for rows in [vec![0, 1, 2], vec![2, 0, 1], vec![1]] {
+                let selected = backend.select(&x, &rows).unwrap().contiguous().unwrap();
+                selected.eval().unwrap();
+                let expected: Vec<f32> = rows.iter().map(|row| *row as f32 + 1.0).collect();
+                assert_eq!(array::values::<f32>(&selected).unwrap(), expected);
+            }
+        });
+    }
 }

@@ -26,9 +26,12 @@ for (int item = (blockIdx.x * blockDim.x + threadIdx.x) / 32; item < items; item
   const bf16* from = is_fresh ? sources[kind] + row * apart[kind] + head * DIM : in_page;
   float x[DIM / 32];
   for (int i = 0; i < DIM / 32; i++) x[i] = widen(from[lane + 32 * i]);
-  if (is_fresh && kind < 2)
-    norm_and_rotate<DIM>(x, norms[kind], at, lane, __uint_as_float((unsigned)EPS_BITS),
-                         __uint_as_float((unsigned)THETA_BITS));
+  if (is_fresh && kind < 2) {
+    Angle angles[DIM / 64];
+    for (int i = 0; i < DIM / 64; i++)
+      angles[i] = angle(at, lane + 32 * i, DIM, __uint_as_float((unsigned)THETA_BITS));
+    norm_and_rotate<DIM>(x, norms[kind], angles, lane, __uint_as_float((unsigned)EPS_BITS));
+  }
   for (int i = 0; i < DIM / 32; i++) {
     const bf16 number = narrow(x[i]);
     out[lane + 32 * i] = number;

@@ -7,6 +7,7 @@
 pub mod few_rows;
 mod kernel;
 mod lora;
+pub mod operations;
 mod pages;
 mod step;
 mod turns;
@@ -17,11 +18,10 @@ pub use step::Phase;
 pub use turns::Turn;
 
 use super::linear::Matrix;
-use super::{AttentionShape, Cache, Mlx, Segment, Token, array, device};
+use super::{Cache, Mlx, Segment, Token, array, device};
 use crate::decoder::{Decoder, Part};
 use crate::error::{Error, Result};
 use kernel::{Kernel, Launch, Source};
-use mlx_rs::fast::{self, ScaledDotProductAttentionMask as Mask};
 use mlx_rs::{Array, Dtype, Stream, ops, transforms};
 use pages::{Addresses, POSITIONS, Pool};
 use std::cell::RefCell;
@@ -30,12 +30,13 @@ use std::rc::Rc;
 use step::{MOST_IN_A_TILE, MOST_ROWS, Row, Step};
 
 const PRIMITIVES: &str = include_str!("primitives.cuh");
-const STEP: &str = include_str!("step.cuh");
+const NUMBERS: &str = include_str!("numbers.cuh");
 
 /// A model's kernels, and what they need of it.
 pub struct Card {
     step: Step,
     append: Kernel,
+    attend: Kernel,
     pool: Rc<Pool>,
     /// Numbers of layers, each on the card.
     layers: Vec<Array>,
@@ -67,15 +68,26 @@ impl Card {
             name: c"bombus_append",
             inputs: &[c"q", c"k", c"v", c"q_norm", c"k_norm", c"plan", c"layer"],
             outputs: &[c"queries", c"keys", c"values"],
-            header: &[PRIMITIVES, STEP].concat(),
+            header: &[PRIMITIVES, NUMBERS].concat(),
             body: include_str!("append.cu"),
             contiguous: false,
             shared: 0,
         })?;
+        // A tile of 64 keys and one of values, twice; rows have 16 bytes more.
+        let shared = 4 * 64 * (shape.dim * 2 + 16);
+        let attend = Kernel::new(&Source {
+            name: c"bombus_attend",
+            inputs: &[c"q", c"k", c"v"],
+            outputs: &[c"y"],
+            header: &[PRIMITIVES, NUMBERS].concat(),
+            body: include_str!("attend.cu"),
+            contiguous: true,
+            shared,
+        })?;
         let layers = (0..shape.layers).map(|layer| on_card(&array::indices(&[layer])));
         let layers = layers.collect::<Result<_>>()?;
         let step = Step::new(decoder, shape, addresses)?;
-        let card = Self { step, append, pool, layers, turn: RefCell::default() };
+        let card = Self { step, append, attend, pool, layers, turn: RefCell::default() };
         Ok(card.works(decoder)?.then_some(card))
     }
 
@@ -159,7 +171,6 @@ impl Card {
     /// As `attention::attend`.
     pub fn attend(
         &self,
-        shape: &AttentionShape,
         layer: usize,
         [q, k, v]: [Array; 3],
         head_norms: [&Array; 2],
@@ -172,12 +183,20 @@ impl Card {
             let count = segment.rows.len();
             sequence.reserve(segment.start..segment.start + count)?;
             let qkv = [rows(&q)?, rows(&k)?, rows(&v)?];
-            let [q, k, v] = self.append(layer, qkv, head_norms, segment, sequence)?;
-            let scale = (shape.head_dim as f32).powf(-0.5);
-            let mask = (count > 1).then_some(Mask::Causal);
-            let attended =
-                fast::scaled_dot_product_attention(q, k, v, scale, mask, None::<&Array>)?;
-            outputs.push(attended.transpose_axes(&[0, 2, 1, 3])?.reshape(&[count as i32, -1])?);
+            let qkv = self.append(layer, qkv, head_norms, segment, sequence)?;
+            let Shape { heads, kv_heads, dim, .. } = self.step.shape;
+            let attended = self.attend.run(&Launch {
+                inputs: &qkv.each_ref(),
+                outputs: &[(&[count as i32, (heads * dim) as i32], Dtype::Bfloat16)],
+                blocks: (heads * count.div_ceil(64)) as i32,
+                threads: 128,
+                constants: &[
+                    (c"HEADS", heads as i32),
+                    (c"KV_HEADS", kv_heads as i32),
+                    (c"DIM", dim as i32),
+                ],
+            })?;
+            outputs.extend(attended);
         }
         match &outputs[..] {
             [one] => Ok(one.clone()),

@@ -40,6 +40,23 @@ __device__ inline void prefetch(const void* at) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }
 
+// To shared memory, without waiting: 4 or 16 bytes.
+template <int BYTES>
+__device__ inline void copy_async(void* to, const void* from) {
+  const unsigned at = (unsigned)__cvta_generic_to_shared(to);
+  if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from));
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(at), "l"(from));
+}
+
+// What this thread has started to copy since the last time.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for this thread's copies, but for so many of the last groups.
+template <int GROUPS>
+__device__ inline void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+
 // A barrier for the threads of one team of the block.
 __device__ inline void team_sync(int team, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "r"(threads) : "memory");
@@ -55,4 +72,22 @@ __device__ inline unsigned pack_bf16(float low, float high) {
 __device__ inline unsigned char* dynamic_shared() {
   extern __shared__ uint4 shared_memory[];
   return reinterpret_cast<unsigned char*>(shared_memory);
+}
+
+// Four matrices of 8 by 8 bfloat16; lane l has the address of row l % 8 of matrix l / 8. -> of each, two
+// neighbours in row l / 4; transposed: in column l / 4.
+__device__ inline void load_matrices(unsigned (&to)[4], const void* row) {
+  const unsigned at = (unsigned)__cvta_generic_to_shared(row);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(at)
+               : "memory");
+}
+
+__device__ inline void load_matrices_transposed(unsigned (&to)[4], const void* row) {
+  const unsigned at = (unsigned)__cvta_generic_to_shared(row);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(at)
+               : "memory");
 }

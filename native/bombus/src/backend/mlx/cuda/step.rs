@@ -3,7 +3,7 @@
 use super::kernel::{Kernel, Launch, Source};
 use super::lora::Tables;
 use super::pages::{Addresses, Sequence};
-use super::{Mlx, PRIMITIVES, STEP, Shape, array, multiprocessors};
+use super::{Mlx, NUMBERS, PRIMITIVES, Shape, array, multiprocessors};
 use crate::backend::Token;
 use crate::decoder::{BoundAdapter, Decoder};
 use crate::error::Result;
@@ -13,7 +13,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 const THREADS: usize = 512;
-/// `MOST_ROWS`, `MOST_SPLITS`, `MOST_RANK` and `HEADER` of the kernel.
+/// As the kernel has them.
 pub const MOST_ROWS: usize = 256;
 const MOST_SPLITS: usize = 32;
 /// Rows go through the tensor cores by eight: so many at once where there are more.
@@ -21,6 +21,8 @@ pub const MOST_IN_A_TILE: usize = 8;
 const TILES: usize = 4;
 const MOST_RANK: usize = 64;
 const HEADER: usize = 4;
+const STAGES: usize = 4;
+const STAGE_BYTES: usize = 38_912;
 
 /// The kernel is compiled for each: it must fit the block's registers.
 const BLOCK: &str = "\n#undef __global__\n\
@@ -33,8 +35,7 @@ pub struct Step {
     /// Addresses of all weights, and of the adapters'.
     table: Array,
     tables: Tables,
-    /// With room for so many rows.
-    workspace: RefCell<(usize, Array)>,
+    workspace: RefCell<Workspace>,
     /// In place of samples where there are none.
     no_samples: Array,
 }
@@ -53,7 +54,7 @@ impl Step {
             name: c"bombus_step",
             inputs: &[c"table", c"plan", c"sampled", c"workspace"],
             outputs: &[c"logits"],
-            header: &[PRIMITIVES, STEP, BLOCK].concat(),
+            header: &[PRIMITIVES, NUMBERS, include_str!("step.cuh"), BLOCK].concat(),
             body: include_str!("step.cu"),
             contiguous: true,
             shared: shape.shared_bytes(),
@@ -63,7 +64,7 @@ impl Step {
             blocks: multiprocessors()?,
             table: table(decoder, &addresses)?,
             tables: Tables::new(addresses),
-            workspace: RefCell::new((32, workspace(&shape, 32)?)),
+            workspace: RefCell::new(Workspace::new(&shape, 32, 1024)?),
             no_samples: Array::from_slice(&[0u32], &[1]),
             shape,
         })
@@ -80,15 +81,19 @@ impl Step {
     /// -> logits `[rows, vocab]` in float32
     pub fn run(&self, rows: &mut [Row], previous: Option<&Array>) -> Result<Array> {
         let count = rows.len();
-        let plan = self.plan(rows)?;
-        let mut room = self.workspace.borrow_mut();
-        if room.0 < count {
-            *room = (count.next_power_of_two(), workspace(&self.shape, count.next_power_of_two())?);
+        let mut plan = self.plan(rows)?;
+        let mut workspace = self.workspace.borrow_mut();
+        if workspace.rows < count || workspace.plan < plan.len() {
+            let rows = workspace.rows.max(count.next_power_of_two());
+            let words = workspace.plan.max(plan.len().next_power_of_two());
+            *workspace = Workspace::new(&self.shape, rows, words)?;
         }
+        plan[3] = workspace.bytes as u64;
+        let plan = Array::from_slice(&plan, &[plan.len() as i32]);
         let shape = &self.shape;
         let tiles = if count <= MOST_IN_A_TILE { 1 } else { TILES };
         let mut outputs = self.kernel.run(&Launch {
-            inputs: &[&self.table, &plan, previous.unwrap_or(&self.no_samples), &room.1],
+            inputs: &[&self.table, &plan, previous.unwrap_or(&self.no_samples), &workspace.array],
             outputs: &[(&[count as i32, shape.vocab as i32], Dtype::Float32)],
             blocks: self.blocks as i32,
             threads: THREADS as i32,
@@ -112,7 +117,7 @@ impl Step {
     pub fn profile(&self) -> Result<Vec<Phase>> {
         let count = stamps(&self.shape);
         let from = STAMPS as i32 / 4;
-        let words = self.workspace.borrow().1.try_index(from..from + 2 * count as i32)?;
+        let words = self.workspace.borrow().array.try_index(from..from + 2 * count as i32)?;
         let words = words.contiguous()?.view::<u64>()?;
         words.eval()?;
         let stamps = array::values::<u64>(&words)?;
@@ -132,7 +137,7 @@ impl Step {
     }
 
     /// What `step.cuh` says of `plan`.
-    fn plan(&self, rows: &mut [Row]) -> Result<Array> {
+    fn plan(&self, rows: &mut [Row]) -> Result<Vec<u64>> {
         let mut pages = 0;
         for row in &mut *rows {
             row.sequence.reserve(row.position..row.position + 1)?;
@@ -156,7 +161,7 @@ impl Step {
             own[2..].iter_mut().zip(row.sequence.addresses()).for_each(|(word, page)| *word = page);
         }
         plan[..3].copy_from_slice(&[rows.len() as u64, words as u64, highest as u64]);
-        Ok(Array::from_slice(&plan, &[plan.len() as i32]))
+        Ok(plan)
     }
 }
 
@@ -196,27 +201,39 @@ fn stamps(shape: &Shape) -> usize {
     5 * shape.layers + 5
 }
 
-/// As `Step` of the kernel divides it.
-fn workspace(shape: &Shape, rows: usize) -> Result<Array> {
-    let Shape { hidden, inner, heads, kv_heads, dim, .. } = *shape;
-    let room = |bytes: usize| bytes.next_multiple_of(256);
-    let fixed = [
-        STAMPS,
-        room(8 * stamps(shape)),
-        room(4 * MOST_ROWS * kv_heads),
-        room(4 * MOST_ROWS * hidden),
-        room(4 * MOST_ROWS * (hidden / 16)),
-        room(4 * MOST_ROWS * shape.qkv_width()),
-        room(2 * MOST_ROWS * hidden),
-        room(2 * MOST_ROWS * heads * dim),
-        room(2 * MOST_ROWS * inner),
-        room(4 * MOST_ROWS * 3 * MOST_RANK),
-    ];
-    let splits = 4 * rows * MOST_SPLITS * heads * (dim + 2);
-    let words = (fixed.iter().sum::<usize>() + splits) / 4;
-    let workspace = ops::zeros::<u32>(&[words as i32])?;
-    transforms::eval([&workspace])?;
-    Ok(workspace)
+/// What lies between the phases, as `Step` of the kernel divides it, and behind that a copy of the plan.
+struct Workspace {
+    array: Array,
+    /// It has room for so many rows, and words of a plan.
+    rows: usize,
+    plan: usize,
+    /// Without the plan.
+    bytes: usize,
+}
+
+impl Workspace {
+    fn new(shape: &Shape, rows: usize, plan: usize) -> Result<Self> {
+        let Shape { hidden, inner, heads, kv_heads, dim, .. } = *shape;
+        let fixed = [
+            STAMPS,
+            8 * stamps(shape),
+            4 * MOST_ROWS * kv_heads,
+            4 * MOST_ROWS * hidden,
+            4 * MOST_ROWS * (hidden / 16),
+            4 * MOST_ROWS * shape.qkv_width(),
+            2 * MOST_ROWS * hidden,
+            2 * MOST_ROWS * heads * dim,
+            2 * MOST_ROWS * inner,
+            4 * MOST_ROWS * 3 * MOST_RANK,
+            4 * MOST_ROWS * dim,
+            // splits
+            4 * rows * MOST_SPLITS * heads * (dim + 2),
+        ];
+        let bytes = fixed.into_iter().map(|bytes| bytes.next_multiple_of(256)).sum::<usize>();
+        let array = ops::zeros::<u32>(&[(bytes / 4 + plan * 2) as i32])?;
+        transforms::eval([&array])?;
+        Ok(Self { array, rows, plan, bytes })
+    }
 }
 
 impl Shape {
@@ -237,9 +254,10 @@ impl Shape {
     fn shared_bytes(&self) -> usize {
         let (shared, dim) = (self.heads / self.kv_heads, self.dim);
         let heads = shared.min(4);
-        let subsets = 128 / (dim / 8);
-        let team = 4 * (shared * dim + heads * 64 + 3 * heads + subsets * heads * dim + 1);
-        let sums = 2 * (THREADS / 32) * TILES * 128 * 4;
-        4 * (2 * MOST_ROWS + 4) + sums.max(team * THREADS / 128)
+        let floats = shared * dim + dim + heads * 64 + 3 * heads + 4 * heads * dim + 4;
+        let team = (4 * floats).next_multiple_of(16);
+        // Of eight tiles: those of many rows, two high.
+        let sums = (THREADS / 32) * 2 * TILES * 128 * 4;
+        4 * (3 * MOST_ROWS + 4) + STAGES * STAGE_BYTES + sums.max(team * THREADS / 128)
     }
 }

@@ -1,0 +1,51 @@
+// Numbers of 16 bits, and what several kernels do with them.
+
+typedef unsigned short bf16;
+typedef unsigned long long word;
+
+constexpr int PAGE = 64;    // positions in a page of keys and values
+constexpr float LEAST = -3e38f;  // instead of minus infinity
+
+__device__ inline float low(unsigned two) { return __uint_as_float(two << 16); }
+__device__ inline float high(unsigned two) { return __uint_as_float(two & 0xffff0000); }
+__device__ inline float widen(bf16 x) { return __uint_as_float((unsigned)x << 16); }
+__device__ inline bf16 narrow(float x) { return (bf16)pack_bf16(x, 0.f); }
+
+__device__ inline float warp_sum(float x) {
+  for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffff, x, lane);
+  return x;
+}
+
+__device__ inline float warp_max(float x) {
+  for (int lane = 16; lane > 0; lane /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, lane));
+  return x;
+}
+
+struct Angle {
+  float sine, cosine;
+};
+
+// Of numbers i and i + dim / 2 of a head at a position, as in mlx's fast.rope with traditional=False.
+__device__ inline Angle angle(int at, int i, int dim, float theta) {
+  Angle angle;
+  sincosf(at * exp2f(-log2f(theta) * i / (dim / 2)), &angle.sine, &angle.cosine);
+  return angle;
+}
+
+// A head, normed and rotated: lane l has the numbers l, l + 32, ...; angles: those of l, l + 32, ...
+template <int DIM>
+__device__ void norm_and_rotate(
+    float (&x)[DIM / 32], const bf16* norm, const Angle (&angles)[DIM / 64], int lane, float eps) {
+  float square = 0.f;
+#pragma unroll
+  for (int i = 0; i < DIM / 32; i++) square += x[i] * x[i];
+  const float factor = rsqrtf(warp_sum(square) / DIM + eps);
+#pragma unroll
+  for (int i = 0; i < DIM / 32; i++) x[i] *= factor * widen(norm[lane + 32 * i]);
+#pragma unroll
+  for (int i = 0; i < DIM / 64; i++) {
+    const float one = x[i], other = x[i + DIM / 64];
+    x[i] = one * angles[i].cosine - other * angles[i].sine;
+    x[i + DIM / 64] = one * angles[i].sine + other * angles[i].cosine;
+  }
+}

@@ -1,0 +1,81 @@
+//! Operations of a prefill, for bfloat16.
+
+use super::few_rows;
+use super::kernel::{Kernel, Launch, Source};
+use super::{NUMBERS, PRIMITIVES};
+use crate::error::Result;
+use mlx_rs::{Array, Dtype};
+use std::sync::OnceLock;
+
+const THREADS: i32 = 256;
+
+struct Operations {
+    gated: Kernel,
+    dense: Kernel,
+}
+
+/// Once for the process; none where the card is too old for kernels of ours.
+fn operations() -> Option<&'static Operations> {
+    static OPERATIONS: OnceLock<Option<Operations>> = OnceLock::new();
+    let new = || few_rows::kernel().and_then(|_| Operations::new().ok());
+    OPERATIONS.get_or_init(new).as_ref()
+}
+
+impl Operations {
+    fn new() -> Result<Self> {
+        let header = [PRIMITIVES, NUMBERS].concat();
+        let gated = Kernel::new(&Source {
+            name: c"bombus_gated",
+            inputs: &[c"gate", c"up"],
+            outputs: &[c"y"],
+            header: &header,
+            body: include_str!("gated.cu"),
+            contiguous: false,
+            shared: 0,
+        })?;
+        let dense = Kernel::new(&Source {
+            name: c"bombus_dense",
+            inputs: &[c"codes", c"scales", c"biases"],
+            outputs: &[c"y"],
+            header: &header,
+            body: include_str!("dense.cu"),
+            contiguous: true,
+            shared: 0,
+        })?;
+        Ok(Self { gated, dense })
+    }
+}
+
+/// `silu(gate) * up`, `[rows, width]`; none where the kernel does not take them.
+pub fn gated(gate: &Array, up: &Array) -> Result<Option<Array>> {
+    let fits = |x: &Array| {
+        x.dtype() == Dtype::Bfloat16 && x.strides()[1] == 1 && x.strides()[0].is_multiple_of(8)
+    };
+    let (rows, width) = (gate.dim(0), gate.dim(1));
+    if !(fits(gate) && fits(up) && width % 8 == 0) {
+        return Ok(None);
+    }
+    let Some(operations) = operations() else { return Ok(None) };
+    let mut outputs = operations.gated.run(&Launch {
+        inputs: &[gate, up],
+        outputs: &[(&[rows, width], Dtype::Bfloat16)],
+        blocks: (rows * (width / 8) + THREADS - 1) / THREADS,
+        threads: THREADS,
+        constants: &[],
+    })?;
+    Ok(Some(outputs.swap_remove(0)))
+}
+
+/// A weight of 4 bits in groups of 64 in bfloat16, `[out, in]`.
+pub fn dense(codes: &Array, scales: &Array, biases: &Array) -> Result<Option<Array>> {
+    let Some(operations) = operations() else { return Ok(None) };
+    let (rows, words) = (codes.dim(0), codes.dim(1));
+    let mut outputs = operations.dense.run(&Launch {
+        inputs: &[codes, scales, biases],
+        outputs: &[(&[rows, words * 8], Dtype::Bfloat16)],
+        blocks: (rows * words + THREADS - 1) / THREADS,
+        threads: THREADS,
+        constants: &[],
+    })?;
+    Ok(Some(outputs.swap_remove(0)))
+}
