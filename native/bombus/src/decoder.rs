@@ -152,10 +152,7 @@ impl<B: Backend> Decoder<B> {
             alone.wanted.into_iter().chain(rest.wanted).zip(0..).collect();
         places.sort_unstable();
         let places: Vec<usize> = places.into_iter().map(|(_, place)| place).collect();
-        match places.is_sorted() {
-            true => Ok(both),
-            false => self.backend.select(&both, &places),
-        }
+        self.backend.select(&both, &places)
     }
 
     pub(crate) fn through_layers(

@@ -217,13 +217,13 @@ impl<B: Backend> Worker<B> {
     fn finish(&mut self, id: u64, end: Result<FinishReason>) {
         let sequence = self.scheduler.remove(id);
         let Some(mut live) = self.live.remove(&id) else { return };
+        let cache = std::mem::replace(&mut live.cache, self.decoder.kv_cache());
         if let Some(sequence) = sequence.filter(|_| end.is_ok()) {
-            let cache = std::mem::replace(&mut live.cache, self.decoder.kv_cache());
             let kept = catch(|| self.keep(live.adapter_key(), sequence.into_computed(), &cache));
             // Without what it might have kept, it has ended as well.
             kept.unwrap_or_else(|_| self.prefixes.clear());
         }
-        live.cache = self.decoder.kv_cache();
+        drop(cache);
         live.places.clear();
         live.adapter = None;
         live.share.set(0);

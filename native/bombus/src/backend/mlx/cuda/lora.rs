@@ -1,15 +1,13 @@
 //! Adapters as the kernel for steps wants them.
 
 use super::pages::Addresses;
+use super::step::MOST_RANK;
 use super::{Mlx, on_card};
 use crate::decoder::BoundAdapter;
 use crate::error::Result;
 use mlx_rs::{Array, Dtype, ops, transforms};
 use std::cell::RefCell;
 use std::rc::Rc;
-
-/// `MOST_RANK` of the kernel.
-const MOST_RANK: i32 = 64;
 
 /// A pair for one linear layer: a `[rank, in]`, every eight inputs in the order 0 4 1 5 2 6 3 7 (`placed`
 /// of the kernel), b `[out, rank]`; both in bfloat16.
@@ -24,7 +22,7 @@ impl Packed {
     /// a: `[in, rank]`, b: `[rank, out]`; none where the kernel does not take it.
     pub fn new(a: &Array, b: &Array, scale: f32) -> Result<Option<Rc<Self>>> {
         let (inputs, rank) = (a.dim(0), a.dim(1));
-        if inputs % 8 != 0 || !(1..=MOST_RANK).contains(&rank) {
+        if inputs % 8 != 0 || !(1..=MOST_RANK as i32).contains(&rank) {
             return Ok(None);
         }
         let ordered = a.t().reshape(&[rank, inputs / 8, 2, 4])?.transpose_axes(&[0, 1, 3, 2])?;
@@ -58,16 +56,15 @@ impl Tables {
         if adapter.embed_tokens.is_some() || adapter.lm_head.is_some() {
             return Ok(None);
         }
-        let mut pairs = vec![];
-        for lora in adapter.layers.iter().flatten() {
-            match lora.as_ref().map(|lora| lora.packed.clone()) {
-                Some(None) => return Ok(None),
-                packed => pairs.push(packed.flatten()),
-            }
+        let loras = || adapter.layers.iter().flatten();
+        if loras().flatten().any(|lora| lora.packed.is_none()) {
+            return Ok(None);
         }
+        // This is asked for every row of every step.
+        let pairs = || loras().map(|lora| lora.as_ref()?.packed.as_ref());
         let same = |table: &Table| {
-            let address = |pair: &Option<Rc<Packed>>| pair.as_ref().map(Rc::as_ptr);
-            table.pairs.iter().map(address).eq(pairs.iter().map(address))
+            let known = table.pairs.iter().map(|pair| pair.as_ref().map(Rc::as_ptr));
+            known.eq(pairs().map(|pair| pair.map(Rc::as_ptr)))
         };
         if let Some(table) = self.known.borrow().iter().find(|table| same(table)) {
             return Ok(Some((table.address, table.rank)));
@@ -76,7 +73,7 @@ impl Tables {
         let used =
             |table: &Table| table.pairs.iter().flatten().any(|pair| Rc::strong_count(pair) > 1);
         self.known.borrow_mut().retain(used);
-        let table = self.make(pairs)?;
+        let table = self.make(pairs().map(Option::<&_>::cloned).collect())?;
         let found = (table.address, table.rank);
         self.known.borrow_mut().push(table);
         Ok(Some(found))

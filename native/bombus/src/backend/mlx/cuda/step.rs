@@ -19,7 +19,7 @@ const MOST_SPLITS: usize = 32;
 /// Rows go through the tensor cores by eight: so many at once where there are more.
 pub const MOST_IN_A_TILE: usize = 8;
 const TILES: usize = 4;
-const MOST_RANK: usize = 64;
+pub const MOST_RANK: usize = 64;
 const HEADER: usize = 4;
 const STAGES: usize = 4;
 const STAGE_BYTES: usize = 38_912;
