@@ -28,8 +28,8 @@ usage: bench [options]
   --prompt N,...     prefill of so many tokens (64,512)
   --depth N,...      decode behind so many tokens (0,512)
   --batch N,...      so many sequences at once (1,2,4,8)
-  --adapters N       of rank 8 on all layers: one stream with one, 16 sequences with one, and with N
-                     mixed (0)
+  --adapters N       of rank 8 on all layers: one stream with one, 16 sequences (on a GPU 32) with one,
+                     and with N mixed (0)
   --tokens N         generated for each figure (64)
   --prefill-chunk N  prompt tokens in a step (64 on cpu, 512 with MLX)
   --repeat N         rounds; every figure is their median (3)

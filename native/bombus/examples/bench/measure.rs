@@ -65,28 +65,33 @@ pub fn run(
         kv = kv.max(bytes);
     }
     if !adapters.is_empty() {
-        figures.extend(adapted(&engine, adapters, sizes.tokens)?);
+        let sequences = if options.device == "gpu" { 32 } else { 16 };
+        figures.extend(adapted(&engine, adapters, sequences, sizes.tokens)?);
     }
     let resident = machine::resident().zip(before).map(|(after, before)| after - before);
     Ok((figures, Load { seconds, resident, kv }))
 }
 
 /// What adapters cost, with the same without them measured right before.
-fn adapted(engine: &Engine, folders: &[PathBuf], tokens: usize) -> Result<Figures> {
-    const SEQUENCES: usize = 16;
+fn adapted(
+    engine: &Engine,
+    folders: &[PathBuf],
+    sequences: usize,
+    tokens: usize,
+) -> Result<Figures> {
     let load = |path: &PathBuf| Ok(Arc::new(Adapter::open(path, None)?));
     let adapters = folders.iter().map(load).collect::<Result<Vec<_>>>()?;
     let one = || Some(adapters[0].clone());
     let mixed = |place: usize| Some(adapters[place % adapters.len()].clone());
     // The first use binds them.
     decode(engine, 8, &(0..adapters.len()).map(mixed).collect::<Vec<_>>(), 8)?;
-    let mixed: Vec<_> = (0..SEQUENCES).map(mixed).collect();
+    let mixed: Vec<_> = (0..sequences).map(mixed).collect();
     let batches = [
         ("1 sequence, no adapter".into(), vec![None]),
         ("1 sequence, adapter".into(), vec![one()]),
-        (format!("{SEQUENCES} sequences, no adapter"), vec![None; SEQUENCES]),
-        (format!("{SEQUENCES} sequences, 1 adapter"), vec![one(); SEQUENCES]),
-        (format!("{SEQUENCES} sequences, {} adapters", adapters.len()), mixed),
+        (format!("{sequences} sequences, no adapter"), vec![None; sequences]),
+        (format!("{sequences} sequences, 1 adapter"), vec![one(); sequences]),
+        (format!("{sequences} sequences, {} adapters", adapters.len()), mixed),
     ];
     let measure =
         |(name, batch): (String, Vec<_>)| Ok((name, decode(engine, 8, &batch, tokens)?.0));

@@ -274,7 +274,7 @@ impl Backend for Mlx {
     }
 
     fn sample(&self, logits: &Array, draws: &[Draw]) -> Result<Samples> {
-        let mut samples = sample::sample(logits, draws)?;
+        let mut samples = sample::sample(logits, draws, self.device)?;
         samples.turn = self.card.get().and_then(Card::turn);
         Ok(samples)
     }

@@ -1,7 +1,7 @@
 //! Sampling in MLX's graph, so that the next step can be submitted before the token is known.
 
-use super::array;
-use super::cuda::Turn;
+use super::cuda::{Turn, operations};
+use super::{Device, array};
 use crate::error::Result;
 use crate::sampler::{Draw, Logprobs, Sample};
 use mlx_rs::ops::indexing::{argmax_axis, take_along_axis, take_axis};
@@ -84,10 +84,21 @@ impl Tops {
 }
 
 /// logits: `[rows, vocab]`
-pub fn sample(logits: &Array, draws: &[Draw]) -> Result<Samples> {
+pub fn sample(logits: &Array, draws: &[Draw], device: Device) -> Result<Samples> {
     let logits = logits.as_dtype(Dtype::Float32)?;
-    let broken = ops::is_nan(logits.sum_axis(-1, false)?)?;
-    let ids = ids(change(logits.clone(), draws)?, draws)?;
+    let plain =
+        |draw: &Draw| draw.sampling.greedy() && draw.seen.is_empty() && draw.bias.is_empty();
+    let greedy = match device.is_cuda() && draws.iter().all(plain) {
+        true => operations::greedy(&logits)?,
+        false => None,
+    };
+    let [ids, broken] = match greedy {
+        Some(both) => both,
+        None => {
+            let broken = ops::is_nan(logits.sum_axis(-1, false)?)?;
+            [ids(change(logits.clone(), draws)?, draws)?, broken]
+        }
+    };
     let logprobs = Tops::new(&logits, &ids, draws)?;
     Ok(Samples { ids, broken, logprobs, turn: None })
 }

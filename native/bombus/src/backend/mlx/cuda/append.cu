@@ -18,23 +18,29 @@ for (int item = (blockIdx.x * blockDim.x + threadIdx.x) / 32; item < items; item
   int head = rest % heads + (is_fresh ? 0 : HEADS), kind = 0;
   if (head >= HEADS) kind = 1 + (head - HEADS) / KV_HEADS, head = (head - HEADS) % KV_HEADS;
   const int at = is_fresh ? start + row : row;
+  // A page has keys as [PAGE, DIM], values as [DIM, PAGE].
   bf16* in_page = nullptr;
+  const int apart_in_page = kind == 2 ? PAGE : 1;
   if (kind > 0)
     in_page = reinterpret_cast<bf16*>(plan[1 + at / PAGE]) +
-              ((size_t)(((int)layer[0] * 2 + kind - 1) * KV_HEADS + head) * PAGE + at % PAGE) * DIM;
+              (size_t)(((int)layer[0] * 2 + kind - 1) * KV_HEADS + head) * PAGE * DIM +
+              at % PAGE * (kind == 2 ? 1 : DIM);
   bf16* out = to[kind] + ((size_t)head * (kind ? all : count) + (kind ? at : row)) * DIM;
   const bf16* from = is_fresh ? sources[kind] + row * apart[kind] + head * DIM : in_page;
+  const int step = is_fresh ? 1 : apart_in_page;
   float x[DIM / 32];
-  for (int i = 0; i < DIM / 32; i++) x[i] = widen(from[lane + 32 * i]);
+  for (int i = 0; i < DIM / 32; i++) x[i] = widen(from[(lane + 32 * i) * step]);
   if (is_fresh && kind < 2) {
     Angle angles[DIM / 64];
     for (int i = 0; i < DIM / 64; i++)
       angles[i] = angle(at, lane + 32 * i, DIM, __uint_as_float((unsigned)THETA_BITS));
-    norm_and_rotate<DIM>(x, norms[kind], angles, lane, __uint_as_float((unsigned)EPS_BITS));
+    float norm[DIM / 32];
+    for (int i = 0; i < DIM / 32; i++) norm[i] = widen(norms[kind][lane + 32 * i]);
+    norm_and_rotate<DIM>(x, norm, angles, __uint_as_float((unsigned)EPS_BITS));
   }
   for (int i = 0; i < DIM / 32; i++) {
     const bf16 number = narrow(x[i]);
     out[lane + 32 * i] = number;
-    if (is_fresh && kind) in_page[lane + 32 * i] = number;
+    if (is_fresh && kind) in_page[(lane + 32 * i) * apart_in_page] = number;
   }
 }

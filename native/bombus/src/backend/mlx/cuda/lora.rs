@@ -10,7 +10,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 /// A pair for one linear layer: a `[rank, in]`, every eight inputs in the order 0 4 1 5 2 6 3 7 (`placed`
-/// of the kernel), b `[out, rank]`; both in bfloat16.
+/// of the kernel), b `[out, rank]`; both in bfloat16, with zeros to a rank that is a multiple of eight.
 pub struct Packed {
     a: Array,
     b: Array,
@@ -25,9 +25,13 @@ impl Packed {
         if inputs % 8 != 0 || !(1..=MOST_RANK as i32).contains(&rank) {
             return Ok(None);
         }
-        let ordered = a.t().reshape(&[rank, inputs / 8, 2, 4])?.transpose_axes(&[0, 1, 3, 2])?;
+        let more = (8 - rank % 8) % 8;
+        let a = ops::pad(a.t(), &[(0, more), (0, 0)], None, None)?;
+        let b = ops::pad(b.t(), &[(0, 0), (0, more)], None, None)?;
+        let rank = rank + more;
+        let ordered = a.reshape(&[rank, inputs / 8, 2, 4])?.transpose_axes(&[0, 1, 3, 2])?;
         let flat = |x: Array| on_card(&x.as_dtype(Dtype::Bfloat16)?.flatten(None, None)?);
-        let (a, b) = (flat(ordered)?, flat(b.t())?);
+        let (a, b) = (flat(ordered)?, flat(b)?);
         Ok(Some(Rc::new(Self { a, b, rank: rank as usize, scale })))
     }
 }

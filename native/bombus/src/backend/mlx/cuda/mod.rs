@@ -1,4 +1,4 @@
-//! What an NVIDIA card alone has: kernels of our own (`step.cuh`: a token for each of many sequences in
+//! What an NVIDIA card alone has: kernels of our own (`step/`: a token for each of many sequences in
 //! one launch), and pages of keys and values for them.
 //!
 //! They serve models in 4 bits, groups of 64 and bfloat16; all others, and steps that the kernels are not
@@ -30,6 +30,7 @@ use std::rc::Rc;
 use step::{MOST_IN_A_TILE, MOST_ROWS, Row, Step};
 
 const PRIMITIVES: &str = include_str!("primitives.cuh");
+const BARRIERS: &str = include_str!("barriers.cuh");
 const NUMBERS: &str = include_str!("numbers.cuh");
 
 /// A model's kernels, and what they need of it.
@@ -287,7 +288,11 @@ impl Shape {
             && bf16(&decoder.norm)
             && fits(decoder.embed_tokens.matrix(), vocab, hidden)
             && fits(head.matrix(), vocab, hidden);
-        (whole && matches!(dim, 64 | 128) && heads % kv_heads == 0).then_some(shape)
+        // Groups of inputs are taken by four where there are many.
+        let groups = [hidden, heads * dim, inner].map(|inputs| inputs / 64);
+        let whole = whole && groups.into_iter().all(|groups| groups <= 16 || groups % 4 == 0);
+        let heads_fit = heads % kv_heads == 0 && heads / kv_heads <= 8;
+        (whole && matches!(dim, 64 | 128) && heads_fit).then_some(shape)
     }
 
     fn qkv_width(&self) -> usize {

@@ -32,16 +32,16 @@ __device__ inline Angle angle(int at, int i, int dim, float theta) {
   return angle;
 }
 
-// A head, normed and rotated: lane l has the numbers l, l + 32, ...; angles: those of l, l + 32, ...
+// A head, normed and rotated: lane l has the numbers l, l + 32, ... of it and the norm; angles: those of l, l + 32, ...
 template <int DIM>
 __device__ void norm_and_rotate(
-    float (&x)[DIM / 32], const bf16* norm, const Angle (&angles)[DIM / 64], int lane, float eps) {
+    float (&x)[DIM / 32], const float (&norm)[DIM / 32], const Angle (&angles)[DIM / 64], float eps) {
   float square = 0.f;
 #pragma unroll
   for (int i = 0; i < DIM / 32; i++) square += x[i] * x[i];
   const float factor = rsqrtf(warp_sum(square) / DIM + eps);
 #pragma unroll
-  for (int i = 0; i < DIM / 32; i++) x[i] *= factor * widen(norm[lane + 32 * i]);
+  for (int i = 0; i < DIM / 32; i++) x[i] *= factor * norm[i];
 #pragma unroll
   for (int i = 0; i < DIM / 64; i++) {
     const float one = x[i], other = x[i + DIM / 64];

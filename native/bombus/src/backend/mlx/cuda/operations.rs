@@ -1,4 +1,4 @@
-//! Operations of a prefill, for bfloat16.
+//! Operations of a prefill, for bfloat16, and the choice of tokens.
 
 use super::few_rows;
 use super::kernel::{Kernel, Launch, Source};
@@ -12,6 +12,7 @@ const THREADS: i32 = 256;
 struct Operations {
     gated: Kernel,
     dense: Kernel,
+    greedy: Kernel,
 }
 
 /// Once for the process; none where the card is too old for kernels of ours.
@@ -42,7 +43,16 @@ impl Operations {
             contiguous: true,
             shared: 0,
         })?;
-        Ok(Self { gated, dense })
+        let greedy = Kernel::new(&Source {
+            name: c"bombus_greedy",
+            inputs: &[c"logits"],
+            outputs: &[c"ids", c"broken"],
+            header: "",
+            body: include_str!("greedy.cu"),
+            contiguous: true,
+            shared: 0,
+        })?;
+        Ok(Self { gated, dense, greedy })
     }
 }
 
@@ -78,4 +88,19 @@ pub fn dense(codes: &Array, scales: &Array, biases: &Array) -> Result<Option<Arr
         constants: &[],
     })?;
     Ok(Some(outputs.swap_remove(0)))
+}
+
+/// logits: `[rows, vocab]` in float32 -> the place of the highest of each row, the first of equals, and
+/// whether one is no number; MLX takes a pass for each of these.
+pub fn greedy(logits: &Array) -> Result<Option<[Array; 2]>> {
+    let Some(operations) = operations() else { return Ok(None) };
+    let (rows, vocab) = (logits.dim(0), logits.dim(1));
+    let outputs = operations.greedy.run(&Launch {
+        inputs: &[logits],
+        outputs: &[(&[rows], Dtype::Uint32), (&[rows], Dtype::Bool)],
+        blocks: rows,
+        threads: 1024,
+        constants: &[(c"VOCAB", vocab)],
+    })?;
+    Ok(outputs.try_into().ok())
 }

@@ -91,3 +91,20 @@ __device__ inline void load_matrices_transposed(unsigned (&to)[4], const void* r
                : "r"(at)
                : "memory");
 }
+
+// Of two pairs of bfloat16.
+__device__ inline unsigned subtract(unsigned x, unsigned y) {
+  unsigned difference;
+  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(difference) : "r"(x), "r"(y));
+  return difference;
+}
+
+__device__ inline unsigned multiply_add(unsigned x, unsigned y, unsigned z) {
+  unsigned sum;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(x), "r"(y), "r"(z));
+  return sum;
+}
+
+// One of two bfloat16, twice.
+__device__ inline unsigned twice_low(unsigned two) { return __byte_perm(two, 0, 0x1010); }
+__device__ inline unsigned twice_high(unsigned two) { return __byte_perm(two, 0, 0x3232); }

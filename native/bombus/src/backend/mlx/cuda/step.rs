@@ -1,37 +1,100 @@
-//! A token for each of some sequences, all layers in one launch of `step.cu`.
+//! A token for each of some sequences, all layers in one launch of `step.cuh`.
 
 use super::kernel::{Kernel, Launch, Source};
 use super::lora::Tables;
 use super::pages::{Addresses, Sequence};
-use super::{Mlx, NUMBERS, PRIMITIVES, Shape, array, multiprocessors};
+use super::{BARRIERS, Mlx, NUMBERS, PRIMITIVES, Shape, array, multiprocessors, on_card};
 use crate::backend::Token;
+use crate::backend::mlx::linear::Matrix;
 use crate::decoder::{BoundAdapter, Decoder};
 use crate::error::Result;
 use mlx_rs::ops::indexing::TryIndexOp;
 use mlx_rs::{Array, Dtype, ops, transforms};
 use std::cell::RefCell;
+use std::ffi::CString;
 use std::rc::Rc;
 
-const THREADS: usize = 512;
 /// As the kernel has them.
 pub const MOST_ROWS: usize = 256;
 const MOST_SPLITS: usize = 32;
+pub const MOST_RANK: usize = 64;
+const HEADER: usize = 4;
+
+/// All that a block may have: more than one on a multiprocessor is not wanted.
+const SHARED_BYTES: usize = 227 * 1024;
+
+const SOURCES: [&str; 8] = [
+    include_str!("step/layout.cuh"),
+    include_str!("step/block.cuh"),
+    include_str!("step/fetch.cuh"),
+    include_str!("step/adapters.cuh"),
+    include_str!("step/finish.cuh"),
+    include_str!("step/product.cuh"),
+    include_str!("step/attention.cuh"),
+    include_str!("step/step.cuh"),
+];
+
+/// The kernel must fit the block's registers.
+const BLOCK: &str = "\n#undef __global__\n\
+     #define __global__ __attribute__((global)) __launch_bounds__(ALL_THREADS, 1)\n";
+
+/// The kernel, compiled for so many tiles of eight rows at once.
+struct Form {
+    kernel: Kernel,
+    /// `ALL_THREADS`
+    threads: usize,
+}
+
+impl Form {
+    fn new(shape: &Shape, tiles: usize) -> Result<Self> {
+        let Shape { hidden, inner, heads, kv_heads, dim, layers, vocab, eps, theta } = *shape;
+        let numbers = [
+            ("TILES", tiles),
+            ("HIDDEN", hidden),
+            ("INNER", inner),
+            ("HEADS", heads),
+            ("KV_HEADS", kv_heads),
+            ("DIM", dim),
+            ("LAYERS", layers),
+            ("VOCAB", vocab),
+            ("EPS_BITS", eps.to_bits() as usize),
+            ("THETA_BITS", theta.to_bits() as usize),
+        ];
+        // MLX knows a kernel by its name.
+        let mut name = String::from("bombus_step");
+        let mut header = [PRIMITIVES, BARRIERS, NUMBERS].concat();
+        for (constant, number) in numbers {
+            name.push_str(&format!("_{number}"));
+            header.push_str(&format!("constexpr int {constant} = {number};\n"));
+        }
+        header.extend(SOURCES);
+        header.push_str(BLOCK);
+        let kernel = Kernel::new(&Source {
+            name: &CString::new(name).unwrap_or_default(),
+            inputs: &[c"table", c"plan", c"sampled", c"workspace"],
+            outputs: &[c"logits"],
+            header: &header,
+            body: include_str!("step/launch.cu"),
+            contiguous: true,
+            shared: SHARED_BYTES,
+        })?;
+        // 16 warps that multiply; with one tile two that finish and one that fetches, else two that fetch.
+        let warps = if tiles == 1 { 19 } else { 18 };
+        Ok(Self { kernel, threads: 32 * warps })
+    }
+}
+
 /// Rows go through the tensor cores by eight: so many at once where there are more.
 pub const MOST_IN_A_TILE: usize = 8;
 const TILES: usize = 4;
-pub const MOST_RANK: usize = 64;
-const HEADER: usize = 4;
-const STAGES: usize = 4;
-const STAGE_BYTES: usize = 38_912;
-
-/// The kernel is compiled for each: it must fit the block's registers.
-const BLOCK: &str = "\n#undef __global__\n\
-     #define __global__ __attribute__((global)) __launch_bounds__(THREADS, 1)\n";
 
 pub struct Step {
     pub shape: Shape,
-    kernel: Kernel,
+    one_tile: Form,
+    tiles: Form,
     blocks: usize,
+    /// Scales and biases as the kernel wants them.
+    _small: Vec<Array>,
     /// Addresses of all weights, and of the adapters'.
     table: Array,
     tables: Tables,
@@ -50,19 +113,13 @@ pub struct Row<'a> {
 
 impl Step {
     pub fn new(decoder: &Decoder<Mlx>, shape: Shape, addresses: Rc<Addresses>) -> Result<Self> {
-        let kernel = Kernel::new(&Source {
-            name: c"bombus_step",
-            inputs: &[c"table", c"plan", c"sampled", c"workspace"],
-            outputs: &[c"logits"],
-            header: &[PRIMITIVES, NUMBERS, include_str!("step.cuh"), BLOCK].concat(),
-            body: include_str!("step.cu"),
-            contiguous: true,
-            shared: shape.shared_bytes(),
-        })?;
+        let (table, small) = table(decoder, &addresses)?;
         Ok(Self {
-            kernel,
+            one_tile: Form::new(&shape, 1)?,
+            tiles: Form::new(&shape, TILES)?,
             blocks: multiprocessors()?,
-            table: table(decoder, &addresses)?,
+            _small: small,
+            table,
             tables: Tables::new(addresses),
             workspace: RefCell::new(Workspace::new(&shape, 32, 1024)?),
             no_samples: Array::from_slice(&[0u32], &[1]),
@@ -90,25 +147,13 @@ impl Step {
         }
         plan[3] = workspace.bytes as u64;
         let plan = Array::from_slice(&plan, &[plan.len() as i32]);
-        let shape = &self.shape;
-        let tiles = if count <= MOST_IN_A_TILE { 1 } else { TILES };
-        let mut outputs = self.kernel.run(&Launch {
+        let form = if count <= MOST_IN_A_TILE { &self.one_tile } else { &self.tiles };
+        let mut outputs = form.kernel.run(&Launch {
             inputs: &[&self.table, &plan, previous.unwrap_or(&self.no_samples), &workspace.array],
-            outputs: &[(&[count as i32, shape.vocab as i32], Dtype::Float32)],
+            outputs: &[(&[count as i32, self.shape.vocab as i32], Dtype::Float32)],
             blocks: self.blocks as i32,
-            threads: THREADS as i32,
-            constants: &[
-                (c"TILES", tiles as i32),
-                (c"HIDDEN", shape.hidden as i32),
-                (c"INNER", shape.inner as i32),
-                (c"HEADS", shape.heads as i32),
-                (c"KV_HEADS", shape.kv_heads as i32),
-                (c"DIM", shape.dim as i32),
-                (c"LAYERS", shape.layers as i32),
-                (c"VOCAB", shape.vocab as i32),
-                (c"EPS_BITS", shape.eps.to_bits() as i32),
-                (c"THETA_BITS", shape.theta.to_bits() as i32),
-            ],
+            threads: form.threads as i32,
+            constants: &[],
         })?;
         Ok(outputs.swap_remove(0))
     }
@@ -165,24 +210,55 @@ impl Step {
     }
 }
 
-/// The addresses of all weights, in the order of the kernel.
-fn table(decoder: &Decoder<Mlx>, addresses: &Addresses) -> Result<Array> {
-    let mut arrays: Vec<&Array> = vec![];
-    for layer in &decoder.layers {
-        for linear in [&layer.qkv_proj, &layer.o_proj, &layer.gate_up_proj, &layer.down_proj] {
-            arrays.extend(linear.matrix().iter().flat_map(|matrix| matrix.arrays));
+/// The addresses of all weights, in the order of the kernel, and what was made of some of them.
+fn table(decoder: &Decoder<Mlx>, addresses: &Addresses) -> Result<(Array, Vec<Array>)> {
+    let (mut words, mut made) = (vec![], vec![]);
+    let mut matrix = |matrix: Option<Matrix>, gated: bool, words: &mut Vec<Array>| -> Result<()> {
+        if let Some(matrix) = matrix {
+            let small = small(&matrix, gated)?;
+            words.extend([addresses.of(matrix.arrays[0])?, addresses.of(&small)?]);
+            made.push(small);
         }
-        arrays.extend([&layer.input_layernorm, &layer.post_attention_layernorm]);
-        arrays.extend([&layer.q_norm, &layer.k_norm]);
+        Ok(())
+    };
+    for layer in &decoder.layers {
+        matrix(layer.qkv_proj.matrix(), false, &mut words)?;
+        matrix(layer.o_proj.matrix(), false, &mut words)?;
+        matrix(layer.gate_up_proj.matrix(), true, &mut words)?;
+        matrix(layer.down_proj.matrix(), false, &mut words)?;
+        let norms = [&layer.input_layernorm, &layer.post_attention_layernorm];
+        for norm in norms.into_iter().chain([&layer.q_norm, &layer.k_norm]) {
+            words.push(addresses.of(norm)?);
+        }
     }
     let head = decoder.lm_head.as_ref().unwrap_or(&decoder.embed_tokens);
-    arrays.extend(head.matrix().iter().flat_map(|matrix| matrix.arrays));
-    arrays.push(&decoder.norm);
-    arrays.extend(decoder.embed_tokens.matrix().iter().flat_map(|matrix| matrix.arrays));
-    let addresses = arrays.into_iter().map(|array| addresses.of(array));
-    let table = ops::concatenate(&addresses.collect::<Result<Vec<_>>>()?, 0)?;
+    matrix(head.matrix(), false, &mut words)?;
+    words.push(addresses.of(&decoder.norm)?);
+    for array in decoder.embed_tokens.matrix().iter().flat_map(|matrix| matrix.arrays) {
+        words.push(addresses.of(array)?);
+    }
+    let table = ops::concatenate(&words, 0)?;
     transforms::eval([&table])?;
-    Ok(table)
+    Ok((table, made))
+}
+
+/// Scales and biases `[out, in / 64]` as `Matrix` of the kernel has them: 16 outputs by 4 groups, of a gate
+/// and what it lets through eight outputs each in turn; at the end there may be more outputs and groups.
+fn small(matrix: &Matrix, gated: bool) -> Result<Array> {
+    let [_, scales, biases] = matrix.arrays;
+    let (outputs, groups) = (scales.dim(0), scales.dim(1));
+    let words = |x: &Array| x.view::<u16>().and_then(|words| words.as_dtype(Dtype::Uint32));
+    let high = Array::from_slice(&[1u32 << 16], &[1]);
+    let mut both = words(scales)?.add(words(biases)?.multiply(high)?)?;
+    if gated {
+        both = both.reshape(&[2, outputs / 16, 8, groups])?.transpose_axes(&[1, 0, 2, 3])?;
+        both = both.reshape(&[outputs, groups])?;
+    }
+    let (tiles, quads) = ((outputs + 63) / 64 * 4, (groups + 3) / 4);
+    let more = [(0, tiles * 16 - outputs), (0, quads * 4 - groups)];
+    let both = ops::pad(&both, &more, None, None)?;
+    let both = both.reshape(&[tiles, 16, quads, 4])?.transpose_axes(&[0, 2, 1, 3])?;
+    on_card(&both.flatten(None, None)?)
 }
 
 /// A part of a step.
@@ -248,16 +324,5 @@ impl Shape {
             _ => 0,
         };
         numbers / 2 + numbers / 16
-    }
-
-    /// The larger of the warps' sums and the teams' memory (`Step::Team`), behind what is always there.
-    fn shared_bytes(&self) -> usize {
-        let (shared, dim) = (self.heads / self.kv_heads, self.dim);
-        let heads = shared.min(4);
-        let floats = shared * dim + dim + heads * 64 + 3 * heads + 4 * heads * dim + 4;
-        let team = (4 * floats).next_multiple_of(16);
-        // Of eight tiles: those of many rows, two high.
-        let sums = (THREADS / 32) * 2 * TILES * 128 * 4;
-        4 * (3 * MOST_ROWS + 4) + STAGES * STAGE_BYTES + sums.max(team * THREADS / 128)
     }
 }

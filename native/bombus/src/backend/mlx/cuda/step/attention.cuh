@@ -1,0 +1,321 @@
+// Attention of single rows over pages of keys and values, on tensor cores.
+//
+// Tasks: a row, a head of keys and values, and some of its pages, for a team of four warps. Of a page, each makes the
+// scores of 16 positions, [query heads, positions], and with those of all a fourth of the output's numbers.
+
+constexpr int TEAM_WARPS = TEAM / 32, OWN_VALUES = DIM / TEAM_WARPS / 8;  // tiles of eight
+
+// c [8, 8] += a [8, 16] b [16, 8]: the upper half of a tile.
+__device__ inline void multiply_upper(float (&c)[2], unsigned a0, unsigned a2, unsigned b0, unsigned b1) {
+  float both[4] = {c[0], c[1], 0.f, 0.f};
+  multiply(both, a0, 0, a2, 0, b0, b1);
+  c[0] = both[0], c[1] = both[1];
+}
+
+__device__ inline int splits_of(int position) {
+  const int pages = position / PAGE + 1;
+  const int each = (pages + MOST_SPLITS - 1) / MOST_SPLITS;
+  return (pages + each - 1) / each;
+}
+
+// Where the attention of every row begins among all tasks.
+__device__ inline void place_tasks() {
+  int* first_task = first_tasks();
+  if (threadIdx.x < MOST_ROWS && (int)threadIdx.x < rows()) {
+    const int at = (int)(planned(threadIdx.x)[0] >> 32);
+    positions()[threadIdx.x] = at;
+    first_task[threadIdx.x + 1] = splits_of(at) * KV_HEADS;
+  }
+  sync();
+  if (threadIdx.x == 0) {
+    first_task[0] = 0;
+#pragma unroll 1
+    for (int row = 0; row < rows(); row++) first_task[row + 1] += first_task[row];
+  }
+  sync();
+}
+
+struct Task {
+  int row, head, split, splits, at, first, end;  // first to end: pages
+
+  // `row` is that of the last task, or 0.
+  __device__ void find(int task) {
+    const int* first_task = first_tasks();
+    while (task >= first_task[row + 1]) row++;
+    head = (task - first_task[row]) % KV_HEADS, split = (task - first_task[row]) / KV_HEADS;
+    at = positions()[row];
+    splits = splits_of(at);
+    const int pages = at / PAGE + 1, each = (pages + MOST_SPLITS - 1) / MOST_SPLITS;
+    first = split * each, end = min(first + each, pages);
+  }
+};
+
+// Of a page, what a lane has: of two positions the keys' numbers t * 8 .. + 8 of every 32, and of eight positions
+// (t * 8 of both halves) the values' numbers g of its warp's tiles.
+struct Keys {
+  uint4 numbers[2][DIM / 32];
+};
+struct Values {
+  uint4 numbers[OWN_VALUES][2];
+};
+
+__device__ inline const bf16* keys_in(const Task& task, int index, int layer) {
+  return in_page(planned(task.row)[2 + index], layer, 0, task.head) + tile_column() * 8;
+}
+__device__ inline const bf16* values_in(const Task& task, int index, int layer) {
+  return in_page(planned(task.row)[2 + index], layer, 1, task.head) + (size_t)warp() % TEAM_WARPS * OWN_VALUES * 8 * PAGE;
+}
+
+// `older` positions of the page were there before.
+__device__ inline void read_keys(const bf16* from, int older, Keys& keys) {
+#pragma unroll
+  for (int tile = 0; tile < 2; tile++) {
+    const int position = warp() % TEAM_WARPS * 16 + tile * 8 + tile_row();
+#pragma unroll
+    for (int i = 0; i < DIM / 32; i++) {
+      keys.numbers[tile][i] = make_uint4(0, 0, 0, 0);
+      if (position < older) keys.numbers[tile][i] = *reinterpret_cast<const uint4*>(from + position * DIM + i * 32);
+    }
+  }
+}
+
+__device__ inline void read_values(const bf16* from, int older, Values& values) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int position = half * 32 + tile_column() * 8;
+#pragma unroll
+    for (int i = 0; i < OWN_VALUES; i++) {
+      values.numbers[i][half] = make_uint4(0, 0, 0, 0);
+      if (position < older)
+        values.numbers[i][half] = *reinterpret_cast<const uint4*>(from + (i * 8 + tile_row()) * PAGE + position);
+    }
+  }
+}
+
+// Two neighbouring numbers, of which the first `older` are there, and the next is another.
+__device__ inline unsigned two_of(unsigned old, int older, bf16 fresh) {
+  if (older >= 2) return old;
+  return older == 1 ? (old & 0xffff) | (unsigned)fresh << 16 : older == 0 ? fresh : 0;
+}
+
+// The row's own key and value behind the older ones, and nothing after them.
+__device__ inline void add_fresh(const Team& memory, int older, Keys& keys, Values& values) {
+  const int team_warp = warp() % TEAM_WARPS;
+#pragma unroll
+  for (int tile = 0; tile < 2; tile++)
+    if (team_warp * 16 + tile * 8 + tile_row() == older)
+#pragma unroll
+      for (int i = 0; i < DIM / 32; i++)
+        keys.numbers[tile][i] = *reinterpret_cast<const uint4*>(memory.fresh[0] + i * 32 + tile_column() * 8);
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int behind = older - half * 32 - tile_column() * 8;
+    if (behind >= 8) continue;
+#pragma unroll
+    for (int i = 0; i < OWN_VALUES; i++) {
+      const bf16 number = memory.fresh[1][(team_warp * OWN_VALUES + i) * 8 + tile_row()];
+      uint4& own = values.numbers[i][half];
+      own.x = two_of(own.x, behind, number), own.y = two_of(own.y, behind - 2, number);
+      own.z = two_of(own.z, behind - 4, number), own.w = two_of(own.w, behind - 6, number);
+    }
+  }
+}
+
+// The norms of queries and keys, as `norm_and_rotate` takes them.
+struct HeadNorms {
+  bf16 numbers[2][DIM / 32];
+
+  __device__ explicit HeadNorms(int layer) {
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+      for (int j = 0; j < DIM / 32; j++) numbers[i][j] = weight<bf16>(layer, i ? K_NORM : Q_NORM)[lane() + 32 * j];
+  }
+};
+
+// Queries of a row's head of keys, and the key and value of the row itself: to memory, those also to their
+// page if this is the last split.
+__device__ inline void ready_heads(Team& memory, const HeadNorms& norms, const Task& task, int layer) {
+  const int team_warp = warp() % TEAM_WARPS;
+  const bool last = task.end == task.at / PAGE + 1;
+  const float* from = qkv() + (size_t)task.row * QKV_WIDTH;
+  Angle turned[DIM / 64];
+#pragma unroll
+  for (int i = 0; i < DIM / 64; i++) turned[i] = angles()[task.row * (DIM / 2) + lane() + 32 * i];
+  // Heads of queries, then the key and the value.
+#pragma unroll 1
+  for (int i = team_warp; i < SHARED + (last ? 2 : 0); i += TEAM / 32) {
+    const int kind = i - SHARED;
+    const int column = kind < 0 ? (task.head * SHARED + i) * DIM : Q_WIDTH + kind * KV_WIDTH + task.head * DIM;
+    float x[DIM / 32];
+#pragma unroll
+    for (int j = 0; j < DIM / 32; j++) x[j] = from[column + lane() + 32 * j];
+    float norm[DIM / 32];
+#pragma unroll
+    for (int j = 0; j < DIM / 32; j++) norm[j] = widen(kind < 0 ? norms.numbers[0][j] : norms.numbers[1][j]);
+    if (kind < 1) norm_and_rotate<DIM>(x, norm, turned, eps());
+    bf16* to = kind < 0 ? memory.q[i] : memory.fresh[kind];
+#pragma unroll
+    for (int j = 0; j < DIM / 32; j++) to[lane() + 32 * j] = narrow(x[j]);
+    if (kind < 0) continue;
+    bf16* page = in_page(planned(task.row)[2 + task.at / PAGE], layer, kind, task.head);
+#pragma unroll
+    for (int j = 0; j < DIM / 32; j++) {
+      const int number = lane() + 32 * j;
+      page[kind == 0 ? task.at % PAGE * DIM + number : number * PAGE + task.at % PAGE] = to[number];
+    }
+  }
+}
+
+// What a warp has found so far, of head g: in powers of 2.
+struct Found {
+  float largest, sum, values[OWN_VALUES][2];
+};
+
+__device__ inline void score_page(Team& memory, int page, const Keys& keys) {
+  float scores[2][2] = {};
+#pragma unroll
+  for (int i = 0; i < DIM / 32; i++) {
+    const uint4 q = *reinterpret_cast<const uint4*>(memory.q[tile_row()] + i * 32 + tile_column() * 8);
+#pragma unroll
+    for (int tile = 0; tile < 2; tile++) {
+      const uint4 k = keys.numbers[tile][i];
+      multiply_upper(scores[tile], q.x, q.y, k.x, k.y);
+      multiply_upper(scores[tile], q.z, q.w, k.z, k.w);
+    }
+  }
+  const float scale = rsqrtf((float)DIM) * 1.44269504f;
+#pragma unroll
+  for (int tile = 0; tile < 2; tile++) {
+    float* to = memory.scores[page % 2][tile_row()] + warp() % TEAM_WARPS * 16 + tile * 8 + tile_column() * 2;
+    *reinterpret_cast<float2*>(to) = make_float2(scores[tile][0] * scale, scores[tile][1] * scale);
+  }
+}
+
+__device__ inline void mix_page(const Team& memory, int page, int seen, const Values& values,
+                                Found& found) {
+  float scores[2][8], largest = found.largest;
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const int position = half * 32 + tile_column() * 8 + i;
+      scores[half][i] = position < seen ? memory.scores[page % 2][tile_row()][position] : LEAST;
+      largest = fmaxf(largest, scores[half][i]);
+    }
+  largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
+  largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
+  const float fade = exp2f(found.largest - largest);
+  found.largest = largest;
+  found.sum *= fade;
+#pragma unroll
+  for (int i = 0; i < OWN_VALUES; i++) found.values[i][0] *= fade, found.values[i][1] *= fade;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    unsigned shares[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float one = exp2f(scores[half][2 * i] - largest), other = exp2f(scores[half][2 * i + 1] - largest);
+      found.sum += one + other;
+      shares[i] = pack_bf16(one, other);
+    }
+#pragma unroll
+    for (int i = 0; i < OWN_VALUES; i++) {
+      const uint4 v = values.numbers[i][half];
+      multiply_upper(found.values[i], shares[0], shares[1], v.x, v.y);
+      multiply_upper(found.values[i], shares[2], shares[3], v.z, v.w);
+    }
+  }
+}
+
+// What was found of a task, to the output, or to where the splits of a row's head meet.
+__device__ inline void put_down(const Task& task, Found& found) {
+  found.sum += __shfl_xor_sync(0xffffffff, found.sum, 1);
+  found.sum += __shfl_xor_sync(0xffffffff, found.sum, 2);
+  if (tile_row() >= SHARED) return;
+  const int team_warp = warp() % TEAM_WARPS;
+  float* to = split_at(task.row, task.head, task.split, tile_row());
+#pragma unroll
+  for (int i = 0; i < OWN_VALUES; i++)
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const int d = (team_warp * OWN_VALUES + i) * 8 + tile_column() * 2 + j;
+      if (task.splits > 1) to[d] = found.values[i][j];
+      else
+        mixed()[placed(task.row, (task.head * SHARED + tile_row()) * DIM + d, Q_WIDTH)] =
+            narrow(found.values[i][j] / found.sum);
+    }
+  if (task.splits > 1 && team_warp == 0 && tile_column() == 0) to[DIM] = found.largest, to[DIM + 1] = found.sum;
+}
+
+// Whoever is the last of a row's head joins what all splits found.
+__device__ inline void join(Team& memory, const Task& task) {
+  const int team = warp() / 4, thread = threadIdx.x % TEAM;
+  __threadfence();
+  team_sync(team, TEAM);
+  unsigned* done = attended() + task.row * KV_HEADS + task.head;
+  if (thread == 0) memory.last[0] = fetch_add(done, 1) + 1 == (unsigned)task.splits;
+  team_sync(team, TEAM);
+  if (!memory.last[0]) return;
+  if (thread == 0) *done = 0;
+  __threadfence();
+  // How much each split counts.
+#pragma unroll 1
+  for (int h = thread / 32; h < SHARED; h += TEAM / 32) {
+    const float* own = split_at(task.row, task.head, min(lane(), task.splits - 1), h) + DIM;
+    const float largest = lane() < task.splits ? own[0] : LEAST;
+    const float share = exp2f(largest - warp_max(largest));
+    const float total = warp_sum(lane() < task.splits ? share * own[1] : 0.f);
+    memory.shares[h][lane()] = share / total;
+  }
+  team_sync(team, TEAM);
+#pragma unroll 1
+  for (int i = thread; i < SHARED * DIM; i += TEAM) {
+    const int h = i / DIM, d = i % DIM;
+    float sum = 0.f;
+#pragma unroll 8
+    for (int split = 0; split < task.splits; split++)
+      sum += memory.shares[h][split] * split_at(task.row, task.head, split, h)[d];
+    mixed()[placed(task.row, (task.head * SHARED + h) * DIM + d, Q_WIDTH)] = narrow(sum);
+  }
+  team_sync(team, TEAM);
+}
+
+// After the barrier that it waits for there are q, k and v of all rows; older keys and values are asked for
+// before.
+__device__ __noinline__ void attend(int layer) {
+  const int team = warp() / TEAM_WARPS, tasks = first_tasks()[rows()];
+  Team& memory = team_memory(team);
+  Task task = {};
+  const HeadNorms norms(layer);
+  bool waited = false;
+#pragma unroll 1
+  for (int number = blockIdx.x + gridDim.x * team; number < tasks; number += gridDim.x * TEAMS) {
+    task.find(number);
+    Found found = {LEAST, 0.f, {}};
+#pragma unroll 1
+    for (int page = task.first; page < task.end; page++) {
+      const int older = min(task.at - page * PAGE, PAGE);
+      Keys keys;
+      Values values;
+      read_keys(keys_in(task, page, layer), older, keys);
+      const bf16* v = values_in(task, page, layer);
+      // Each of a warp's lines.
+      if (lane() < OWN_VALUES * 8) prefetch(v + lane() * PAGE);
+      if (page == task.first) {
+        if (!waited) wait_grid();
+        waited = true;
+        ready_heads(memory, norms, task, layer);
+      }
+      read_values(v, older, values);
+      if (page == task.first) team_sync(team, TEAM);
+      if (older < PAGE) add_fresh(memory, older, keys, values);
+      score_page(memory, page, keys);
+      team_sync(team, TEAM);
+      mix_page(memory, page, min(older + 1, PAGE), values, found);
+    }
+    put_down(task, found);
+    if (task.splits > 1) join(memory, task);
+  }
+  if (!waited) wait_grid();
+}

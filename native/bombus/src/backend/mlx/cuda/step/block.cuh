@@ -1,0 +1,148 @@
+// A block of the persistent kernel: its part of the plan, where its memory is, and how it waits for the others.
+//
+// What all its threads share lies in shared memory, and phases are functions of their own: the compiler would else
+// keep registers for all phases at once, and most of them in memory.
+
+constexpr unsigned PATIENCE = 1u << 23;
+
+struct State {
+  const word* table;
+  const word* plan;
+  const unsigned* sampled;
+  float* logits;
+  unsigned char* workspace;
+  int count, row_words, most_rank;  // of the plan
+  unsigned barriers, phase;         // thread 0's
+};
+
+template <class T> __device__ inline T* in_shared(size_t at) { return reinterpret_cast<T*>(dynamic_shared() + at); }
+__device__ inline State& state() { return *in_shared<State>(STATE); }
+__device__ inline Signals& signals() { return *in_shared<Signals>(SIGNALS); }
+__device__ inline float* factors() { return in_shared<float>(FACTORS); }
+__device__ inline int* first_tasks() { return in_shared<int>(FIRST_TASKS); }
+__device__ inline int* positions() { return in_shared<int>(POSITIONS); }
+__device__ inline unsigned char* stage(int slot) { return in_shared<unsigned char>(FIRST_STAGE) + slot * STAGE_BYTES; }
+__device__ inline uint4* inputs(int slot) { return in_shared<uint4>(FIRST_INPUTS + slot * INPUT_BYTES); }
+__device__ inline float* sums() { return in_shared<float>(ALL_SUMS); }
+__device__ inline Team& team_memory(int team) { return in_shared<Team>(FIRST_INPUTS)[team]; }
+
+__device__ inline int lane() { return threadIdx.x % 32; }
+__device__ inline int warp() { return threadIdx.x / 32; }
+// Where a lane is in a tensor core's tile.
+__device__ inline int tile_row() { return lane() / 4; }
+__device__ inline int tile_column() { return lane() % 4; }
+
+__device__ inline int rows() { return state().count; }
+__device__ inline int batches() { return (rows() + ROWS - 1) / ROWS; }
+__device__ inline const word* planned(int row) { return state().plan + HEADER + (size_t)row * state().row_words; }
+__device__ inline float eps() { return __uint_as_float((unsigned)EPS_BITS); }
+
+template <class T> __device__ inline T* in_workspace(size_t at) { return reinterpret_cast<T*>(state().workspace + at); }
+// Arrivals at barriers, products with an adapter's a, and whether something went wrong.
+__device__ inline unsigned* arrived() { return in_workspace<unsigned>(0); }
+__device__ inline unsigned* shrunk() { return in_workspace<unsigned>(128); }
+__device__ inline unsigned* failed() { return in_workspace<unsigned>(192); }
+// When it began and ended in nanoseconds, and in cycles when it began and every phase ended.
+__device__ inline word* stamps() { return in_workspace<word>(STAMPS); }
+// [rows, kv heads]: splits that are done
+__device__ inline unsigned* attended() { return in_workspace<unsigned>(ATTENDED); }
+// [rows, HIDDEN], [rows, HIDDEN / 16], [rows, QKV_WIDTH]
+__device__ inline float* hidden() { return in_workspace<float>(HIDDEN_AT); }
+__device__ inline float* squares() { return in_workspace<float>(SQUARES); }
+__device__ inline float* qkv() { return in_workspace<float>(QKV_AT); }
+// inputs of products, as `placed`
+__device__ inline bf16* normed() { return in_workspace<bf16>(NORMED); }
+__device__ inline bf16* mixed() { return in_workspace<bf16>(MIXED); }
+__device__ inline bf16* active() { return in_workspace<bf16>(ACTIVE); }
+// [rows, 3, pieces, MOST_RANK]
+__device__ inline float* low_rank(int row, int part, int pieces) {
+  return in_workspace<float>(LOW_RANK) + (size_t)(row * 3 + part) * pieces * MOST_RANK;
+}
+// The table's words for a layer, or behind the last: they are kept from the layer before, since what they point to is
+// needed at once. [2][LAYER_WORDS]
+__device__ inline word* layer_words(int layer) { return in_shared<word>(WORDS) + layer % 2 * LAYER_WORDS; }
+__device__ inline void keep_words(int layer) {
+  const bool last = layer == LAYERS;
+  if (lane() < (last ? HEAD_WORDS : LAYER_WORDS))
+    layer_words(layer)[lane()] = state().table[layer * LAYER_WORDS + lane()];
+}
+template <class T> __device__ inline const T* weight(int layer, int place) {
+  return reinterpret_cast<const T*>(layer_words(layer)[place]);
+}
+// [rows, DIM / 2]
+__device__ inline Angle* angles() { return in_workspace<Angle>(ANGLES); }
+// [rows, kv heads, splits, heads, PARTIAL]
+__device__ inline float* split_at(int row, int head, int split, int shared) {
+  const size_t index = (((size_t)row * KV_HEADS + head) * MOST_SPLITS + split) * SHARED + shared;
+  return in_workspace<float>(SPLITS) + index * PARTIAL;
+}
+
+// All warps that compute.
+__device__ inline void sync() { team_sync(TEAMS, COMPUTING * 32); }
+
+__device__ inline void stamp() {
+  if (threadIdx.x == 0 && blockIdx.x == 0) stamps()[state().phase++] = clock64();
+}
+
+__device__ inline void begin(const word* table, const word* plan, const unsigned* sampled, float* logits,
+                             unsigned char* workspace) {
+  if (threadIdx.x == 0) {
+    state() = {table, plan, sampled, logits, workspace, (int)plan[0], (int)plan[1], (int)plan[2], 0, 2};
+    Signals& own = signals();
+    for (int i = 0; i < STAGES; i++) begin_barrier(&own.full[i], 1), begin_barrier(&own.empty[i], WARPS);
+    for (int i = 0; i < INPUT_STAGES; i++)
+      begin_barrier(&own.inputs_full[i], 1), begin_barrier(&own.inputs_empty[i], WARPS);
+    for (int i = 0; i < SUMS; i++) begin_barrier(&own.summed[i], WARPS), begin_barrier(&own.taken[i], 2);
+    begin_barrier(&own.ready, 1);
+    fence_copies();
+    if (blockIdx.x == 0) stamps()[0] = nanoseconds();
+    stamp();
+  }
+  __syncthreads();
+}
+
+// Waits until a counter has come so far. Where it does not (it always should), all blocks give up.
+__device__ inline void wait_for(const unsigned* counter, unsigned target) {
+  unsigned patience = PATIENCE;
+  while (load_acquire(counter) < target) {
+    if (--patience == 0 || load_acquire(failed())) {
+      atomicAdd(failed(), 1u);
+      return;
+    }
+  }
+}
+
+// All blocks wait for each other: this one has done its part ...
+__device__ inline void arrive_grid() {
+  if (TILES > 1) fence_copies();
+  sync();
+  if (threadIdx.x == 0) {
+    state().barriers += gridDim.x;
+    add_release(arrived(), 1);
+  }
+}
+
+// ... and all have.
+__device__ inline void wait_grid() {
+  if (threadIdx.x == 0) {
+    wait_for(arrived(), state().barriers);
+    stamp();
+  }
+  sync();
+}
+
+// The last block to leave resets the counters for the next launch.
+__device__ inline void leave() {
+  sync();
+  if (threadIdx.x != 0) return;
+  stamp();
+  if (blockIdx.x == 0) stamps()[1] = nanoseconds();
+  if (load_acquire(failed())) {
+    for (int row = 0; row < rows(); row++) state().logits[(size_t)row * VOCAB] = __uint_as_float(0x7fc00000);
+    return;
+  }
+  if (fetch_add(arrived(), 1) + 1 == state().barriers + gridDim.x) {
+    *shrunk() = 0;
+    *arrived() = 0;
+  }
+}

@@ -1,0 +1,81 @@
+// What comes into shared memory ahead of its use: each kind by a warp of its own, with the copy engine.
+
+// The weights of a product in the order in which the block takes them. They wait for nobody: so they also come
+// while the blocks wait for each other.
+template <class D> __device__ void fetch_weights(const word* at, int& used) {
+  const Matrix w = {reinterpret_cast<const unsigned*>(at[0]), reinterpret_cast<const unsigned*>(at[1])};
+#pragma unroll 1
+  for (int unit = blockIdx.x; unit < D::UNITS; unit += gridDim.x)
+#pragma unroll 1
+    for (int batch = 0; batch < batches(); batch++)
+#pragma unroll 1
+      for (int chunk = 0; chunk < D::CHUNKS; chunk++, used++) {
+        const int slot = used % STAGES;
+        Barrier* full = &signals().full[slot];
+        if (used >= STAGES) wait(&signals().empty[slot], used / STAGES - 1 & 1);
+        if (lane() == 0) arrive_expecting(full, D::TALL * D::ROW + D::HIGH * D::SMALL);
+        __syncwarp();
+        unsigned char* to = stage(slot);
+#pragma unroll 1
+        for (int row = lane(); row < D::TALL; row += 32) {
+          const size_t n = min(D::output(unit, row), D::N - 1);
+          copy_bulk(to + row * D::STRIDE, w.codes + n * (D::K / 8) + chunk * D::AT_ONCE * 8, D::ROW, full);
+        }
+        const int tile = 31 - lane();
+        if (tile < D::HIGH) {
+          const size_t quad = ((size_t)unit * D::HIGH + tile) * D::QUADS + chunk * (D::AT_ONCE / 4);
+          copy_bulk(to + D::TALL * D::STRIDE + tile * D::SMALL, w.small + quad * 64, D::SMALL, full);
+        }
+      }
+}
+
+__device__ __noinline__ void fetch_all_weights() {
+  int used = 0;
+#pragma unroll 1
+  for (int layer = 0; layer < LAYERS; layer++) {
+    const word* own = state().table + layer * LAYER_WORDS;
+    fetch_weights<Qkv>(own + QKV, used);
+    fetch_weights<Output>(own + O, used);
+    fetch_weights<GateUp>(own + GATE_UP, used);
+    fetch_weights<Down>(own + DOWN, used);
+  }
+  fetch_weights<Head>(state().table + LAYERS * LAYER_WORDS + HEAD, used);
+}
+
+// A product's inputs, once they are there.
+template <class D> __device__ void fetch_inputs(const bf16* x, int round, int& used) {
+  constexpr int AT_ONCE = D::INPUTS_AT_ONCE;
+  wait(&signals().ready, round & 1);
+  fence_copies();
+#pragma unroll 1
+  for (int unit = blockIdx.x; unit < D::UNITS; unit += gridDim.x)
+#pragma unroll 1
+    for (int batch = 0; batch < batches(); batch++) {
+      const int tiles = min((rows() - batch * ROWS + 7) / 8, TILES);
+#pragma unroll 1
+      for (int group = 0; group < D::GROUPS; group += AT_ONCE, used++) {
+        const int slot = used % INPUT_STAGES;
+        Barrier* full = &signals().inputs_full[slot];
+        if (used >= INPUT_STAGES)
+          wait(&signals().inputs_empty[slot], used / INPUT_STAGES - 1 & 1);
+        if (lane() == 0) arrive_expecting(full, tiles * AT_ONCE * 1024);
+        __syncwarp();
+        if (lane() < tiles) {
+          const size_t from = ((size_t)(batch * TILES + lane()) * D::GROUPS + group) * 512;
+          copy_bulk(inputs(slot) + lane() * AT_ONCE * 64, x + from, AT_ONCE * 1024, full);
+        }
+      }
+    }
+}
+
+__device__ __noinline__ void fetch_all_inputs() {
+  int used = 0;
+#pragma unroll 1
+  for (int layer = 0; layer < LAYERS; layer++) {
+    fetch_inputs<Qkv>(normed(), layer * 4, used);
+    fetch_inputs<Output>(mixed(), layer * 4 + 1, used);
+    fetch_inputs<GateUp>(normed(), layer * 4 + 2, used);
+    fetch_inputs<Down>(active(), layer * 4 + 3, used);
+  }
+  fetch_inputs<Head>(normed(), LAYERS * 4, used);
+}

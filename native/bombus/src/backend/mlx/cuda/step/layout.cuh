@@ -1,0 +1,158 @@
+// What lies where: the model's table, a step's plan, the workspace between phases, and shared memory.
+//
+// Before this come the model's numbers: HIDDEN, INNER, HEADS, KV_HEADS, DIM, LAYERS, VOCAB, EPS_BITS,
+// THETA_BITS, and TILES: rows are multiplied by 8 * TILES at once.
+
+// The warps of a block: those that multiply, with one tile two that finish products, and those that fetch.
+constexpr int WARPS = 16, THREADS = WARPS * 32;
+constexpr int FINISHERS = TILES == 1 ? 2 : 0, COMPUTING = WARPS + FINISHERS;
+constexpr int ALL_THREADS = (COMPUTING + (TILES == 1 ? 1 : 2)) * 32;
+constexpr int TEAM = 128, TEAMS = THREADS / TEAM;
+constexpr int GROUP = 64;  // of quantization
+constexpr int MOST_SPLITS = 32;
+constexpr int MOST_ROWS = 256;
+constexpr int MOST_RANK = 64;
+
+constexpr int Q_WIDTH = HEADS * DIM, KV_WIDTH = KV_HEADS * DIM, QKV_WIDTH = Q_WIDTH + 2 * KV_WIDTH;
+constexpr int SHARED = HEADS / KV_HEADS;  // query heads that share keys
+constexpr int ROWS = TILES * 8;           // at once
+constexpr int INPUT_GROUPS = 8;           // come at once, at most
+
+// A weight of 4 bits in groups of 64: codes [N, K / 8]; small: for every 16 outputs (as `Division::output`
+// takes them), every 4 groups, every of those outputs and groups: scale and bias.
+struct Matrix {
+  const unsigned* codes;
+  const unsigned* small;
+};
+
+// In the table of a model, for every layer; then come the head and its norm, and the embedding: codes
+// [VOCAB, HIDDEN / 8], scales and biases [VOCAB, HIDDEN / 64].
+enum { QKV = 0, O = 2, GATE_UP = 4, DOWN = 6, INPUT_NORM = 8, POST_NORM, Q_NORM, K_NORM, LAYER_WORDS };
+enum { HEAD = 0, NORM = 2, EMBEDDING = 3, HEAD_WORDS = 3 };
+// Where a projection's pairs are in an adapter's table: 3 words each, 7 pairs for every layer.
+enum { LORA_QKV = 0, LORA_O = 3, LORA_GATE_UP = 4, LORA_DOWN = 6, LORA_PAIRS = 7 };
+
+// `plan` has HEADER words: rows, words for a row, the highest rank of an adapter, where the workspace has room
+// for a copy of it; and for every row: id and position, adapter, pages. The id is a token's, or -1 - the row
+// of `sampled` that has it.
+constexpr int HEADER = 4;
+
+// A page has PAGE positions of all layers, keys and values, heads: keys [PAGE, DIM], values [DIM, PAGE].
+__device__ inline bf16* in_page(word page, int layer, int kind, int head) {
+  return reinterpret_cast<bf16*>(page) + (size_t)((layer * 2 + kind) * KV_HEADS + head) * PAGE * DIM;
+}
+
+// Where x[row][k] lies, so that a thread reads what it feeds to the tensor cores as 16 bytes: tiles of 8
+// rows, groups of 64, halves, lanes, and 8 numbers in the order 0 4 1 5 2 6 3 7, which is that of the codes
+// that `widened` takes out of a word.
+__device__ inline size_t placed(int row, int k, int width) {
+  const int lane = row % 8 * 4 + k % 64 / 16, i = k % 8;
+  const size_t half = ((size_t)(row / 8) * (width / 64) + k / 64) * 2 + k % 16 / 8;
+  return (half * 32 + lane) * 8 + i % 4 * 2 + i / 4;
+}
+
+constexpr int largest_divisor(int n, int most) {
+  return most >= n ? n : n % most == 0 ? most : largest_divisor(n, most - 1);
+}
+
+// What a product is for: its outputs one by one, a gate's beside what it lets through, or outputs that whole
+// warps take, also those of rows that are not there.
+enum Kind { SINGLE, GATED, WHOLE };
+
+// How a weight [N, K] is divided: units of TALL outputs, whose groups of inputs come in chunks, each a stage
+// in shared memory.
+template <int INPUTS, int OUTPUTS, Kind KIND> struct Division {
+  static constexpr int K = INPUTS, N = OUTPUTS;
+  static constexpr Kind kind = KIND;
+  static constexpr bool NORMED = KIND != WHOLE;  // but for a factor of each row
+  // Tiles of 16 outputs: inputs are read once for all of them, but there must be units for all blocks.
+  static constexpr int HIGH = TILES == 1 ? 1 : KIND == WHOLE ? 2 : 4;
+  static constexpr int TALL = 16 * HIGH, UNITS = (N + TALL - 1) / TALL;
+  static constexpr int GROUPS = K / GROUP, MOST = 64 / HIGH;
+  static constexpr int AT_ONCE = GROUPS <= MOST ? GROUPS : 4 * largest_divisor(GROUPS / 4, MOST / 4);
+  static constexpr int CHUNKS = GROUPS / AT_ONCE;
+  static constexpr int INPUTS_AT_ONCE = largest_divisor(AT_ONCE, INPUT_GROUPS);
+  static_assert(CHUNKS * AT_ONCE == GROUPS, "chunks");
+  static constexpr int QUADS = (GROUPS + 3) / 4, OWN_QUADS = (AT_ONCE + 3) / 4;
+  // Bytes of a row of codes, and from one to the next: eight must fall into different banks.
+  static constexpr int ROW = AT_ONCE * 32, STRIDE = ROW + (AT_ONCE % 2 ? 0 : 32);
+  static constexpr int SMALL = OWN_QUADS * 256;  // for 16 outputs
+  static constexpr int STAGE = TALL * STRIDE + HIGH * SMALL;
+
+  // Output number `row` of a unit: of gate and up eight each in turn, else one after another.
+  __device__ static int output(int unit, int row) {
+    const int tile = unit * HIGH + row / 16;
+    if (KIND == GATED) return tile * 8 + row % 8 + (row % 16 < 8 ? 0 : N / 2);
+    return tile * 16 + row % 16;
+  }
+};
+
+using Qkv = Division<HIDDEN, QKV_WIDTH, SINGLE>;
+using Output = Division<Q_WIDTH, HIDDEN, WHOLE>;
+using GateUp = Division<HIDDEN, 2 * INNER, GATED>;
+using Down = Division<INNER, HIDDEN, WHOLE>;
+using Head = Division<HIDDEN, VOCAB, SINGLE>;
+
+constexpr size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+constexpr size_t rounded(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
+
+// A team's memory for attention: queries, key and value of the row itself; scores of a page, and of the next; how much
+// splits count.
+struct alignas(16) Team {
+  bf16 q[8][DIM + 8];  // eight rows must fall into different banks
+  bf16 fresh[2][DIM];
+  float scores[2][8][PAGE + 4];
+  float shares[8][MOST_SPLITS];
+  unsigned last[4];
+};
+
+// An adapter's pair for one linear layer: a [rank, in] (its inputs in the order of `placed`), b [out, rank]. Ranks
+// are multiples of 8.
+struct Pair {
+  const bf16* a;
+  const bf16* b;
+  int rank;
+  float scale;
+};
+
+// Shared memory.
+constexpr int STAGES = TILES == 1 ? 4 : 2;  // of weights
+constexpr int STAGE_BYTES = rounded(
+    larger(larger(larger(Qkv::STAGE, Output::STAGE), larger(GateUp::STAGE, Down::STAGE)), Head::STAGE), 128);
+// Of inputs, for many rows: some groups of all tiles.
+constexpr int INPUT_STAGES = 3, INPUT_BYTES = TILES == 1 ? 0 : TILES * INPUT_GROUPS * 1024;
+// The warps' sums: with one tile, of several units.
+constexpr int SUMS = TILES == 1 ? 4 : 1;
+constexpr int SUMS_BYTES = SUMS * WARPS * TILES * 128 * 4;
+struct Signals {
+  Barrier full[STAGES], empty[STAGES], inputs_full[INPUT_STAGES], inputs_empty[INPUT_STAGES], ready, summed[SUMS], taken[SUMS];
+};
+constexpr size_t FACTORS = 0;                                   // 1 / root mean square of hidden [MOST_ROWS]
+constexpr size_t FIRST_TASKS = FACTORS + 4 * MOST_ROWS;          // of a row's attention [MOST_ROWS + 1]
+constexpr size_t POSITIONS = FIRST_TASKS + 4 * (MOST_ROWS + 4);  // [MOST_ROWS]
+constexpr size_t SIGNALS = POSITIONS + 4 * MOST_ROWS;
+constexpr size_t STATE = rounded(SIGNALS + sizeof(Signals), 16);  // 128 bytes
+constexpr size_t WORDS = STATE + 128;  // of the table, for a layer and the next
+// With one tile, pairs for a layer and the next [2][ROWS][LORA_PAIRS].
+constexpr size_t PAIRS = WORDS + 2 * 8 * LAYER_WORDS;
+constexpr size_t FIRST_STAGE = rounded(PAIRS + (TILES == 1 ? 2 * ROWS * LORA_PAIRS * sizeof(Pair) : 0), 128);
+constexpr size_t FIRST_INPUTS = FIRST_STAGE + (size_t)STAGES * STAGE_BYTES;
+constexpr size_t ALL_SUMS = FIRST_INPUTS + (size_t)INPUT_STAGES * INPUT_BYTES;
+// There are no inputs nor sums while there is attention.
+constexpr size_t SHARED_BYTES = larger(ALL_SUMS + SUMS_BYTES, FIRST_INPUTS + TEAMS * sizeof(Team));
+static_assert(SHARED_BYTES <= 227 * 1024, "shared memory");
+
+// The workspace: bytes.
+constexpr int PARTIAL = DIM + 2;  // attended, largest, sum
+constexpr size_t room(size_t bytes) { return rounded(bytes, 256); }
+constexpr size_t STAMPS = 256;
+constexpr size_t ATTENDED = STAMPS + room(8 * (5 * LAYERS + 5));
+constexpr size_t HIDDEN_AT = ATTENDED + room(4 * MOST_ROWS * KV_HEADS);
+constexpr size_t SQUARES = HIDDEN_AT + room((size_t)4 * MOST_ROWS * HIDDEN);
+constexpr size_t QKV_AT = SQUARES + room((size_t)4 * MOST_ROWS * (HIDDEN / 16));
+constexpr size_t NORMED = QKV_AT + room((size_t)4 * MOST_ROWS * QKV_WIDTH);
+constexpr size_t MIXED = NORMED + room((size_t)2 * MOST_ROWS * HIDDEN);
+constexpr size_t ACTIVE = MIXED + room((size_t)2 * MOST_ROWS * Q_WIDTH);
+constexpr size_t LOW_RANK = ACTIVE + room((size_t)2 * MOST_ROWS * INNER);
+constexpr size_t ANGLES = LOW_RANK + room((size_t)4 * MOST_ROWS * 3 * MOST_RANK);
+constexpr size_t SPLITS = ANGLES + room((size_t)4 * MOST_ROWS * DIM);

@@ -1,0 +1,302 @@
+// y = x w^T with a weight of 4 bits, on tensor cores: outputs are the rows of a tile, rows of x its columns. Inputs were
+// written by the phase before, as `placed`. What becomes of y, `finish.cuh` says.
+
+constexpr unsigned ONES = 0x3f803f80, OFFSET = 0x43004300;
+
+// Two codes as bfloat16: 128 has the exponent at which the last bit of the mantissa is 1.
+__device__ inline unsigned widened(unsigned codes, int shift) { return ((codes >> shift) & 0x000f000f) | OFFSET; }
+
+// Scale and bias of an output in a group.
+struct Small {
+  unsigned both;
+  __device__ float scale() const { return low(both); }
+  __device__ float bias() const { return high(both); }
+};
+
+template <class D> __device__ Small small_of(const unsigned char* smalls, int row, int group) {
+  const unsigned char* tile = smalls + row / 16 * D::SMALL + (group / 4 * 16 + row % 16) * 16;
+  return {reinterpret_cast<const unsigned*>(tile)[group % 4]};
+}
+
+// What a warp has of one tile of rows: some groups of a stage, and the sum of each, which the bias is multiplied
+// with.
+template <class D> struct Inputs {
+  static constexpr int OWN = (D::AT_ONCE + WARPS - 1) / WARPS;
+  uint4 numbers[OWN][2];
+  float totals[OWN][2];
+
+  __device__ void read(const bf16* x, int chunk) {
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+      const int group = warp() * OWN + i;
+      const uint4* own = reinterpret_cast<const uint4*>(x) + (size_t)(chunk * D::AT_ONCE + group) * 64 + lane();
+      numbers[i][0] = numbers[i][1] = make_uint4(0, 0, 0, 0);
+      if (tile_row() < rows() && group < D::AT_ONCE) numbers[i][0] = own[0], numbers[i][1] = own[32];
+    }
+  }
+
+  __device__ void add_up() {
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+      float total[4] = {};
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        multiply(total, ONES, ONES, ONES, ONES, numbers[i][half].x, numbers[i][half].y);
+        multiply(total, ONES, ONES, ONES, ONES, numbers[i][half].z, numbers[i][half].w);
+      }
+      totals[i][0] = total[0], totals[i][1] = total[1];
+    }
+  }
+};
+
+template <class D>
+__device__ void multiply_stage(float (&sums)[4], const Inputs<D>& inputs, const unsigned char* stage) {
+  const unsigned char* smalls = stage + D::TALL * D::STRIDE;
+  constexpr int OWN = Inputs<D>::OWN;
+  uint4 four[2];
+  if (OWN == 4)
+    for (int r = 0; r < 2; r++) four[r] = reinterpret_cast<const uint4*>(smalls)[warp() * 16 + r * 8 + tile_row()];
+#pragma unroll
+  for (int i = 0; i < OWN; i++) {
+    const int group = warp() * OWN + i;
+    if (D::AT_ONCE % WARPS && group >= D::AT_ONCE) break;
+    uint2 codes[2];
+    Small small[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int row = r * 8 + tile_row();
+      codes[r] = reinterpret_cast<const uint2*>(stage + row * D::STRIDE)[group * 4 + tile_column()];
+      if (OWN < 4) small[r] = small_of<D>(smalls, row, group);
+      else small[r].both = i == 0 ? four[r].x : i == 1 ? four[r].y : i == 2 ? four[r].z : four[r].w;
+    }
+    float dots[4] = {};
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const unsigned a = half ? codes[0].y : codes[0].x, b = half ? codes[1].y : codes[1].x;
+      const uint4 x = inputs.numbers[i][half];
+      multiply(dots, widened(a, 0), widened(b, 0), widened(a, 4), widened(b, 4), x.x, x.y);
+      multiply(dots, widened(a, 8), widened(b, 8), widened(a, 12), widened(b, 12), x.z, x.w);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const float scale = small[j / 2].scale();
+      sums[j] += scale * dots[j] + (small[j / 2].bias() - 128.f * scale) * inputs.totals[i][j % 2];
+    }
+  }
+}
+
+// 1 / root mean square of rows, each by a warp.
+__device__ inline void find_factors(int first, int step) {
+#pragma unroll 1
+  for (int row = first; row < rows(); row += step) {
+    const float* own = squares() + (size_t)row * (HIDDEN / 16);
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < (HIDDEN / 16 + 31) / 32; i++)
+      if (i * 32 + lane() < HIDDEN / 16) sum += own[i * 32 + lane()];
+    sum = warp_sum(sum);
+    if (lane() == 0) factors()[row] = rsqrtf(sum / HIDDEN + eps());
+  }
+  __syncwarp();
+}
+
+// How far a block is: stages of weights and of inputs that have been used, units of outputs that are done; and how
+// many products with adapters all will have made.
+struct Progress {
+  int used, inputs_used, units, shrinks;
+};
+
+// Up to eight rows: the warps share the inputs, and take a stage without waiting for each other.
+template <class D> __device__ __noinline__ Progress multiply_one_tile(Progress progress, const bf16* x) {
+  Inputs<D> inputs;
+  if (D::CHUNKS == 1) {
+    inputs.read(x, 0);
+    inputs.add_up();
+  }
+#pragma unroll 1
+  for (int unit = blockIdx.x; unit < D::UNITS; unit += gridDim.x, progress.units++) {
+    float sum[4] = {};
+#pragma unroll 1
+    for (int chunk = 0; chunk < D::CHUNKS; chunk++, progress.used++) {
+      const int slot = progress.used % STAGES;
+      if (D::CHUNKS > 1) inputs.read(x, chunk);
+      wait(&signals().full[slot], progress.used / STAGES & 1);
+      if (D::CHUNKS > 1) inputs.add_up();
+      multiply_stage<D>(sum, inputs, stage(slot));
+      __syncwarp();
+      if (lane() == 0) arrive(&signals().empty[slot]);
+    }
+    const int turn = progress.units % SUMS;
+    if (progress.units >= SUMS) wait(&signals().taken[turn], progress.units / SUMS - 1 & 1);
+    float* to = sums() + (turn * WARPS + warp()) * 128 + lane();
+#pragma unroll
+    for (int i = 0; i < 4; i++) to[i * 32] = sum[i];
+    __syncwarp();
+    if (lane() == 0) arrive(&signals().summed[turn]);
+  }
+  return progress;
+}
+
+// Two warps, each for half of the rows, add up what the others have, and finish it. What they need besides is
+// asked for a unit ahead.
+template <class D, int PARTS, class Finish>
+__device__ __noinline__ Progress finish_one_tile(Progress progress, const bf16* x, Finish finish) {
+  const int b = warp() - WARPS, row = 2 * tile_column() + b;
+  Adapted<D::K, PARTS> adapted(row, finish.layer, finish.place);
+  const auto ahead = [&](int unit) {
+    return finish.ahead(adapted, row, D::output(unit, tile_row()), D::output(unit, tile_row() + 8));
+  };
+  auto next = ahead(min(blockIdx.x, D::UNITS - 1));
+  if (PARTS > 0) shrink<D::K>(finish.layer, finish.place, PARTS, x);
+  else wait_grid();
+  if ((int)blockIdx.x >= D::UNITS) return progress;
+  if (D::NORMED) find_factors(b, FINISHERS);
+  if (PARTS > 0) wait_for_shrunk(progress.shrinks);
+  adapted.read(row);
+#pragma unroll 1
+  for (int unit = blockIdx.x; unit < D::UNITS; unit += gridDim.x, progress.units++) {
+    const auto own = next;
+    if (unit + gridDim.x < D::UNITS) next = ahead(unit + gridDim.x);
+    const int turn = progress.units % SUMS;
+    wait(&signals().summed[turn], progress.units / SUMS & 1);
+    const float* from = sums() + turn * WARPS * 128 + b * 32 + lane();
+    float y0 = 0.f, y1 = 0.f;
+#pragma unroll
+    for (int part = 0; part < WARPS; part++) y0 += from[part * 128], y1 += from[part * 128 + 64];
+    __syncwarp();
+    if (lane() == 0) arrive(&signals().taken[turn]);
+    finish(adapted, row, D::output(unit, tile_row()), D::output(unit, tile_row() + 8), y0, y1, own);
+  }
+  return progress;
+}
+
+// 16 outputs and a group of 64 inputs as bfloat16, as MLX has them in products of many rows.
+struct Dense {
+  unsigned parts[4][4];
+
+  template <class D> __device__ void read(const unsigned char* stage, int tall, int group) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int row = tall * 16 + r * 8 + tile_row();
+      const uint2 codes = reinterpret_cast<const uint2*>(stage + row * D::STRIDE)[group * 4 + tile_column()];
+      const unsigned small = small_of<D>(stage + D::TALL * D::STRIDE, row, group).both;
+      const unsigned scale = twice_low(small), bias = twice_high(small);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const unsigned two = widened(i < 4 ? codes.x : codes.y, i % 4 * 4);
+        parts[i / 2][i % 2 * 2 + r] = multiply_add(subtract(two, OFFSET), scale, bias);
+      }
+    }
+  }
+};
+
+// Adds up what the warps have of a unit for a batch of rows, and finishes it. Apart from the rest, whose registers it
+// would take.
+template <class D, int PARTS, class Finish> __device__ __noinline__ void finish_tiles(int unit, int batch, Finish finish) {
+  constexpr int SHARES = WARPS / D::HIGH;
+  const int tiles = min((rows() - batch * ROWS + 7) / 8, TILES);
+#pragma unroll 1
+  for (int task = warp(); task < 2 * tiles * D::HIGH; task += WARPS) {
+    const int b = task % 2, high = task / 2 % D::HIGH, tile = task / 2 / D::HIGH;
+    const float* from = sums() + (high * TILES + tile) * 128 + b * 32 + lane();
+    float y0 = 0.f, y1 = 0.f;
+#pragma unroll
+    for (int i = 0; i < SHARES; i++) {
+      y0 += from[i * D::HIGH * TILES * 128];
+      y1 += from[i * D::HIGH * TILES * 128 + 64];
+    }
+    const int row = batch * ROWS + tile * 8 + 2 * tile_column() + b;
+    const int n0 = D::output(unit, high * 16 + tile_row()), n1 = D::output(unit, high * 16 + tile_row() + 8);
+    Adapted<D::K, PARTS> adapted(row, finish.layer, finish.place);
+    adapted.read(row);
+    finish(adapted, row, n0, n1, y0, y1, finish.ahead(adapted, row, n0, n1));
+  }
+}
+
+// More rows: a block takes TALL outputs and ROWS rows at once; of 16 outputs, several warps share the inputs.
+template <class D, int PARTS, class Finish>
+__device__ __noinline__ Progress multiply_tiles(Progress progress, Finish finish) {
+  constexpr int SHARES = WARPS / D::HIGH, AT_ONCE = D::INPUTS_AT_ONCE;
+  if (threadIdx.x == 0) {
+    fence_copies();
+    arrive(&signals().ready);
+  }
+  const int tall = warp() % D::HIGH, part = warp() / D::HIGH;
+  bool begun = false;
+#pragma unroll 1
+  for (int unit = blockIdx.x; unit < D::UNITS; unit += gridDim.x)
+#pragma unroll 1
+    for (int batch = 0; batch < batches(); batch++) {
+      float sum[TILES][4] = {};
+#pragma unroll 1
+      for (int chunk = 0; chunk < D::CHUNKS; chunk++, progress.used++) {
+        const int slot = progress.used % STAGES;
+        wait(&signals().full[slot], progress.used / STAGES & 1);
+#pragma unroll 1
+        for (int first = 0; first < D::AT_ONCE; first += AT_ONCE, progress.inputs_used++) {
+          const int input = progress.inputs_used % INPUT_STAGES;
+          wait(&signals().inputs_full[input], progress.inputs_used / INPUT_STAGES & 1);
+          const uint4* x = inputs(input) + lane();
+#pragma unroll 1
+          for (int group = part; group < AT_ONCE; group += SHARES) {
+            Dense weight;
+            weight.read<D>(stage(slot), tall, first + group);
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+              for (int half = 0; half < 2; half++) {
+                const uint4 own = x[(tile * AT_ONCE + group) * 64 + half * 32];  // of absent rows, anything
+                const auto& a = weight.parts[half * 2];
+                const auto& b = weight.parts[half * 2 + 1];
+                multiply(sum[tile], a[0], a[1], a[2], a[3], own.x, own.y);
+                multiply(sum[tile], b[0], b[1], b[2], b[3], own.z, own.w);
+              }
+            }
+          }
+          __syncwarp();
+          if (lane() == 0) arrive(&signals().inputs_empty[input]);
+        }
+        if (lane() == 0) arrive(&signals().empty[slot]);
+      }
+      if (!begun) {
+        if (D::NORMED) find_factors(warp(), WARPS);
+        if (PARTS > 0) wait_for_shrunk(progress.shrinks);
+        begun = true;
+      }
+      sync();  // those of the last unit have been used
+      float* own = sums() + warp() * TILES * 128 + lane();
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) own[tile * 128 + i * 32] = sum[tile][i];
+      sync();
+      finish_tiles<D, PARTS>(unit, batch, finish);
+    }
+  return progress;
+}
+
+template <class D, int PARTS, class Finish>
+__device__ Progress project_as(Progress progress, const bf16* x, const Finish& finish) {
+  if (PARTS > 0) progress.shrinks += shrinks_of<D::K>(PARTS);
+  if constexpr (TILES > 1) {
+    if (PARTS > 0) shrink<D::K>(finish.layer, finish.place, PARTS, x);
+    else wait_grid();
+    return multiply_tiles<D, PARTS>(progress, finish);
+  } else {
+    return finish_one_tile<D, PARTS>(progress, x, finish);
+  }
+}
+
+// A phase, from the barrier before it to that after it.
+template <class D, class Finish> __device__ void project(Progress& progress, const bf16* x, const Finish& finish) {
+  const bool adapted = Finish::PARTS > 0 && state().most_rank > 0;
+  if (TILES == 1 && warp() < WARPS) {
+    wait_grid();
+    if constexpr (TILES == 1) progress = multiply_one_tile<D>(progress, x);
+  } else if (adapted) {
+    progress = project_as<D, Finish::PARTS>(progress, x, finish);
+  } else {
+    progress = project_as<D, 0>(progress, x, finish);
+  }
+  arrive_grid();
+}

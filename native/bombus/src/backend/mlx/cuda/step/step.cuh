@@ -1,0 +1,95 @@
+// One token for each of some sequences: the whole model in one launch.
+//
+// As many blocks as the card has multiprocessors stay for all phases, with a barrier after each: a launch for
+// every phase would cost more than the phase. A product is made in units of 16 to 64 outputs for all rows.
+
+__device__ inline float embedded(const word* weight, int id, int n) {
+  const unsigned* codes = reinterpret_cast<const unsigned*>(weight[0]) + (size_t)id * (HIDDEN / 8);
+  const size_t group = (size_t)id * (HIDDEN / GROUP) + n / GROUP;
+  const float code = codes[n / 8] >> n % 8 * 4 & 15;
+  const float scale = widen(reinterpret_cast<const bf16*>(weight[1])[group]);
+  return widen(narrow(code * scale + widen(reinterpret_cast<const bf16*>(weight[2])[group])));
+}
+
+__device__ inline void embed() {
+  const word* weight = state().table + LAYERS * LAYER_WORDS + EMBEDDING;
+  const bf16* norm = reinterpret_cast<const bf16*>(state().table[INPUT_NORM]);
+#pragma unroll 1
+  for (int i = blockIdx.x * THREADS + threadIdx.x; i < rows() * (DIM / 2); i += gridDim.x * THREADS)
+    angles()[i] =
+        angle(positions()[i / (DIM / 2)], i % (DIM / 2), DIM, __uint_as_float((unsigned)THETA_BITS));
+#pragma unroll 1
+  for (int unit = blockIdx.x; unit < HIDDEN / 16; unit += gridDim.x)
+#pragma unroll 1
+    for (int tile = warp() / 2; tile * 8 < rows(); tile += WARPS / 2) {
+      const int row = tile * 8 + 2 * tile_column() + warp() % 2, n = unit * 16 + tile_row();
+      float x0 = 0.f, x1 = 0.f;
+      if (row < rows()) {
+        int id = (int)(unsigned)planned(row)[0];
+        if (id < 0) id = (int)state().sampled[-1 - id];
+        x0 = embedded(weight, id, n), x1 = embedded(weight, id, n + 8);
+      }
+      set_hidden(row, n, n + 8, x0, x1, norm[n], norm[n + 8]);
+    }
+}
+
+// Brings a layer's norms into the card's cache.
+__device__ inline void fetch_norms(int layer) {
+  constexpr int LINES = (HIDDEN * 2 + 127) / 128;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < 2 * LINES + 4; i += THREADS) {
+    const int norm = i < LINES ? POST_NORM : INPUT_NORM;
+    if (i < 2 * LINES) prefetch(weight<char>(layer, norm) + i % LINES * 128);
+    else prefetch(weight<char>(layer, i % 2 ? Q_NORM : K_NORM) + (i - 2 * LINES) / 2 * 128);
+  }
+}
+
+// The plan itself lies in memory that the processor wrote last: this copy is used after the first phase.
+__device__ inline word* copy_plan() {
+  word* copied = in_workspace<word>(state().plan[3]);
+  const int words = HEADER + rows() * state().row_words;
+#pragma unroll 1
+  for (int i = blockIdx.x * THREADS + threadIdx.x; i < words; i += gridDim.x * THREADS) copied[i] = state().plan[i];
+  return copied;
+}
+
+// What is kept of a layer, by a warp.
+__device__ inline void keep(int layer) {
+  keep_words(layer);
+  if (layer < LAYERS) keep_pairs(layer);
+}
+
+__device__ __noinline__ void compute() {
+  const bool multiplies = warp() < WARPS;
+  Progress progress = {};
+  word* copied = nullptr;
+  place_tasks();
+  if (multiplies) {
+    embed();
+    copied = copy_plan();
+  }
+  if (warp() == COMPUTING - 1) keep(0);
+  arrive_grid();
+#pragma unroll 1
+  for (int layer = 0; layer < LAYERS; layer++) {
+    project<Qkv>(progress, normed(), FinishQkv{layer});
+    if (threadIdx.x == 0) state().plan = copied;
+    if (multiplies) attend(layer);
+    else wait_grid();
+    if (warp() == COMPUTING - 1) keep(layer + 1);
+    arrive_grid();
+    if (blockIdx.x == gridDim.x - 1 && multiplies && layer + 1 < LAYERS) fetch_norms(layer + 1);
+    project<Output>(progress, mixed(), FinishHidden{layer, LORA_O, weight<bf16>(layer, POST_NORM)});
+    project<GateUp>(progress, normed(), FinishGateUp{layer});
+    const int next = layer + 1 == LAYERS ? (int)NORM : (int)INPUT_NORM;
+    project<Down>(progress, active(), FinishHidden{layer, LORA_DOWN, weight<bf16>(layer + 1, next)});
+  }
+  project<Head>(progress, normed(), FinishHead{});
+  leave();
+}
+
+__device__ inline void run() {
+  if (warp() < COMPUTING) compute();
+  else if (warp() == COMPUTING) fetch_all_weights();
+  else fetch_all_inputs();
+}
