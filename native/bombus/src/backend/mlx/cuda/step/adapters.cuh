@@ -1,5 +1,5 @@
-// What adapters add to a product: y += scale * (x a^T) b^T. Some warps make x a^T at the beginning of its phase, all
-// blocks need it at the end.
+// What adapters add to a product: y += scale * (x a^T) b^T. Some blocks make x a^T at the beginning of its phase, all
+// need it at the end.
 
 __device__ inline Pair read_pair(int row, int layer, int place) {
   const word* own = reinterpret_cast<const word*>(planned(row)[1]);
@@ -21,8 +21,58 @@ __device__ inline void keep_pairs(int layer) {
     kept_pair(i / LORA_PAIRS, layer, i % LORA_PAIRS) = read_pair(i / LORA_PAIRS, layer, i % LORA_PAIRS);
 }
 
+// Inputs and outputs of the layers that the pairs are for.
+__device__ inline int inputs_of(int place) {
+  return place == LORA_O ? Q_WIDTH : place == LORA_DOWN ? INNER : HIDDEN;
+}
+__device__ inline int outputs_of(int place) {
+  if (place == LORA_QKV) return Q_WIDTH;
+  return place < LORA_O ? KV_WIDTH : place == LORA_O || place == LORA_DOWN ? HIDDEN : INNER;
+}
+
+// Brings a block's share of the pairs from a place on, which a phase ahead will need, into the card's cache: the weights
+// that come all the time would else make them wait.
+__device__ __noinline__ static void bring_pairs(int layer, int place, int parts) {
+  const int first = blockIdx.x + gridDim.x * lane(), step = gridDim.x * 32;
+#pragma unroll 1
+  for (int i = 0; i < rows() * parts; i++) {
+    const int at = place + i % parts;
+    const Pair own = kept_pair(i / parts, layer, at);
+#pragma unroll 1
+    for (int line = first; line < inputs_of(at) * own.rank / 64; line += step) prefetch(own.a + (size_t)line * 64);
+#pragma unroll 1
+    for (int line = first; line < outputs_of(at) * own.rank / 64; line += step) prefetch(own.b + (size_t)line * 64);
+  }
+}
+
+// Those of the phase after one: the next layer's are kept while attention is made.
+__device__ inline void bring_next_pairs(int layer, int place) {
+  if (place == LORA_QKV) bring_pairs(layer, LORA_O, 1);
+  else if (place == LORA_O) bring_pairs(layer, LORA_GATE_UP, 2);
+  else if (place == LORA_GATE_UP) bring_pairs(layer, LORA_DOWN, 1);
+  else if (layer + 1 < LAYERS) bring_pairs(layer + 1, LORA_QKV, 3);
+}
+
 __device__ inline Pair pair_of(int row, int layer, int place) {
   return TILES == 1 ? kept_pair(row, layer, place) : read_pair(row, layer, place);
+}
+
+// With more, all threads read what expands before the barrier of its phase.
+__device__ inline Expander& kept_expander(int row, int part) { return in_shared<Expander>(PAIRS)[row * 3 + part]; }
+
+__device__ inline void keep_expanders(int layer, int place, int parts) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows() * parts; i += THREADS) {
+    const Pair own = read_pair(i / parts, layer, place + i % parts);
+    kept_expander(i / parts, i % parts) = {own.b, own.rank};
+  }
+}
+
+__device__ inline Expander expander_of(int row, int layer, int place, int part) {
+  if (row >= rows()) return {};
+  if (TILES > 1) return kept_expander(row, part);
+  const Pair own = kept_pair(row, layer, place + part);
+  return {own.b, own.rank};
 }
 
 __device__ inline float dot(uint4 x, uint4 y) {
@@ -30,116 +80,122 @@ __device__ inline float dot(uint4 x, uint4 y) {
          low(x.z) * low(y.z) + high(x.z) * high(y.z) + low(x.w) * low(y.w) + high(x.w) * high(y.w);
 }
 
-// x a^T is made in pieces of so many inputs, each by a warp; those of a number lie MOST_RANK apart.
-template <int K> struct Pieces {
-  static constexpr int LENGTH = TILES == 1 && K > 1024 ? 1024 : K, COUNT = (K + LENGTH - 1) / LENGTH;
-  static_assert(ROWS * COUNT <= MOST_ROWS, "room");
+// Each number of x a^T is written together with the phase that it is of, so that who waits for it waits for nothing
+// else.
+__device__ inline unsigned phase_of(int layer, int place, int part) {
+  return (state().launch * LAYERS + layer) * LORA_PAIRS + place + part;
+}
+
+// Eight of them.
+struct Eight {
+  float numbers[8];
+
+  __device__ void read(const word* from, unsigned phase) {
+    unsigned patience = PATIENCE;
+    bool there;
+    do {
+      there = true;
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const word own = load_relaxed(from + i);
+        numbers[i] = __uint_as_float((unsigned)own);
+        there &= (unsigned)(own >> 32) == phase;
+      }
+    } while (!there && --patience);
+    if (!there) atomicAdd(failed(), 1u);
+  }
+
+  __device__ float times(uint4 y) const {
+    return numbers[0] * low(y.x) + numbers[1] * high(y.x) + numbers[2] * low(y.y) + numbers[3] * high(y.y) +
+           numbers[4] * low(y.z) + numbers[5] * high(y.z) + numbers[6] * low(y.w) + numbers[7] * high(y.w);
+  }
 };
 
-// How many there are in a phase.
-template <int K> __device__ inline int shrinks_of(int parts) {
-  return rows() * parts * state().most_rank * Pieces<K>::COUNT;
-}
-
-// Waits for x a^T, all lanes of a warp.
-__device__ inline void wait_for_shrunk(unsigned target) {
-  if (lane() == 0) wait_for(shrunk(), target);
-  __syncwarp();
-}
-
-// x a^T for the rows that have an adapter, after the barrier that it waits for. What is needed besides x is asked for
-// before. With one tile, those who finish make it, else those who multiply.
+// x a^T for the rows that have an adapter, after the barrier that it waits for: a block for each number, up to 16 at
+// once. What is needed besides x is asked for before.
 template <int K> __device__ __noinline__ void shrink(int layer, int place, int parts, const bf16* x) {
-  constexpr int LENGTH = Pieces<K>::LENGTH, COUNT = Pieces<K>::COUNT, EACH = 4, CHUNK = EACH * 32;
-  const int first = TILES == 1 ? WARPS : 0, step = gridDim.x * (COMPUTING - first);
-  const int ranks = state().most_rank, each = parts * ranks * COUNT, tasks = rows() * each;
-  // The first blocks have attention to make.
-  const int own_first = gridDim.x - 1 - blockIdx.x + gridDim.x * (warp() - first);
+  constexpr int EACH = (K / 8 + THREADS - 1) / THREADS;
+  const int ranks = state().most_rank, tasks = rows() * parts * ranks, step = gridDim.x;
+  float* found = in_shared<float>(SHRUNK);  // [WARPS, WARPS]
   uint4 a[EACH];
-  Pair own = {};
-  const auto find = [&](int task) {
-    own = {};
-    if (task < tasks) own = pair_of(task / each, layer, place + task % each / (ranks * COUNT));
-  };
-  const auto read = [&](int task, int chunk) {
-    const int r = task / COUNT % ranks, begin = task % COUNT * (LENGTH / 8);
+  float scale = 0.f;
+  const auto read = [&](int task) {
+    if (task >= tasks) return;
+    const int row = task / (parts * ranks), part = task / ranks % parts, r = task % ranks;
+    const Pair own = pair_of(row, layer, place + part);
+    scale = own.scale;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-      const int at = chunk + i * 32 + lane();
+      const int at = i * THREADS + threadIdx.x;
       a[i] = make_uint4(0, 0, 0, 0);
-      if (r < own.rank && at < LENGTH / 8 && begin + at < K / 8)
-        a[i] = reinterpret_cast<const uint4*>(own.a + (size_t)r * K)[begin + at];
+      if (r < own.rank && at < K / 8) a[i] = reinterpret_cast<const uint4*>(own.a + (size_t)r * K)[at];
     }
   };
-  find(own_first);
-  read(own_first, 0);
-  wait_grid();
+  if (TILES > 1) keep_expanders(layer, place, parts);
+  const int own_first = step - 1 - blockIdx.x;  // the first blocks have attention to make
+  read(own_first);
+  wait_inputs_here();
 #pragma unroll 1
-  for (int task = own_first; task < tasks; task += step) {
-    const int row = task / each, begin = task % COUNT * (LENGTH / 8);
-    float sum = 0.f;
+  for (int first = own_first; first < tasks; first += WARPS * step) {
 #pragma unroll 1
-    for (int chunk = 0; chunk < LENGTH / 8; chunk += CHUNK) {
-      if (chunk > 0) read(task, chunk);
+    for (int i = 0, task = first; i < WARPS && task < tasks; i++, task += step) {
+      const int row = task / (parts * ranks);
+      float sum = 0.f;
 #pragma unroll
       for (int i = 0; i < EACH; i++) {
-        const int at = chunk + i * 32 + lane();
-        if (at < LENGTH / 8 && begin + at < K / 8)
-          sum += dot(reinterpret_cast<const uint4*>(x)[placed(row, (begin + at) * 8, K) / 8], a[i]);
+        const int at = i * THREADS + threadIdx.x;
+        if (at < K / 8) sum += dot(reinterpret_cast<const uint4*>(x)[placed(row, at * 8, K) / 8], a[i]);
       }
+      sum = warp_sum(sum) * scale;
+      if (lane() == 0) found[i * WARPS + warp()] = sum;
+      read(task + step);
     }
-    sum = warp_sum(sum) * own.scale;
-    if (lane() == 0) {
-      const int part = task % each / (ranks * COUNT), r = task / COUNT % ranks, piece = task % COUNT;
-      low_rank(row, part, COUNT)[piece * MOST_RANK + r] = sum;
-      add_release(shrunk(), 1);
+    sync_multipliers();
+    const int task = first + warp() * step;
+    if (task < tasks) {
+      const float sum = warp_sum(lane() < WARPS ? found[warp() * WARPS + lane()] : 0.f);
+      const int row = task / (parts * ranks), part = task / ranks % parts;
+      const word phase = (word)phase_of(layer, place, part) << 32;
+      if (lane() == 0) store_relaxed(low_rank(row, part) + task % ranks, phase | __float_as_uint(sum));
     }
-    find(task + step);
-    read(task + step, 0);
+    if (first + WARPS * step < tasks) sync_multipliers();
   }
+}
+
+// What comes behind the first eight of a rank.
+__device__ __noinline__ static float expand_more(const bf16* b, const word* x, int rank, unsigned phase) {
+  float sum = 0.f;
+#pragma unroll 1
+  for (int r = 8; r < rank; r += 8) {
+    Eight eight;
+    eight.read(x + r, phase);
+    sum += eight.times(*reinterpret_cast<const uint4*>(b + r));
+  }
+  return sum;
 }
 
 // A row's pairs for a product's parts, and the first eight numbers of x a^T. Without parts, there is no adapter.
-template <int K, int PARTS> struct Adapted {
-  static constexpr int COUNT = Pieces<K>::COUNT;
+template <int PARTS> struct Adapted {
+  unsigned phase;
   const bf16* b[PARTS + 1];
   int rank[PARTS + 1];
-  float x[PARTS + 1][8];
+  Eight x[PARTS + 1];
 
-  __device__ Adapted(int row, int layer, int place) {
+  __device__ Adapted(int row, int layer, int place) : phase(phase_of(layer, place, 0)) {
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
-      const Pair own = row < rows() ? pair_of(row, layer, place + part) : Pair{};
-      b[part] = own.b, rank[part] = own.rank;
+      const Expander own = expander_of(row, layer, place, part);
+      b[part] = own.b, rank[part] = (int)own.rank;
     }
   }
 
-  // Eight numbers of x a^T.
-  __device__ static void read(float (&to)[8], int row, int part, int r) {
-    const float* own = low_rank(row, part, COUNT) + r;
-#pragma unroll
-    for (int i = 0; i < 8; i++) to[i] = 0.f;
-#pragma unroll 4
-    for (int piece = 0; piece < COUNT; piece++) {
-      const float4 one = *reinterpret_cast<const float4*>(own + piece * MOST_RANK);
-      const float4 other = *reinterpret_cast<const float4*>(own + piece * MOST_RANK + 4);
-      to[0] += one.x, to[1] += one.y, to[2] += one.z, to[3] += one.w;
-      to[4] += other.x, to[5] += other.y, to[6] += other.z, to[7] += other.w;
-    }
-  }
-
-  // Once they are there.
+  // Waits for them.
   __device__ void read(int row) {
 #pragma unroll
     for (int part = 0; part < PARTS; part++)
-      if (rank[part] > 0) read(x[part], row, part, 0);
+      if (rank[part] > 0) x[part].read(low_rank(row, part), phase + part);
   }
 };
-
-__device__ inline float dot(const float (&x)[8], uint4 y) {
-  return x[0] * low(y.x) + x[1] * high(y.x) + x[2] * low(y.y) + x[3] * high(y.y) + x[4] * low(y.z) +
-         x[5] * high(y.z) + x[6] * low(y.w) + x[7] * high(y.w);
-}
 
 // What a row's adapter adds to output n of a part: what there is before x a^T is, for the first eight of its rank.
 struct Expansion {
@@ -147,26 +203,20 @@ struct Expansion {
   int rank;
   uint4 first;
 
-  template <int K, int PARTS>
-  __device__ Expansion(const Adapted<K, PARTS>& adapted, int part, int n) : b(nullptr), rank(0) {
+  template <int PARTS> __device__ Expansion(const Adapted<PARTS>& adapted, int part, int n) : b(nullptr), rank(0) {
 #pragma unroll
     for (int i = 0; i < PARTS; i++)
       if (i == part) rank = adapted.rank[i], b = adapted.b[i] + (size_t)n * adapted.rank[i];
     if (PARTS > 0 && rank > 0) first = *reinterpret_cast<const uint4*>(b);
   }
 
-  template <int K, int PARTS> __device__ float times(const Adapted<K, PARTS>& adapted, int row, int part) const {
+  template <int PARTS> __device__ float times(const Adapted<PARTS>& adapted, int row, int part) const {
     if (PARTS == 0 || rank == 0) return 0.f;
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < PARTS; i++)
-      if (i == part) sum = dot(adapted.x[i], first);
-#pragma unroll 1
-    for (int r = 8; r < rank; r += 8) {
-      float x[8];
-      adapted.read(x, row, part, r);
-      sum += dot(x, *reinterpret_cast<const uint4*>(b + r));
-    }
+      if (i == part) sum = adapted.x[i].times(first);
+    if (rank > 8) sum += expand_more(b, low_rank(row, part), rank, adapted.phase + part);
     return sum;
   }
 };

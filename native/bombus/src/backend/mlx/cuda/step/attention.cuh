@@ -273,7 +273,7 @@ __device__ inline void join(Team& memory, const Task& task) {
   for (int i = thread; i < SHARED * DIM; i += TEAM) {
     const int h = i / DIM, d = i % DIM;
     float sum = 0.f;
-#pragma unroll 8
+#pragma unroll 4
     for (int split = 0; split < task.splits; split++)
       sum += memory.shares[h][split] * split_at(task.row, task.head, split, h)[d];
     mixed()[placed(task.row, (task.head * SHARED + h) * DIM + d, Q_WIDTH)] = narrow(sum);
@@ -303,7 +303,7 @@ __device__ __noinline__ void attend(int layer) {
       // Each of a warp's lines.
       if (lane() < OWN_VALUES * 8) prefetch(v + lane() * PAGE);
       if (page == task.first) {
-        if (!waited) wait_grid();
+        if (!waited) wait_grid_here();
         waited = true;
         ready_heads(memory, norms, task, layer);
       }

@@ -12,6 +12,7 @@ struct State {
   float* logits;
   unsigned char* workspace;
   int count, row_words, most_rank;  // of the plan
+  unsigned launch;
   unsigned barriers, phase;         // thread 0's
 };
 
@@ -38,9 +39,9 @@ __device__ inline const word* planned(int row) { return state().plan + HEADER + 
 __device__ inline float eps() { return __uint_as_float((unsigned)EPS_BITS); }
 
 template <class T> __device__ inline T* in_workspace(size_t at) { return reinterpret_cast<T*>(state().workspace + at); }
-// Arrivals at barriers, products with an adapter's a, and whether something went wrong.
+// Arrivals at barriers, how often there was such a launch, and whether something went wrong.
 __device__ inline unsigned* arrived() { return in_workspace<unsigned>(0); }
-__device__ inline unsigned* shrunk() { return in_workspace<unsigned>(128); }
+__device__ inline unsigned* launches() { return in_workspace<unsigned>(128); }
 __device__ inline unsigned* failed() { return in_workspace<unsigned>(192); }
 // When it began and ended in nanoseconds, and in cycles when it began and every phase ended.
 __device__ inline word* stamps() { return in_workspace<word>(STAMPS); }
@@ -54,9 +55,9 @@ __device__ inline float* qkv() { return in_workspace<float>(QKV_AT); }
 __device__ inline bf16* normed() { return in_workspace<bf16>(NORMED); }
 __device__ inline bf16* mixed() { return in_workspace<bf16>(MIXED); }
 __device__ inline bf16* active() { return in_workspace<bf16>(ACTIVE); }
-// [rows, 3, pieces, MOST_RANK]
-__device__ inline float* low_rank(int row, int part, int pieces) {
-  return in_workspace<float>(LOW_RANK) + (size_t)(row * 3 + part) * pieces * MOST_RANK;
+// [rows, 3, MOST_RANK]
+__device__ inline word* low_rank(int row, int part) {
+  return in_workspace<word>(LOW_RANK) + (size_t)(row * 3 + part) * MOST_RANK;
 }
 // The table's words for a layer, or behind the last: they are kept from the layer before, since what they point to is
 // needed at once. [2][LAYER_WORDS]
@@ -77,8 +78,9 @@ __device__ inline float* split_at(int row, int head, int split, int shared) {
   return in_workspace<float>(SPLITS) + index * PARTIAL;
 }
 
-// All warps that compute.
+// All warps that compute, and those of them that multiply.
 __device__ inline void sync() { team_sync(TEAMS, COMPUTING * 32); }
+__device__ inline void sync_multipliers() { team_sync(TEAMS + 1, THREADS); }
 
 __device__ inline void stamp() {
   if (threadIdx.x == 0 && blockIdx.x == 0) stamps()[state().phase++] = clock64();
@@ -87,7 +89,8 @@ __device__ inline void stamp() {
 __device__ inline void begin(const word* table, const word* plan, const unsigned* sampled, float* logits,
                              unsigned char* workspace) {
   if (threadIdx.x == 0) {
-    state() = {table, plan, sampled, logits, workspace, (int)plan[0], (int)plan[1], (int)plan[2], 0, 2};
+    state() = {table, plan, sampled, logits, workspace, (int)plan[0], (int)plan[1], (int)plan[2], 0, 0, 2};
+    state().launch = *launches() + 1;
     Signals& own = signals();
     for (int i = 0; i < STAGES; i++) begin_barrier(&own.full[i], 1), begin_barrier(&own.empty[i], WARPS);
     for (int i = 0; i < INPUT_STAGES; i++)
@@ -105,7 +108,7 @@ __device__ inline void begin(const word* table, const word* plan, const unsigned
 __device__ inline void wait_for(const unsigned* counter, unsigned target) {
   unsigned patience = PATIENCE;
   while (load_acquire(counter) < target) {
-    if (--patience == 0 || load_acquire(failed())) {
+    if (--patience == 0 || (patience % 1024 == 0 && load_acquire(failed()))) {
       atomicAdd(failed(), 1u);
       return;
     }
@@ -113,7 +116,7 @@ __device__ inline void wait_for(const unsigned* counter, unsigned target) {
 }
 
 // All blocks wait for each other: this one has done its part ...
-__device__ inline void arrive_grid() {
+__device__ __noinline__ static void arrive_grid() {
   if (TILES > 1) fence_copies();
   sync();
   if (threadIdx.x == 0) {
@@ -123,13 +126,24 @@ __device__ inline void arrive_grid() {
 }
 
 // ... and all have.
-__device__ inline void wait_grid() {
+__device__ inline void wait_grid_here() {
   if (threadIdx.x == 0) {
     wait_for(arrived(), state().barriers);
     stamp();
   }
   sync();
 }
+__device__ __noinline__ static void wait_grid() { wait_grid_here(); }
+
+// The same, before a product: its inputs may be fetched. A call would wait for all that has been asked for.
+__device__ inline void wait_inputs_here() {
+  wait_grid_here();
+  if (TILES > 1 && threadIdx.x == 0) {
+    fence_copies();
+    arrive(&signals().ready);
+  }
+}
+__device__ __noinline__ static void wait_inputs() { wait_inputs_here(); }
 
 // The last block to leave resets the counters for the next launch.
 __device__ inline void leave() {
@@ -142,7 +156,7 @@ __device__ inline void leave() {
     return;
   }
   if (fetch_add(arrived(), 1) + 1 == state().barriers + gridDim.x) {
-    *shrunk() = 0;
+    *launches() = state().launch;
     *arrived() = 0;
   }
 }

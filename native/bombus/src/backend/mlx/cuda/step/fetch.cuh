@@ -1,15 +1,22 @@
 // What comes into shared memory ahead of its use: each kind by a warp of its own, with the copy engine.
 
-// The weights of a product in the order in which the block takes them. They wait for nobody: so they also come
-// while the blocks wait for each other.
-template <class D> __device__ void fetch_weights(const word* at, int& used) {
-  const Matrix w = {reinterpret_cast<const unsigned*>(at[0]), reinterpret_cast<const unsigned*>(at[1])};
+// A weight [n, k], in units of outputs and chunks of inputs. Of gate and up, up begins after so many outputs.
+struct Fetched {
+  const word* at;
+  int n, k, units, chunks, up;
+};
+
+// It comes in the order in which the block takes it. It waits for nobody: so it also comes while the blocks wait for
+// each other.
+template <class D> __device__ __noinline__ int fetch_stages(Fetched weight, int used) {
+  const Matrix w = {reinterpret_cast<const unsigned*>(weight.at[0]), reinterpret_cast<const unsigned*>(weight.at[1])};
+  const int quads = (weight.k / GROUP + 3) / 4;
 #pragma unroll 1
-  for (int unit = blockIdx.x; unit < D::UNITS; unit += gridDim.x)
+  for (int unit = blockIdx.x; unit < weight.units; unit += gridDim.x)
 #pragma unroll 1
     for (int batch = 0; batch < batches(); batch++)
 #pragma unroll 1
-      for (int chunk = 0; chunk < D::CHUNKS; chunk++, used++) {
+      for (int chunk = 0; chunk < weight.chunks; chunk++, used++) {
         const int slot = used % STAGES;
         Barrier* full = &signals().full[slot];
         if (used >= STAGES) wait(&signals().empty[slot], used / STAGES - 1 & 1);
@@ -18,15 +25,22 @@ template <class D> __device__ void fetch_weights(const word* at, int& used) {
         unsigned char* to = stage(slot);
 #pragma unroll 1
         for (int row = lane(); row < D::TALL; row += 32) {
-          const size_t n = min(D::output(unit, row), D::N - 1);
-          copy_bulk(to + row * D::STRIDE, w.codes + n * (D::K / 8) + chunk * D::AT_ONCE * 8, D::ROW, full);
+          const int tile = unit * D::HIGH + row / 16;
+          const int output = weight.up ? tile * 8 + row % 8 + row % 16 / 8 * weight.up : tile * 16 + row % 16;
+          const size_t n = min(output, weight.n - 1);
+          copy_bulk(to + row * D::STRIDE, w.codes + n * (weight.k / 8) + chunk * D::AT_ONCE * 8, D::ROW, full);
         }
         const int tile = 31 - lane();
         if (tile < D::HIGH) {
-          const size_t quad = ((size_t)unit * D::HIGH + tile) * D::QUADS + chunk * (D::AT_ONCE / 4);
+          const size_t quad = ((size_t)unit * D::HIGH + tile) * quads + chunk * (D::AT_ONCE / 4);
           copy_bulk(to + D::TALL * D::STRIDE + tile * D::SMALL, w.small + quad * 64, D::SMALL, full);
         }
       }
+  return used;
+}
+
+template <class D> __device__ void fetch_weights(const word* at, int& used) {
+  used = fetch_stages<Staged<D>>({at, D::N, D::K, D::UNITS, D::CHUNKS, D::kind == GATED ? D::N / 2 : 0}, used);
 }
 
 __device__ __noinline__ void fetch_all_weights() {

@@ -87,6 +87,11 @@ template <int INPUTS, int OUTPUTS, Kind KIND> struct Division {
   }
 };
 
+// What of it says how a stage lies in shared memory: code that needs no more is made once for all that agree.
+template <class D> using Staged = Division<D::AT_ONCE * GROUP, D::TALL, D::HIGH == 2 ? WHOLE : SINGLE>;
+// The same for outputs.
+template <class D> using Finished = Division<GROUP, D::N, D::kind>;
+
 using Qkv = Division<HIDDEN, QKV_WIDTH, SINGLE>;
 using Output = Division<Q_WIDTH, HIDDEN, WHOLE>;
 using GateUp = Division<HIDDEN, 2 * INNER, GATED>;
@@ -115,6 +120,12 @@ struct Pair {
   float scale;
 };
 
+// Of a pair, b and the rank.
+struct Expander {
+  const bf16* b;
+  long long rank;
+};
+
 // Shared memory.
 constexpr int STAGES = TILES == 1 ? 4 : 2;  // of weights
 constexpr int STAGE_BYTES = rounded(
@@ -133,9 +144,11 @@ constexpr size_t POSITIONS = FIRST_TASKS + 4 * (MOST_ROWS + 4);  // [MOST_ROWS]
 constexpr size_t SIGNALS = POSITIONS + 4 * MOST_ROWS;
 constexpr size_t STATE = rounded(SIGNALS + sizeof(Signals), 16);  // 128 bytes
 constexpr size_t WORDS = STATE + 128;  // of the table, for a layer and the next
-// With one tile, pairs for a layer and the next [2][ROWS][LORA_PAIRS].
+// With one tile, pairs for a layer and the next [2][ROWS][LORA_PAIRS], else what expands for a phase [MOST_ROWS][3].
 constexpr size_t PAIRS = WORDS + 2 * 8 * LAYER_WORDS;
-constexpr size_t FIRST_STAGE = rounded(PAIRS + (TILES == 1 ? 2 * ROWS * LORA_PAIRS * sizeof(Pair) : 0), 128);
+constexpr size_t PAIRS_BYTES = TILES == 1 ? 2 * ROWS * LORA_PAIRS * sizeof(Pair) : MOST_ROWS * 3 * sizeof(Expander);
+constexpr size_t SHRUNK = PAIRS + PAIRS_BYTES;  // each warp's share of x a^T [WARPS, WARPS]
+constexpr size_t FIRST_STAGE = rounded(SHRUNK + 4 * WARPS * WARPS, 128);
 constexpr size_t FIRST_INPUTS = FIRST_STAGE + (size_t)STAGES * STAGE_BYTES;
 constexpr size_t ALL_SUMS = FIRST_INPUTS + (size_t)INPUT_STAGES * INPUT_BYTES;
 // There are no inputs nor sums while there is attention.
@@ -154,5 +167,5 @@ constexpr size_t NORMED = QKV_AT + room((size_t)4 * MOST_ROWS * QKV_WIDTH);
 constexpr size_t MIXED = NORMED + room((size_t)2 * MOST_ROWS * HIDDEN);
 constexpr size_t ACTIVE = MIXED + room((size_t)2 * MOST_ROWS * Q_WIDTH);
 constexpr size_t LOW_RANK = ACTIVE + room((size_t)2 * MOST_ROWS * INNER);
-constexpr size_t ANGLES = LOW_RANK + room((size_t)4 * MOST_ROWS * 3 * MOST_RANK);
+constexpr size_t ANGLES = LOW_RANK + room((size_t)8 * MOST_ROWS * 3 * MOST_RANK);
 constexpr size_t SPLITS = ANGLES + room((size_t)4 * MOST_ROWS * DIM);

@@ -100,28 +100,28 @@ __device__ inline void find_factors(int first, int step) {
   __syncwarp();
 }
 
-// How far a block is: stages of weights and of inputs that have been used, units of outputs that are done; and how
-// many products with adapters all will have made.
+// How far a block is: stages of weights and of inputs that have been used, units of outputs that are done.
 struct Progress {
-  int used, inputs_used, units, shrinks;
+  int used, inputs_used, units;
 };
 
 // Up to eight rows: the warps share the inputs, and take a stage without waiting for each other.
-template <class D> __device__ __noinline__ Progress multiply_one_tile(Progress progress, const bf16* x) {
+template <class D, bool CHUNKED>
+__device__ __noinline__ Progress multiply_one_tile(Progress progress, const bf16* x, int units, int chunks) {
   Inputs<D> inputs;
-  if (D::CHUNKS == 1) {
+  if (!CHUNKED) {
     inputs.read(x, 0);
     inputs.add_up();
   }
 #pragma unroll 1
-  for (int unit = blockIdx.x; unit < D::UNITS; unit += gridDim.x, progress.units++) {
+  for (int unit = blockIdx.x; unit < units; unit += gridDim.x, progress.units++) {
     float sum[4] = {};
 #pragma unroll 1
-    for (int chunk = 0; chunk < D::CHUNKS; chunk++, progress.used++) {
+    for (int chunk = 0; chunk < (CHUNKED ? chunks : 1); chunk++, progress.used++) {
       const int slot = progress.used % STAGES;
-      if (D::CHUNKS > 1) inputs.read(x, chunk);
+      if (CHUNKED) inputs.read(x, chunk);
       wait(&signals().full[slot], progress.used / STAGES & 1);
-      if (D::CHUNKS > 1) inputs.add_up();
+      if (CHUNKED) inputs.add_up();
       multiply_stage<D>(sum, inputs, stage(slot));
       __syncwarp();
       if (lane() == 0) arrive(&signals().empty[slot]);
@@ -137,36 +137,38 @@ template <class D> __device__ __noinline__ Progress multiply_one_tile(Progress p
   return progress;
 }
 
-// Two warps, each for half of the rows, add up what the others have, and finish it. What they need besides is
-// asked for a unit ahead.
+// Two warps, each for half of the rows, or for every other unit if there is one row, add up what the others have, and
+// finish it. What they need besides is asked for a unit ahead.
 template <class D, int PARTS, class Finish>
-__device__ __noinline__ Progress finish_one_tile(Progress progress, const bf16* x, Finish finish) {
-  const int b = warp() - WARPS, row = 2 * tile_column() + b;
-  Adapted<D::K, PARTS> adapted(row, finish.layer, finish.place);
+__device__ __noinline__ Progress finish_one_tile(Progress progress, Finish finish) {
+  const int own = warp() - WARPS, stride = rows() == 1 ? FINISHERS : 1;
+  const int b = stride == 1 ? own : 0, row = 2 * tile_column() + b, late = stride == 1 ? 0 : own;
+  Adapted<PARTS> adapted(row, finish.layer, finish.place);
   const auto ahead = [&](int unit) {
-    return finish.ahead(adapted, row, D::output(unit, tile_row()), D::output(unit, tile_row() + 8));
+    const int there = min(unit, D::UNITS - 1);
+    return finish.ahead(adapted, row, D::output(there, tile_row()), D::output(there, tile_row() + 8));
   };
-  auto next = ahead(min(blockIdx.x, D::UNITS - 1));
-  if (PARTS > 0) shrink<D::K>(finish.layer, finish.place, PARTS, x);
-  else wait_grid();
-  if ((int)blockIdx.x >= D::UNITS) return progress;
+  const int first = blockIdx.x + late * gridDim.x, step = stride * gridDim.x;
+  auto next = ahead(first);
+  wait_inputs_here();
+  if (PARTS > 0 && own > 0) bring_next_pairs(finish.layer, finish.place);
   if (D::NORMED) find_factors(b, FINISHERS);
-  if (PARTS > 0) wait_for_shrunk(progress.shrinks);
-  adapted.read(row);
+  if (first < D::UNITS) adapted.read(row);
 #pragma unroll 1
-  for (int unit = blockIdx.x; unit < D::UNITS; unit += gridDim.x, progress.units++) {
-    const auto own = next;
-    if (unit + gridDim.x < D::UNITS) next = ahead(unit + gridDim.x);
-    const int turn = progress.units % SUMS;
-    wait(&signals().summed[turn], progress.units / SUMS & 1);
+  for (int unit = first, number = progress.units + late; unit < D::UNITS; unit += step, number += stride) {
+    const auto needed = next;
+    if (unit + step < D::UNITS) next = ahead(unit + step);
+    const int turn = number % SUMS;
+    wait(&signals().summed[turn], number / SUMS & 1);
     const float* from = sums() + turn * WARPS * 128 + b * 32 + lane();
     float y0 = 0.f, y1 = 0.f;
 #pragma unroll
     for (int part = 0; part < WARPS; part++) y0 += from[part * 128], y1 += from[part * 128 + 64];
     __syncwarp();
-    if (lane() == 0) arrive(&signals().taken[turn]);
-    finish(adapted, row, D::output(unit, tile_row()), D::output(unit, tile_row() + 8), y0, y1, own);
+    if (lane() < stride) arrive(&signals().taken[turn]);
+    finish(adapted, row, D::output(unit, tile_row()), D::output(unit, tile_row() + 8), y0, y1, needed);
   }
+  if ((int)blockIdx.x < D::UNITS) progress.units += (D::UNITS - 1 - blockIdx.x) / gridDim.x + 1;
   return progress;
 }
 
@@ -207,9 +209,10 @@ template <class D, int PARTS, class Finish> __device__ __noinline__ void finish_
     }
     const int row = batch * ROWS + tile * 8 + 2 * tile_column() + b;
     const int n0 = D::output(unit, high * 16 + tile_row()), n1 = D::output(unit, high * 16 + tile_row() + 8);
-    Adapted<D::K, PARTS> adapted(row, finish.layer, finish.place);
+    Adapted<PARTS> adapted(row, finish.layer, finish.place);
+    const auto own = finish.ahead(adapted, row, n0, n1);
     adapted.read(row);
-    finish(adapted, row, n0, n1, y0, y1, finish.ahead(adapted, row, n0, n1));
+    finish(adapted, row, n0, n1, y0, y1, own);
   }
 }
 
@@ -217,10 +220,6 @@ template <class D, int PARTS, class Finish> __device__ __noinline__ void finish_
 template <class D, int PARTS, class Finish>
 __device__ __noinline__ Progress multiply_tiles(Progress progress, Finish finish) {
   constexpr int SHARES = WARPS / D::HIGH, AT_ONCE = D::INPUTS_AT_ONCE;
-  if (threadIdx.x == 0) {
-    fence_copies();
-    arrive(&signals().ready);
-  }
   const int tall = warp() % D::HIGH, part = warp() / D::HIGH;
   bool begun = false;
 #pragma unroll 1
@@ -260,8 +259,7 @@ __device__ __noinline__ Progress multiply_tiles(Progress progress, Finish finish
       }
       if (!begun) {
         if (D::NORMED) find_factors(warp(), WARPS);
-        if (PARTS > 0) wait_for_shrunk(progress.shrinks);
-        begun = true;
+              begun = true;
       }
       sync();  // those of the last unit have been used
       float* own = sums() + warp() * TILES * 128 + lane();
@@ -277,26 +275,16 @@ __device__ __noinline__ Progress multiply_tiles(Progress progress, Finish finish
 
 template <class D, int PARTS, class Finish>
 __device__ Progress project_as(Progress progress, const bf16* x, const Finish& finish) {
-  if (PARTS > 0) progress.shrinks += shrinks_of<D::K>(PARTS);
-  if constexpr (TILES > 1) {
-    if (PARTS > 0) shrink<D::K>(finish.layer, finish.place, PARTS, x);
-    else wait_grid();
-    return multiply_tiles<D, PARTS>(progress, finish);
-  } else {
-    return finish_one_tile<D, PARTS>(progress, x, finish);
-  }
+  if (TILES == 1 && warp() >= WARPS) return finish_one_tile<Finished<D>, PARTS>(progress, finish);
+  if (PARTS > 0) shrink<D::K>(finish.layer, finish.place, PARTS, x);
+  else wait_inputs();
+  if constexpr (TILES > 1) return multiply_tiles<D, PARTS>(progress, finish);
+  else return multiply_one_tile<Staged<D>, (D::CHUNKS > 1)>(progress, x, D::UNITS, D::CHUNKS);
 }
 
 // A phase, from the barrier before it to that after it.
 template <class D, class Finish> __device__ void project(Progress& progress, const bf16* x, const Finish& finish) {
-  const bool adapted = Finish::PARTS > 0 && state().most_rank > 0;
-  if (TILES == 1 && warp() < WARPS) {
-    wait_grid();
-    if constexpr (TILES == 1) progress = multiply_one_tile<D>(progress, x);
-  } else if (adapted) {
-    progress = project_as<D, Finish::PARTS>(progress, x, finish);
-  } else {
-    progress = project_as<D, 0>(progress, x, finish);
-  }
+  if (Finish::PARTS > 0 && state().most_rank > 0) progress = project_as<D, Finish::PARTS>(progress, x, finish);
+  else progress = project_as<D, 0>(progress, x, finish);
   arrive_grid();
 }
