@@ -12,6 +12,11 @@ constexpr int STEP = 256;
 constexpr unsigned ONES = 0x3f803f80;
 __shared__ float partial[WARPS][TILES][16][8];
 
+// The j-th of four.
+const auto bf16_at = [](uint2 four, int j) {
+  const unsigned two = j < 2 ? four.x : four.y;
+  return j % 2 ? high(two) : low(two);
+};
 const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 const int g = lane / 4, t = lane % 4;
 const size_t row = blockIdx.x * 16 + g;

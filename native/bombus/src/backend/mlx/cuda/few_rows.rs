@@ -2,8 +2,8 @@
 //! (`few_rows.cu`). MLX's own moves a tenth to a fourth of what the memory could at one row, and less
 //! per row at two and four.
 
-use super::PRIMITIVES;
 use super::kernel::{Kernel, Launch, Source};
+use super::{NUMBERS, PRIMITIVES};
 use crate::config::Quantization;
 use crate::error::Result;
 use mlx_rs::{Array, Dtype, ops};
@@ -40,7 +40,7 @@ impl FewRows {
             name: c"bombus_few_rows",
             inputs: &[c"x", c"w", c"s", c"b"],
             outputs: &[c"y"],
-            header: &[PRIMITIVES, include_str!("few_rows.cuh")].concat(),
+            header: &[PRIMITIVES, NUMBERS].concat(),
             body: include_str!("few_rows.cu"),
             contiguous: true,
             shared: 0,

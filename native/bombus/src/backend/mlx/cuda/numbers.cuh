@@ -11,6 +11,10 @@ __device__ inline float high(unsigned two) { return __uint_as_float(two & 0xffff
 __device__ inline float widen(bf16 x) { return __uint_as_float((unsigned)x << 16); }
 __device__ inline bf16 narrow(float x) { return (bf16)pack_bf16(x, 0.f); }
 
+// Two codes of 4 bits as bfloat16, each OFFSET more: 128 has the exponent at which the last bit of the mantissa is 1.
+constexpr unsigned OFFSET = 0x43004300;
+__device__ inline unsigned widened(unsigned codes, int shift) { return ((codes >> shift) & 0x000f000f) | OFFSET; }
+
 __device__ inline float warp_sum(float x) {
   for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffff, x, lane);
   return x;

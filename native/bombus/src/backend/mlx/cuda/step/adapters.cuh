@@ -21,6 +21,10 @@ __device__ inline void keep_pairs(int layer) {
     kept_pair(i / LORA_PAIRS, layer, i % LORA_PAIRS) = read_pair(i / LORA_PAIRS, layer, i % LORA_PAIRS);
 }
 
+__device__ inline Pair pair_of(int row, int layer, int place) {
+  return TILES == 1 ? kept_pair(row, layer, place) : read_pair(row, layer, place);
+}
+
 // Inputs and outputs of the layers that the pairs are for.
 __device__ inline int inputs_of(int place) {
   return place == LORA_O ? Q_WIDTH : place == LORA_DOWN ? INNER : HIDDEN;
@@ -53,11 +57,7 @@ __device__ inline void bring_next_pairs(int layer, int place) {
   else if (layer + 1 < LAYERS) bring_pairs(layer + 1, LORA_QKV, 3);
 }
 
-__device__ inline Pair pair_of(int row, int layer, int place) {
-  return TILES == 1 ? kept_pair(row, layer, place) : read_pair(row, layer, place);
-}
-
-// With more, all threads read what expands before the barrier of its phase.
+// With more tiles, all threads read what expands before the barrier of its phase.
 __device__ inline Expander& kept_expander(int row, int part) { return in_shared<Expander>(PAIRS)[row * 3 + part]; }
 
 __device__ inline void keep_expanders(int layer, int place, int parts) {

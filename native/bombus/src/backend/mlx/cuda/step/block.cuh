@@ -59,6 +59,14 @@ __device__ inline bf16* active() { return in_workspace<bf16>(ACTIVE); }
 __device__ inline word* low_rank(int row, int part) {
   return in_workspace<word>(LOW_RANK) + (size_t)(row * 3 + part) * MOST_RANK;
 }
+// [rows, DIM / 2]
+__device__ inline Angle* angles() { return in_workspace<Angle>(ANGLES); }
+// [rows, kv heads, splits, heads, PARTIAL]
+__device__ inline float* split_at(int row, int head, int split, int shared) {
+  const size_t index = (((size_t)row * KV_HEADS + head) * MOST_SPLITS + split) * SHARED + shared;
+  return in_workspace<float>(SPLITS) + index * PARTIAL;
+}
+
 // The table's words for a layer, or behind the last: they are kept from the layer before, since what they point to is
 // needed at once. [2][LAYER_WORDS]
 __device__ inline word* layer_words(int layer) { return in_shared<word>(WORDS) + layer % 2 * LAYER_WORDS; }
@@ -69,13 +77,6 @@ __device__ inline void keep_words(int layer) {
 }
 template <class T> __device__ inline const T* weight(int layer, int place) {
   return reinterpret_cast<const T*>(layer_words(layer)[place]);
-}
-// [rows, DIM / 2]
-__device__ inline Angle* angles() { return in_workspace<Angle>(ANGLES); }
-// [rows, kv heads, splits, heads, PARTIAL]
-__device__ inline float* split_at(int row, int head, int split, int shared) {
-  const size_t index = (((size_t)row * KV_HEADS + head) * MOST_SPLITS + split) * SHARED + shared;
-  return in_workspace<float>(SPLITS) + index * PARTIAL;
 }
 
 // All warps that compute, and those of them that multiply.

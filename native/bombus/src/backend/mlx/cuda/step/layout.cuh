@@ -68,7 +68,7 @@ template <int INPUTS, int OUTPUTS, Kind KIND> struct Division {
   // Tiles of 16 outputs: inputs are read once for all of them, but there must be units for all blocks.
   static constexpr int HIGH = TILES == 1 ? 1 : KIND == WHOLE ? 2 : 4;
   static constexpr int TALL = 16 * HIGH, UNITS = (N + TALL - 1) / TALL;
-  static constexpr int GROUPS = K / GROUP, MOST = 64 / HIGH;
+  static constexpr int GROUPS = K / GROUP, MOST = TILES == 1 ? 80 : 64 / HIGH;
   static constexpr int AT_ONCE = GROUPS <= MOST ? GROUPS : 4 * largest_divisor(GROUPS / 4, MOST / 4);
   static constexpr int CHUNKS = GROUPS / AT_ONCE;
   static constexpr int INPUTS_AT_ONCE = largest_divisor(AT_ONCE, INPUT_GROUPS);

@@ -1,10 +1,7 @@
 // y = x w^T with a weight of 4 bits, on tensor cores: outputs are the rows of a tile, rows of x its columns. Inputs were
 // written by the phase before, as `placed`. What becomes of y, `finish.cuh` says.
 
-constexpr unsigned ONES = 0x3f803f80, OFFSET = 0x43004300;
-
-// Two codes as bfloat16: 128 has the exponent at which the last bit of the mantissa is 1.
-__device__ inline unsigned widened(unsigned codes, int shift) { return ((codes >> shift) & 0x000f000f) | OFFSET; }
+constexpr unsigned ONES = 0x3f803f80;  // as bfloat16
 
 // Scale and bias of an output in a group.
 struct Small {
@@ -66,7 +63,7 @@ __device__ void multiply_stage(float (&sums)[4], const Inputs<D>& inputs, const 
     for (int r = 0; r < 2; r++) {
       const int row = r * 8 + tile_row();
       codes[r] = reinterpret_cast<const uint2*>(stage + row * D::STRIDE)[group * 4 + tile_column()];
-      if (OWN < 4) small[r] = small_of<D>(smalls, row, group);
+      if (OWN != 4) small[r] = small_of<D>(smalls, row, group);
       else small[r].both = i == 0 ? four[r].x : i == 1 ? four[r].y : i == 2 ? four[r].z : four[r].w;
     }
     float dots[4] = {};
