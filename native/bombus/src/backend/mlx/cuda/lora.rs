@@ -103,3 +103,41 @@ impl Tables {
         Ok(Table { pairs, _words: words, address, rank })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Backend;
+    use crate::backend::mlx::{Device, array};
+
+    #[test]
+    fn pairs_are_ordered_and_filled_up_to_a_multiple_of_eight() {
+        Mlx::new(Device::Cpu).unwrap().scope(|| {
+            let (inputs, rank, outputs) = (16, 3, 4);
+            let numbers = |rows: usize, columns: usize| {
+                let numbers: Vec<f32> = (0..rows * columns).map(|number| number as f32).collect();
+                Array::from_slice(&numbers, &[rows as i32, columns as i32])
+            };
+            let pair = Packed::new(&numbers(inputs, rank), &numbers(rank, outputs), 2.0);
+            let pair = pair.unwrap().unwrap();
+            let read = |x: &Array| {
+                let x = x.as_dtype(Dtype::Float32).unwrap();
+                x.eval().unwrap();
+                array::values::<f32>(&x).unwrap()
+            };
+            let (a, b) = (read(&pair.a), read(&pair.b));
+            assert_eq!((pair.rank, a.len(), b.len()), (8, 8 * inputs, outputs * 8));
+            for r in 0..8 {
+                for (place, number) in a[r * inputs..(r + 1) * inputs].iter().enumerate() {
+                    let input = place / 8 * 8 + [0, 4, 1, 5, 2, 6, 3, 7][place % 8];
+                    let expected = if r < rank { (input * rank + r) as f32 } else { 0.0 };
+                    assert_eq!(*number, expected, "a {r} {place}");
+                }
+                for output in 0..outputs {
+                    let expected = if r < rank { (r * outputs + output) as f32 } else { 0.0 };
+                    assert_eq!(b[output * 8 + r], expected, "b {output} {r}");
+                }
+            }
+        });
+    }
+}

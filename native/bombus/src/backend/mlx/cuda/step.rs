@@ -215,8 +215,9 @@ fn table(decoder: &Decoder<Mlx>, addresses: &Addresses) -> Result<(Array, Vec<Ar
     let (mut words, mut made) = (vec![], vec![]);
     let mut matrix = |matrix: Option<Matrix>, gated: bool, words: &mut Vec<Array>| -> Result<()> {
         if let Some(matrix) = matrix {
-            let small = small(&matrix, gated)?;
-            words.extend([addresses.of(matrix.arrays[0])?, addresses.of(&small)?]);
+            let [codes, scales, biases] = matrix.arrays;
+            let small = small(scales, biases, gated)?;
+            words.extend([addresses.of(codes)?, addresses.of(&small)?]);
             made.push(small);
         }
         Ok(())
@@ -244,8 +245,7 @@ fn table(decoder: &Decoder<Mlx>, addresses: &Addresses) -> Result<(Array, Vec<Ar
 
 /// Scales and biases `[out, in / 64]` as `Matrix` of the kernel has them: 16 outputs by 4 groups, of a gate
 /// and what it lets through eight outputs each in turn; at the end there may be more outputs and groups.
-fn small(matrix: &Matrix, gated: bool) -> Result<Array> {
-    let [_, scales, biases] = matrix.arrays;
+fn small(scales: &Array, biases: &Array, gated: bool) -> Result<Array> {
     let (outputs, groups) = (scales.dim(0), scales.dim(1));
     let words = |x: &Array| x.view::<u16>().and_then(|words| words.as_dtype(Dtype::Uint32));
     let high = Array::from_slice(&[1u32 << 16], &[1]);
@@ -324,5 +324,45 @@ impl Shape {
             _ => 0,
         };
         numbers / 2 + numbers / 16
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Backend;
+    use crate::backend::mlx::Device;
+
+    #[test]
+    fn scales_and_biases_lie_by_sixteen_outputs_and_four_groups() {
+        Mlx::new(Device::Cpu).unwrap().scope(|| {
+            for (outputs, groups, gated) in [(96, 5, false), (200, 4, false), (64, 6, true)] {
+                let number = |output: usize, group: usize| (output * groups + group) as u16;
+                let all = || {
+                    (0..outputs).flat_map(|output| (0..groups).map(move |group| (output, group)))
+                };
+                let numbers = |more: u16| {
+                    let numbers: Vec<u16> = all().map(|(o, g)| number(o, g) + more).collect();
+                    let numbers = Array::from_slice(&numbers, &[outputs as i32, groups as i32]);
+                    numbers.view::<half::bf16>().unwrap()
+                };
+                let small = small(&numbers(0), &numbers(2000), gated).unwrap();
+                let small = array::values::<u32>(&small).unwrap();
+                let quads = groups.div_ceil(4);
+                assert_eq!(small.len(), outputs.next_multiple_of(64) * quads * 4);
+                for (output, group) in all() {
+                    // Of a gate's 16, eight are of what it lets through.
+                    let half = outputs / 2;
+                    let (tile, row) = match (gated, output < half) {
+                        (false, _) => (output / 16, output % 16),
+                        (true, true) => (output / 8, output % 8),
+                        (true, false) => ((output - half) / 8, 8 + (output - half) % 8),
+                    };
+                    let word = small[((tile * quads + group / 4) * 16 + row) * 4 + group % 4];
+                    let number = u32::from(number(output, group));
+                    assert_eq!(word, number | (number + 2000) << 16, "{output} {group} {gated}");
+                }
+            }
+        });
     }
 }
