@@ -89,13 +89,13 @@ impl<B: Backend> Worker<B> {
             }
             busy.get_or_insert_with(Busy::enter);
             if exit::stopping() {
-                _ = in_flight.take().map(|step| self.decoder.backend.read(&step.samples));
+                self.await_end(in_flight.take());
                 if let Some(busy) = busy.take() {
                     busy.stop();
                 }
             }
             if !self.take_commands() {
-                return;
+                return self.await_end(in_flight);
             }
             let next = self.submit(in_flight.as_ref());
             if let Some(step) = in_flight {
@@ -109,6 +109,11 @@ impl<B: Backend> Worker<B> {
             }
             self.advance_scores();
         }
+    }
+
+    /// A backend may compute on threads of its own, which the process must not leave behind.
+    fn await_end(&self, in_flight: Option<InFlight<B>>) {
+        _ = in_flight.map(|step| self.decoder.backend.read(&step.samples));
     }
 
     fn is_idle(&self) -> bool {
