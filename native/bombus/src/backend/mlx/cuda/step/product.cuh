@@ -256,7 +256,7 @@ __device__ __noinline__ Progress multiply_tiles(Progress progress, Finish finish
       }
       if (!begun) {
         if (D::NORMED) find_factors(warp(), WARPS);
-              begun = true;
+        begun = true;
       }
       sync();  // those of the last unit have been used
       float* own = sums() + warp() * TILES * 128 + lane();
