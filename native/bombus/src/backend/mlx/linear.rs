@@ -191,12 +191,13 @@ impl Quantized {
     /// None where MLX's own product is the better one.
     fn cuda_matmul(&self, x: &Array) -> Result<Option<Array>> {
         let Self { weight, scales, biases, layout, .. } = self;
-        if cuda::few_rows::serves(x, weight, scales, *layout)
+        let usual = *layout == USUAL && [x, scales].map(Array::dtype) == [Dtype::Bfloat16; 2];
+        if usual
+            && cuda::few_rows::serves(x, weight)
             && let Some(kernel) = cuda::few_rows::kernel()
         {
             return kernel.matmul(x, weight, scales, biases).map(Some);
         }
-        let usual = *layout == USUAL && [x, scales].map(Array::dtype) == [Dtype::Bfloat16; 2];
         let dense = match usual {
             true => cuda::operations::dense(weight, scales, biases)?,
             false => None,

@@ -20,7 +20,7 @@ unsigned char* shared = dynamic_shared();
 auto fetch = [&](unsigned char* to, const bf16* from, int at, int all) {
   for (int i = threadIdx.x; i < TILE * DIM / 8; i += 128) {
     const int row = i / (DIM / 8), column = i % (DIM / 8);
-    copy_async<16>(to + row * STRIDE + column * 16, from + (size_t)min(at + row, all - 1) * DIM + column * 8);
+    copy_async(to + row * STRIDE + column * 16, from + (size_t)min(at + row, all - 1) * DIM + column * 8);
   }
 };
 fetch(shared, queries, 0, rows - first);

@@ -2,8 +2,6 @@
 
 typedef unsigned long long Barrier;
 
-__device__ inline unsigned shared_address(const void* at) { return (unsigned)__cvta_generic_to_shared(at); }
-
 // For so many arrivals a round.
 __device__ inline void begin_barrier(Barrier* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");

@@ -4,7 +4,6 @@
 
 use super::kernel::{Kernel, Launch, Source};
 use super::{NUMBERS, PRIMITIVES};
-use crate::config::Quantization;
 use crate::error::Result;
 use mlx_rs::{Array, Dtype, ops};
 use std::sync::OnceLock;
@@ -16,13 +15,9 @@ const THREADS: i32 = 4 * 32;
 /// Of the inputs, a warp takes so many at once: `STEP`.
 const STEP: i32 = 256;
 
-/// Whether the kernel is made for this product: x: `[rows, in]`, weight: `[out, in / 8]`.
-pub fn serves(x: &Array, weight: &Array, scales: &Array, layout: Quantization) -> bool {
-    layout == Quantization { group_size: 64, bits: 4 }
-        && [x.dtype(), scales.dtype()] == [Dtype::Bfloat16; 2]
-        && x.dim(0) <= MOST_ROWS
-        && x.dim(1) % STEP == 0
-        && weight.dim(0) % 16 == 0
+/// Whether the kernel is made for this product of the usual kind: x: `[rows, in]`, weight: `[out, in / 8]`.
+pub fn serves(x: &Array, weight: &Array) -> bool {
+    x.dim(0) <= MOST_ROWS && x.dim(1) % STEP == 0 && weight.dim(0) % 16 == 0
 }
 
 pub struct FewRows(Kernel);

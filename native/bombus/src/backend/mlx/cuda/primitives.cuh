@@ -50,12 +50,11 @@ __device__ inline void prefetch(const void* at) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }
 
-// To shared memory, without waiting: 4 or 16 bytes.
-template <int BYTES>
+__device__ inline unsigned shared_address(const void* at) { return (unsigned)__cvta_generic_to_shared(at); }
+
+// 16 bytes to shared memory, without waiting.
 __device__ inline void copy_async(void* to, const void* from) {
-  const unsigned at = (unsigned)__cvta_generic_to_shared(to);
-  if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from));
-  else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(at), "l"(from));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from));
 }
 
 // What this thread has started to copy since the last time.
@@ -87,18 +86,16 @@ __device__ inline unsigned char* dynamic_shared() {
 // Four matrices of 8 by 8 bfloat16; lane l has the address of row l % 8 of matrix l / 8. -> of each, two
 // neighbours in row l / 4; transposed: in column l / 4.
 __device__ inline void load_matrices(unsigned (&to)[4], const void* row) {
-  const unsigned at = (unsigned)__cvta_generic_to_shared(row);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(at)
+               : "r"(shared_address(row))
                : "memory");
 }
 
 __device__ inline void load_matrices_transposed(unsigned (&to)[4], const void* row) {
-  const unsigned at = (unsigned)__cvta_generic_to_shared(row);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(at)
+               : "r"(shared_address(row))
                : "memory");
 }
 

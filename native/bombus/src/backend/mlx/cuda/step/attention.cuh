@@ -12,10 +12,12 @@ __device__ inline void multiply_upper(float (&c)[2], unsigned a0, unsigned a2, u
   c[0] = both[0], c[1] = both[1];
 }
 
+// How many pages there are up to a position, how many of them a split has, and how many splits that makes.
+__device__ inline int pages_of(int position) { return position / PAGE + 1; }
+__device__ inline int pages_at_once(int position) { return (pages_of(position) + MOST_SPLITS - 1) / MOST_SPLITS; }
 __device__ inline int splits_of(int position) {
-  const int pages = position / PAGE + 1;
-  const int each = (pages + MOST_SPLITS - 1) / MOST_SPLITS;
-  return (pages + each - 1) / each;
+  const int each = pages_at_once(position);
+  return (pages_of(position) + each - 1) / each;
 }
 
 // Where the attention of every row begins among all tasks.
@@ -45,8 +47,8 @@ struct Task {
     head = (task - first_task[row]) % KV_HEADS, split = (task - first_task[row]) / KV_HEADS;
     at = positions()[row];
     splits = splits_of(at);
-    const int pages = at / PAGE + 1, each = (pages + MOST_SPLITS - 1) / MOST_SPLITS;
-    first = split * each, end = min(first + each, pages);
+    const int each = pages_at_once(at);
+    first = split * each, end = min(first + each, pages_of(at));
   }
 };
 
@@ -137,14 +139,14 @@ struct HeadNorms {
 // page if this is the last split.
 __device__ inline void ready_heads(Team& memory, const HeadNorms& norms, const Task& task, int layer) {
   const int team_warp = warp() % TEAM_WARPS;
-  const bool last = task.end == task.at / PAGE + 1;
+  const bool last = task.end == pages_of(task.at);
   const float* from = qkv() + (size_t)task.row * QKV_WIDTH;
   Angle turned[DIM / 64];
 #pragma unroll
   for (int i = 0; i < DIM / 64; i++) turned[i] = angles()[task.row * (DIM / 2) + lane() + 32 * i];
   // Heads of queries, then the key and the value.
 #pragma unroll 1
-  for (int i = team_warp; i < SHARED + (last ? 2 : 0); i += TEAM / 32) {
+  for (int i = team_warp; i < SHARED + (last ? 2 : 0); i += TEAM_WARPS) {
     const int kind = i - SHARED;
     const int column = kind < 0 ? (task.head * SHARED + i) * DIM : Q_WIDTH + kind * KV_WIDTH + task.head * DIM;
     float x[DIM / 32];
@@ -250,7 +252,7 @@ __device__ inline void put_down(const Task& task, Found& found) {
 
 // Whoever is the last of a row's head joins what all splits found.
 __device__ inline void join(Team& memory, const Task& task) {
-  const int team = warp() / 4, thread = threadIdx.x % TEAM;
+  const int team = warp() / TEAM_WARPS, thread = threadIdx.x % TEAM;
   __threadfence();
   team_sync(team, TEAM);
   unsigned* done = attended() + task.row * KV_HEADS + task.head;
@@ -261,7 +263,7 @@ __device__ inline void join(Team& memory, const Task& task) {
   __threadfence();
   // How much each split counts.
 #pragma unroll 1
-  for (int h = thread / 32; h < SHARED; h += TEAM / 32) {
+  for (int h = thread / 32; h < SHARED; h += TEAM_WARPS) {
     const float* own = split_at(task.row, task.head, min(lane(), task.splits - 1), h) + DIM;
     const float largest = lane() < task.splits ? own[0] : LEAST;
     const float share = exp2f(largest - warp_max(largest));
