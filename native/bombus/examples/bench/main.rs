@@ -11,6 +11,8 @@ mod profile;
 mod report;
 
 use anyhow::{Context, Result, bail};
+#[cfg(feature = "mlx")]
+use bombus::adapter::Adapter;
 use bombus::backend::cpu::{self, Level};
 use bombus::engine::Device;
 use lexopt::{Parser, ValueExt};
@@ -34,7 +36,8 @@ usage: bench [options]
   --prefill-chunk N  prompt tokens in a step (64 on cpu, 512 with MLX)
   --repeat N         rounds; every figure is their median (3)
   --dir PATH         where checkpoints are kept (a folder of the system's for temporary files)
-  --profile          with MLX, where the time goes, for --prompt, --depth and --batch; nothing else
+  --profile          with MLX, where the time goes, for --prompt, --depth and --batch, with --adapters 1
+                     also with an adapter; nothing else
   --json PATH        writes all figures there
   --llama-cpp PATH   a folder with llama-bench and llama-batched-bench; takes turns with us
   --gguf PATH        what those read
@@ -148,7 +151,9 @@ fn level(name: &str) -> Result<Level> {
 #[cfg(feature = "mlx")]
 fn profile(options: &Options, folder: &Path, device: Device) -> Result<()> {
     let Device::Mlx(device) = device else { bail!("--profile is for --device gpu or mlx-cpu") };
-    let tables = profile::profile(options, folder, device)?;
+    let adapters = checkpoint::adapters(folder, options.adapters.min(1))?;
+    let adapter = adapters.first().map(|path| Adapter::open(path, None)).transpose()?;
+    let tables = profile::profile(options, folder, adapter.as_ref(), device)?;
     if let Some(path) = &options.json {
         std::fs::write(path, serde_json::to_string_pretty(&tables)?)?;
     }

@@ -4,11 +4,12 @@
 use crate::Options;
 use crate::report::median;
 use anyhow::Result;
+use bombus::adapter::Adapter;
 use bombus::backend::mlx::{Device, Mlx};
 use bombus::backend::{Backend, Segment, Token};
 use bombus::checkpoint;
 use bombus::config::Config;
-use bombus::decoder::{Decoder, KvCache, Part};
+use bombus::decoder::{BoundAdapter, Decoder, KvCache, Part};
 use bombus::sampler::Draw;
 use mlx_rs::{Array, transforms};
 use serde_json::{Value, json};
@@ -26,11 +27,18 @@ struct Line {
 
 type Table = Vec<Line>;
 
-pub fn profile(options: &Options, folder: &Path, device: Device) -> Result<Value> {
+/// With an adapter, steps are profiled without and with it.
+pub fn profile(
+    options: &Options,
+    folder: &Path,
+    adapter: Option<&Adapter>,
+    device: Device,
+) -> Result<Value> {
     let backend = Mlx::new(device)?;
     backend.clone().scope(|| {
         let config = Config::open(folder)?;
         let decoder = checkpoint::load(folder, &config, None, backend)?;
+        let adapter = adapter.map(|adapter| adapter.bind(&config, &decoder)).transpose()?;
         let bandwidth = bandwidth()?;
         println!("memory: {:.2} TB/s for a copy, read and written", bandwidth / 1e12);
         let mut all = vec![];
@@ -40,10 +48,14 @@ pub fn profile(options: &Options, folder: &Path, device: Device) -> Result<Value
         }
         for &depth in &options.sizes.depth {
             for &batch in &options.sizes.batch {
-                let table = steps(&decoder, batch, depth.max(8))?;
-                if !table.is_empty() {
-                    let name = format!("a step of {batch} behind {depth}");
-                    all.push(print(&name, table, bandwidth));
+                let with = adapter.iter().map(Some);
+                for adapter in std::iter::once(None).chain(with) {
+                    let table = steps(&decoder, adapter, batch, depth.max(8))?;
+                    if !table.is_empty() {
+                        let with = if adapter.is_some() { ", adapter" } else { "" };
+                        let name = format!("a step of {batch} behind {depth}{with}");
+                        all.push(print(&name, table, bandwidth));
+                    }
                 }
             }
         }
@@ -180,12 +192,17 @@ fn layers(decoder: &Decoder<Mlx>, rows: usize) -> Result<Table> {
 }
 
 /// Steps of so many sequences at once behind prompts of so many tokens: what the kernel notes of itself.
-fn steps(decoder: &Decoder<Mlx>, batch: usize, depth: usize) -> Result<Table> {
+fn steps(
+    decoder: &Decoder<Mlx>,
+    adapter: Option<&BoundAdapter<Mlx>>,
+    batch: usize,
+    depth: usize,
+) -> Result<Table> {
     let mut caches = vec![];
     for sequence in 0..batch {
         let mut cache = decoder.kv_cache();
         let tokens: Vec<Token> = (0..depth).map(|place| token(place + sequence)).collect();
-        forward(decoder, &tokens, &mut [(&mut cache, 0..depth, 0)])?;
+        forward(decoder, adapter, &tokens, &mut [(&mut cache, 0..depth, 0)])?;
         caches.push(cache);
     }
     let mut table: Table = vec![];
@@ -193,7 +210,7 @@ fn steps(decoder: &Decoder<Mlx>, batch: usize, depth: usize) -> Result<Table> {
         let tokens: Vec<Token> = (0..batch).map(token).collect();
         let own = caches.iter_mut().enumerate();
         let mut parts: Vec<_> = own.map(|(row, cache)| (cache, row..row + 1, position)).collect();
-        forward(decoder, &tokens, &mut parts)?;
+        forward(decoder, adapter, &tokens, &mut parts)?;
         let shape = &decoder.attention;
         // Keys and values of bfloat16.
         let seen = 4 * shape.num_key_value_heads * shape.head_dim * (position + 1);
@@ -213,12 +230,17 @@ fn steps(decoder: &Decoder<Mlx>, batch: usize, depth: usize) -> Result<Table> {
 type Rows<'a> = (&'a mut KvCache<Mlx>, std::ops::Range<usize>, usize);
 
 /// A step; each part's cache, rows, and the position of the first.
-fn forward(decoder: &Decoder<Mlx>, tokens: &[Token], parts: &mut [Rows]) -> Result<()> {
+fn forward(
+    decoder: &Decoder<Mlx>,
+    adapter: Option<&BoundAdapter<Mlx>>,
+    tokens: &[Token],
+    parts: &mut [Rows],
+) -> Result<()> {
     let outputs: Vec<usize> = parts.iter().map(|(_, rows, _)| rows.end - 1).collect();
     let parts = parts.iter_mut().map(|(cache, rows, start)| Part {
         segment: Segment { rows: rows.clone(), start: *start },
         cache: *cache,
-        adapter: None,
+        adapter,
     });
     let _turn = decoder.backend.turn();
     let logits = decoder.forward(tokens, None, &mut parts.collect::<Vec<_>>(), &outputs)?;

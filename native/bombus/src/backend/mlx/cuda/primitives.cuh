@@ -15,14 +15,8 @@ __device__ inline unsigned load_acquire(const unsigned* at) {
   return value;
 }
 
-__device__ inline unsigned long long load_relaxed(const unsigned long long* at) {
-  unsigned long long value;
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
-  return value;
-}
-
-__device__ inline void store_relaxed(unsigned long long* at, unsigned long long value) {
-  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+__device__ inline void add_relaxed(unsigned long long* at, unsigned long long amount) {
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(at), "l"(amount) : "memory");
 }
 
 __device__ inline void add_release(unsigned* at, unsigned amount) {

@@ -1,5 +1,55 @@
-// What adapters add to a product: y += scale * (x a^T) b^T. Some blocks make x a^T at the beginning of its phase, all
-// need it at the end.
+// What adapters add to a product: y += scale * (x a^T) b^T.
+//
+// x a^T is added up where x is made: whoever has made an input of the next product adds its share, for the adapter of
+// its row, to numbers of 64 bits that all blocks share. So it is there when x is, behind the same barrier; and integers
+// have the same sum in any order.
+
+constexpr float FIXED = 268435456.f;  // 1 in those numbers, which go up to 2^35
+
+// Where a product's pairs are: q, k and v's, o's, gate's and up's, down's.
+struct Place {
+  int layer, first, parts;
+};
+
+__device__ inline Place place_of(int product) {
+  if (product < 0 || product >= PRODUCTS * LAYERS) return {0, 0, 0};
+  const int kind = product % PRODUCTS;
+  return {product / PRODUCTS, kind == 0 ? LORA_QKV : kind == 1 ? LORA_O : kind == 2 ? LORA_GATE_UP : LORA_DOWN,
+          kind == 0 ? 3 : kind == 2 ? 2 : 1};
+}
+
+// Inputs and outputs of the layers that pairs are for.
+__device__ inline int inputs_of(int place) {
+  return place == LORA_O ? Q_WIDTH : place == LORA_DOWN ? INNER : HIDDEN;
+}
+__device__ inline int outputs_of(int place) {
+  if (place == LORA_QKV) return Q_WIDTH;
+  return place < LORA_O ? KV_WIDTH : place == LORA_O || place == LORA_DOWN ? HIDDEN : INNER;
+}
+
+// A product and the one behind it, whose inputs it makes (attention makes o's of q, k and v). Before the first is
+// number -1.
+struct Product {
+  int number;
+  Place own, next;
+
+  __device__ explicit Product(int number) : number(number), own(place_of(number)), next(place_of(number + 1)) {}
+};
+
+__device__ inline bool adapted() { return state().most_rank > 0; }
+
+// x a^T of a product: [3, MOST_RANK] for a row. Three products take turns: while one is computed, its numbers are used,
+// the next one's added up, and those of the one before set to zero.
+__device__ inline word* low_rank(int product, int row) {
+  return in_workspace<word>(LOW_RANK) + (size_t)(product % 3 * MOST_ROWS + row) * 3 * MOST_RANK;
+}
+
+// Before a product is finished, by `count` threads of every block, of which this is one.
+__device__ inline void clear_low_rank(int product, int thread, int count) {
+  const int words = rows() * 3 * MOST_RANK;
+#pragma unroll 1
+  for (int i = blockIdx.x * count + thread; i < words; i += gridDim.x * count) low_rank(product + 2, 0)[i] = 0;
+}
 
 __device__ inline Pair read_pair(int row, int layer, int place) {
   const word* own = reinterpret_cast<const word*>(planned(row)[1]);
@@ -9,214 +59,253 @@ __device__ inline Pair read_pair(int row, int layer, int place) {
           __uint_as_float((unsigned)(own[2] >> 32))};
 }
 
+// With one tile, a warp reads all pairs of a layer while the layer before is computed.
 __device__ inline Pair& kept_pair(int row, int layer, int place) {
   return in_shared<Pair>(PAIRS)[(layer % 2 * ROWS + row) * LORA_PAIRS + place];
 }
 
-// With one tile, a warp reads all pairs of a layer while the layer before is computed.
 __device__ inline void keep_pairs(int layer) {
-  if (TILES > 1 || state().most_rank == 0) return;
 #pragma unroll 1
   for (int i = lane(); i < rows() * LORA_PAIRS; i += 32)
     kept_pair(i / LORA_PAIRS, layer, i % LORA_PAIRS) = read_pair(i / LORA_PAIRS, layer, i % LORA_PAIRS);
 }
 
-__device__ inline Pair pair_of(int row, int layer, int place) {
-  return TILES == 1 ? kept_pair(row, layer, place) : read_pair(row, layer, place);
+// One matrix of a pair; with more tiles it is kept as a word, whose lowest bits are the rank / 8.
+struct Side {
+  const bf16* numbers;
+  int rank;
+
+  __device__ static word packed(const bf16* numbers, int rank) { return reinterpret_cast<word>(numbers) | rank / 8; }
+  __device__ static Side of(word packed) {
+    return {reinterpret_cast<const bf16*>(packed & ~(word)15), (int)(packed & 15) * 8};
+  }
+};
+
+// With more tiles, what a product and those that make the next one's inputs need is read by all threads before its
+// barrier: [parts, MOST_ROWS], b's, then the next one's a's.
+__device__ inline word* kept_sides(int part) { return in_shared<word>(PAIRS) + part * MOST_ROWS; }
+__device__ inline float* kept_scales(int part) { return in_shared<float>(SCALES) + part * MOST_ROWS; }
+
+__device__ inline void keep_sides(const Product& at) {
+  const Place own = at.own, next = at.next;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows() * (own.parts + next.parts); i += THREADS) {
+    const int row = i % rows(), part = i / rows();
+    const bool expands = part < own.parts;
+    const Place& place = expands ? own : next;
+    const Pair pair = read_pair(row, place.layer, place.first + part - (expands ? 0 : own.parts));
+    kept_sides(part)[row] = Side::packed(expands ? pair.b : pair.a, pair.rank);
+    if (expands) kept_scales(part)[row] = pair.scale;
+  }
 }
 
-// Inputs and outputs of the layers that the pairs are for.
-__device__ inline int inputs_of(int place) {
-  return place == LORA_O ? Q_WIDTH : place == LORA_DOWN ? INNER : HIDDEN;
+// b of a product's part for a row, and what its numbers of x a^T must be multiplied with.
+__device__ inline Side expander(const Place& own, int row, int part) {
+  if (row >= rows()) return {};
+  if (TILES > 1) return Side::of(kept_sides(part)[row]);
+  const Pair& pair = kept_pair(row, own.layer, own.first + part);
+  return {pair.b, pair.rank};
 }
-__device__ inline int outputs_of(int place) {
-  if (place == LORA_QKV) return Q_WIDTH;
-  return place < LORA_O ? KV_WIDTH : place == LORA_O || place == LORA_DOWN ? HIDDEN : INNER;
+__device__ inline float scale_of(const Place& own, int row, int part) {
+  if (row >= rows()) return 0.f;
+  return TILES > 1 ? kept_scales(part)[row] : kept_pair(row, own.layer, own.first + part).scale;
+}
+// a of a part of the next product.
+__device__ inline Side shrinker(const Product& at, int row, int part) {
+  if (row >= rows() || part >= at.next.parts) return {};
+  if (TILES > 1) return Side::of(kept_sides(at.own.parts + part)[row]);
+  const Pair& pair = kept_pair(row, at.next.layer, at.next.first + part);
+  return {pair.a, pair.rank};
 }
 
-// Brings a block's share of the pairs from a place on, which a phase ahead will need, into the card's cache: the weights
-// that come all the time would else make them wait.
-__device__ __noinline__ static void bring_pairs(int layer, int place, int parts) {
+// Brings a block's share of a side of the pairs of a product into the card's cache: the weights that come all the time
+// would else make them wait. With one tile, by a warp.
+__device__ __noinline__ static void bring_sides(Place place, bool b) {
   const int first = blockIdx.x + gridDim.x * lane(), step = gridDim.x * 32;
 #pragma unroll 1
-  for (int i = 0; i < rows() * parts; i++) {
-    const int at = place + i % parts;
-    const Pair own = kept_pair(i / parts, layer, at);
+  for (int i = 0; i < rows() * place.parts; i++) {
+    const int at = place.first + i % place.parts;
+    const Pair pair = kept_pair(i / place.parts, place.layer, at);
+    const bf16* from = b ? pair.b : pair.a;
 #pragma unroll 1
-    for (int line = first; line < inputs_of(at) * own.rank / 64; line += step) prefetch(own.a + (size_t)line * 64);
-#pragma unroll 1
-    for (int line = first; line < outputs_of(at) * own.rank / 64; line += step) prefetch(own.b + (size_t)line * 64);
+    for (int line = first; line < (b ? outputs_of(at) : inputs_of(at)) * pair.rank / 64; line += step)
+      prefetch(from + (size_t)line * 64);
   }
 }
 
-// Those of the phase after one: the next layer's are kept while attention is made.
-__device__ inline void bring_next_pairs(int layer, int place) {
-  if (place == LORA_QKV) bring_pairs(layer, LORA_O, 1);
-  else if (place == LORA_O) bring_pairs(layer, LORA_GATE_UP, 2);
-  else if (place == LORA_GATE_UP) bring_pairs(layer, LORA_DOWN, 1);
-  else if (layer + 1 < LAYERS) bring_pairs(layer + 1, LORA_QKV, 3);
+// What a product's pairs need besides, with one tile: those that come next are brought, b's of the next product and a's of
+// the one behind that (the next layer's pairs are kept while attention is made).
+__device__ inline void ready_adapters(const Product& at) {
+  clear_low_rank(at.number, lane(), 32);
+  bring_sides(at.next, true);
+  bring_sides(place_of(at.number + 2), false);
 }
 
-// With more tiles, all threads read what expands before the barrier of its phase.
-__device__ inline Expander& kept_expander(int row, int part) { return in_shared<Expander>(PAIRS)[row * 3 + part]; }
+// A warp that makes a product's outputs has 16 of them (of gate and up eight) for four rows: `first`, and every other
+// behind it. What adapters are multiplied with goes through the tensor cores, for each of those rows with its own.
+constexpr int OWN_ROWS = 4;
 
-__device__ inline void keep_expanders(int layer, int place, int parts) {
-#pragma unroll 1
-  for (int i = threadIdx.x; i < rows() * parts; i += THREADS) {
-    const Pair own = read_pair(i / parts, layer, place + i % parts);
-    kept_expander(i / parts, i % parts) = {own.b, own.rank};
-  }
-}
-
-__device__ inline Expander expander_of(int row, int layer, int place, int part) {
-  if (row >= rows()) return {};
-  if (TILES > 1) return kept_expander(row, part);
-  const Pair own = kept_pair(row, layer, place + part);
-  return {own.b, own.rank};
-}
-
-__device__ inline float dot(uint4 x, uint4 y) {
-  return low(x.x) * low(y.x) + high(x.x) * high(y.x) + low(x.y) * low(y.y) + high(x.y) * high(y.y) +
-         low(x.z) * low(y.z) + high(x.z) * high(y.z) + low(x.w) * low(y.w) + high(x.w) * high(y.w);
-}
-
-// Each number of x a^T is written together with the phase that it is of, so that who waits for it waits for nothing
-// else.
-__device__ inline unsigned phase_of(int layer, int place, int part) {
-  return (state().launch * LAYERS + layer) * LORA_PAIRS + place + part;
-}
-
-// Eight of them.
-struct Eight {
-  float numbers[8];
-
-  __device__ void read(const word* from, unsigned phase) {
-    unsigned patience = PATIENCE;
-    bool there;
-    do {
-      there = true;
+// Two numbers of a row's x a^T.
+__device__ inline void add_fixed(word* to, const float (&sums)[2]) {
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const word own = load_relaxed(from + i);
-        numbers[i] = __uint_as_float((unsigned)own);
-        there &= (unsigned)(own >> 32) == phase;
-      }
-    } while (!there && --patience);
-    if (!there) atomicAdd(failed(), 1u);
-  }
-
-  __device__ float times(uint4 y) const {
-    return numbers[0] * low(y.x) + numbers[1] * high(y.x) + numbers[2] * low(y.y) + numbers[3] * high(y.y) +
-           numbers[4] * low(y.z) + numbers[5] * high(y.z) + numbers[6] * low(y.w) + numbers[7] * high(y.w);
-  }
-};
-
-// x a^T for the rows that have an adapter, after the barrier that it waits for: a block for each number, up to 16 at
-// once. What is needed besides x is asked for before.
-template <int K> __device__ __noinline__ void shrink(int layer, int place, int parts, const bf16* x) {
-  constexpr int EACH = (K / 8 + THREADS - 1) / THREADS;
-  const int ranks = state().most_rank, tasks = rows() * parts * ranks, step = gridDim.x;
-  float* found = in_shared<float>(SHRUNK);  // [WARPS, WARPS]
-  uint4 a[EACH];
-  float scale = 0.f;
-  const auto read = [&](int task) {
-    if (task >= tasks) return;
-    const int row = task / (parts * ranks), part = task / ranks % parts, r = task % ranks;
-    const Pair own = pair_of(row, layer, place + part);
-    scale = own.scale;
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      const int at = i * THREADS + threadIdx.x;
-      a[i] = make_uint4(0, 0, 0, 0);
-      if (r < own.rank && at < K / 8) a[i] = reinterpret_cast<const uint4*>(own.a + (size_t)r * K)[at];
-    }
-  };
-  if (TILES > 1) keep_expanders(layer, place, parts);
-  const int own_first = step - 1 - blockIdx.x;  // the first blocks have attention to make
-  read(own_first);
-  wait_inputs_here();
-#pragma unroll 1
-  for (int first = own_first; first < tasks; first += WARPS * step) {
-#pragma unroll 1
-    for (int i = 0, task = first; i < WARPS && task < tasks; i++, task += step) {
-      const int row = task / (parts * ranks);
-      float sum = 0.f;
-#pragma unroll
-      for (int i = 0; i < EACH; i++) {
-        const int at = i * THREADS + threadIdx.x;
-        if (at < K / 8) sum += dot(reinterpret_cast<const uint4*>(x)[placed(row, at * 8, K) / 8], a[i]);
-      }
-      sum = warp_sum(sum) * scale;
-      if (lane() == 0) found[i * WARPS + warp()] = sum;
-      read(task + step);
-    }
-    sync_multipliers();
-    const int task = first + warp() * step;
-    if (task < tasks) {
-      const float sum = warp_sum(lane() < WARPS ? found[warp() * WARPS + lane()] : 0.f);
-      const int row = task / (parts * ranks), part = task / ranks % parts;
-      const word phase = (word)phase_of(layer, place, part) << 32;
-      if (lane() == 0) store_relaxed(low_rank(row, part) + task % ranks, phase | __float_as_uint(sum));
-    }
-    if (first + WARPS * step < tasks) sync_multipliers();
+  for (int i = 0; i < 2; i++) {
+    const long long fixed = __float2ll_rn(sums[i] * FIXED);
+    if (fixed != 0) add_relaxed(to + i, (word)fixed);
   }
 }
 
-// What comes behind the first eight of a rank.
-__device__ __noinline__ static float expand_more(const bf16* b, const word* x, int rank, unsigned phase) {
-  float sum = 0.f;
-#pragma unroll 1
-  for (int r = 8; r < rank; r += 8) {
-    Eight eight;
-    eight.read(x + r, phase);
-    sum += eight.times(*reinterpret_cast<const uint4*>(b + r));
-  }
-  return sum;
+// What a lane feeds to the tensor cores of eight numbers of the rank, for the 16 inputs from n / 16 * 16 on.
+__device__ inline uint2 fragment(const Side& a, int n, int rank) {
+  if (rank >= a.rank) return make_uint2(0, 0);
+  return reinterpret_cast<const uint2*>(a.numbers)[((size_t)(n / 16) * (a.rank / 8) + rank / 8) * 32 + lane()];
 }
 
-// A row's pairs for a product's parts, and the first eight numbers of x a^T. Without parts, there is no adapter.
-template <int PARTS> struct Adapted {
-  unsigned phase;
-  const bf16* b[PARTS + 1];
-  int rank[PARTS + 1];
-  Eight x[PARTS + 1];
+// What a warp's outputs, which are inputs of the next product, add to its x a^T.
+template <bool ADAPTED, int PARTS> struct Shares {
+  uint2 a[PARTS][OWN_ROWS];  // for the first eight of the rank
 
-  __device__ Adapted(int row, int layer, int place) : phase(phase_of(layer, place, 0)) {
+  // Asks for them, for the outputs from n on.
+  __device__ void ask(const Product& at, int first, int n) {
+#pragma unroll
+    for (int i = 0; i < OWN_ROWS; i++)
+      if (first + 2 * i < rows())
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) a[part][i] = fragment(shrinker(at, first + 2 * i, part), n, 0);
+  }
+
+  // x: outputs tile_row() and tile_row() + 8 of row first + 2 * tile_column(), or of eight the first alone.
+  __device__ void add(const Product& at, int first, int n, unsigned x, bool eight = false) const {
+    const int from = tile_column() * 8 + tile_row() % OWN_ROWS;
+    const unsigned one = __shfl_sync(0xffffffff, x, from), other = __shfl_sync(0xffffffff, x, from + 4);
+    unsigned x0 = __byte_perm(one, other, 0x5410), x1 = __byte_perm(one, other, 0x7632);
+    if (eight) {
+      const bool upper = n % 16 != 0;
+      x1 = upper ? x0 : 0, x0 = upper ? 0 : x0;
+    }
+    word* to = sums_at(at, first);
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
-      const Expander own = expander_of(row, layer, place, part);
-      b[part] = own.b, rank[part] = (int)own.rank;
+      if (part >= at.next.parts) break;
+      float own[2] = {};
+#pragma unroll
+      for (int i = 0; i < OWN_ROWS; i++)
+        if (first + 2 * i < rows()) add_row(own, i, x0, x1, a[part][i]);
+      add_fixed(to + part * MOST_RANK, own);
     }
+    if (state().most_rank > 8) add_more(at.number, first, n, x0, x1);
   }
 
-  // Waits for them.
-  __device__ void read(int row) {
-#pragma unroll
-    for (int part = 0; part < PARTS; part++)
-      if (rank[part] > 0) x[part].read(low_rank(row, part), phase + part);
+  // Row i's sums go to the lanes of that row of the tile.
+  __device__ static void add_row(float (&own)[2], int i, unsigned x0, unsigned x1, uint2 a) {
+    float sums[2] = {};
+    multiply_upper(sums, x0, x1, a.x, a.y);
+    if (tile_row() == i) own[0] = sums[0], own[1] = sums[1];
+  }
+
+  // Where a lane's two numbers of the rank are added up.
+  __device__ static word* sums_at(const Product& at, int first) {
+    return low_rank(at.number + 1, first + 2 * (tile_row() % OWN_ROWS)) + 2 * tile_column();
+  }
+
+  // What comes behind the first eight of a rank.
+  __device__ __noinline__ static void add_more(int product, int first, int n, unsigned x0, unsigned x1) {
+    const Product at(product);
+    word* to = sums_at(at, first);
+#pragma unroll 1
+    for (int part = 0; part < at.next.parts; part++)
+#pragma unroll 1
+      for (int rank = 8; rank < state().most_rank; rank += 8) {
+        float own[2] = {};
+#pragma unroll 1
+        for (int i = 0; i < OWN_ROWS && first + 2 * i < rows(); i++)
+          add_row(own, i, x0, x1, fragment(shrinker(at, first + 2 * i, part), n, rank));
+        add_fixed(to + part * MOST_RANK + rank, own);
+      }
   }
 };
 
-// What a row's adapter adds to output n of a part: what there is before x a^T is, for the first eight of its rank.
-struct Expansion {
-  const bf16* b;
-  int rank;
-  uint4 first;
+template <int PARTS> struct Shares<false, PARTS> {
+  __device__ void ask(const Product&, int, int) {}
+  __device__ void add(const Product&, int, int, unsigned, bool = false) const {}
+};
 
-  template <int PARTS> __device__ Expansion(const Adapted<PARTS>& adapted, int part, int n) : b(nullptr), rank(0) {
-#pragma unroll
-    for (int i = 0; i < PARTS; i++)
-      if (i == part) rank = adapted.rank[i], b = adapted.b[i] + (size_t)n * adapted.rank[i];
-    if (PARTS > 0 && rank > 0) first = *reinterpret_cast<const uint4*>(b);
+// What adapters add to a warp's outputs, of which a lane has two of a row: of one part, or of two parts, the first and
+// the one behind it.
+template <bool ADAPTED, int PARTS> struct Expansion {
+  unsigned b[OWN_ROWS][2];  // for the first eight of the rank
+  unsigned x[PARTS];        // of row tile_row() of the tile
+
+  // Two numbers of the rank for an output.
+  __device__ static unsigned side(const Product& at, int row, int part, int n, int rank) {
+    const Side b = expander(at.own, row, part);
+    if (rank >= b.rank) return 0;
+    return *reinterpret_cast<const unsigned*>(b.numbers + (size_t)n * b.rank + rank + 2 * tile_column());
+  }
+  __device__ static unsigned number(const Product& at, int row, int part, int rank) {
+    if (row >= rows()) return 0;
+    const word* from = low_rank(at.number, row) + part * MOST_RANK + rank + 2 * tile_column();
+    const ulonglong2 two = *reinterpret_cast<const ulonglong2*>(from);
+    const float scale = scale_of(at.own, row, part) / FIXED;
+    return pack_bf16((float)(long long)two.x * scale, (float)(long long)two.y * scale);
   }
 
-  template <int PARTS> __device__ float times(const Adapted<PARTS>& adapted, int row, int part) const {
-    if (PARTS == 0 || rank == 0) return 0.f;
-    float sum = 0.f;
+  // Asks for b, which is there before x is.
+  __device__ void ask(const Product& at, int first, int part, const int (&n)[2]) {
 #pragma unroll
-    for (int i = 0; i < PARTS; i++)
-      if (i == part) sum = adapted.x[i].times(first);
-    if (rank > 8) sum += expand_more(b, low_rank(row, part), rank, adapted.phase + part);
-    return sum;
+    for (int i = 0; i < OWN_ROWS; i++)
+      if (first + 2 * i < rows())
+#pragma unroll
+        for (int j = 0; j < 2; j++) b[i][j] = side(at, first + 2 * i, part + j * (PARTS - 1), n[j], 0);
   }
+
+  // Behind the barrier that x comes with.
+  __device__ void receive(const Product& at, int first, int part) {
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) x[i] = number(at, first / 8 * 8 + tile_row(), part + i, 0);
+  }
+
+  // For row first + 2 * tile_column().
+  __device__ float2 added(const Product& at, int first, int part, const int (&n)[2]) const {
+    float all[4] = {};  // of all rows of the tile
+#pragma unroll
+    for (int i = 0; i < OWN_ROWS; i++)
+      if (first + 2 * i < rows()) add_row(all, first % 8 + 2 * i, b[i], x);
+    float2 own = first % 2 ? make_float2(all[1], all[3]) : make_float2(all[0], all[2]);
+    if (state().most_rank > 8) {
+      const float2 rest = more(at.number, first, part, n[0], n[1]);
+      own.x += rest.x, own.y += rest.y;
+    }
+    return own;
+  }
+
+  __device__ static void add_row(float (&all)[4], int row, const unsigned (&b)[2], const unsigned (&x)[PARTS]) {
+    const bool own = tile_row() == row;
+    if (PARTS == 1) multiply(all, b[0], b[1], 0, 0, own ? x[0] : 0, 0);
+    else multiply(all, b[0], 0, 0, b[1], own ? x[0] : 0, own ? x[PARTS - 1] : 0);
+  }
+
+  // What comes behind the first eight of a rank.
+  __device__ __noinline__ static float2 more(int product, int first, int part, int n0, int n1) {
+    const Product at(product);
+    float all[4] = {};
+#pragma unroll 1
+    for (int rank = 8; rank < state().most_rank; rank += 8) {
+      unsigned x[PARTS];
+#pragma unroll
+      for (int i = 0; i < PARTS; i++) x[i] = number(at, first / 8 * 8 + tile_row(), part + i, rank);
+#pragma unroll 1
+      for (int i = 0; i < OWN_ROWS && first + 2 * i < rows(); i++) {
+        const int row = first + 2 * i;
+        const unsigned b[2] = {side(at, row, part, n0, rank), side(at, row, part + PARTS - 1, n1, rank)};
+        add_row(all, row % 8, b, x);
+      }
+    }
+    return first % 2 ? make_float2(all[1], all[3]) : make_float2(all[0], all[2]);
+  }
+};
+
+template <int PARTS> struct Expansion<false, PARTS> {
+  __device__ void ask(const Product&, int, int, const int (&)[2]) {}
+  __device__ void receive(const Product&, int, int) {}
+  __device__ float2 added(const Product&, int, int, const int (&)[2]) const { return make_float2(0.f, 0.f); }
 };

@@ -5,13 +5,6 @@
 
 constexpr int TEAM_WARPS = TEAM / 32, OWN_VALUES = DIM / TEAM_WARPS / 8;  // tiles of eight
 
-// c [8, 8] += a [8, 16] b [16, 8]: the upper half of a tile.
-__device__ inline void multiply_upper(float (&c)[2], unsigned a0, unsigned a2, unsigned b0, unsigned b1) {
-  float both[4] = {c[0], c[1], 0.f, 0.f};
-  multiply(both, a0, 0, a2, 0, b0, b1);
-  c[0] = both[0], c[1] = both[1];
-}
-
 // How many pages there are up to a position, how many of them a split has, and how many splits that makes.
 __device__ inline int pages_of(int position) { return position / PAGE + 1; }
 __device__ inline int pages_at_once(int position) { return (pages_of(position) + MOST_SPLITS - 1) / MOST_SPLITS; }
@@ -230,35 +223,65 @@ __device__ inline void mix_page(const Team& memory, int page, int seen, const Va
   }
 }
 
-// What was found of a task, to the output, or to where the splits of a row's head meet.
-__device__ inline void put_down(const Task& task, Found& found) {
+// The output of a row's head of keys, which the team has in its memory, to where the next product finds it; and what it
+// adds to that product's x a^T.
+__device__ inline void set_mixed(const Product& at, Team& memory, const Task& task) {
+  constexpr int BLOCKS = SHARED * DIM / 16, OWN = (BLOCKS + TEAM_WARPS - 1) / TEAM_WARPS;
+  const int first = task.head * SHARED * DIM, team = warp() / TEAM_WARPS;
+  const Side a = adapted() ? shrinker(at, task.row, 0) : Side{};
+  uint2 fragments[OWN];
+#pragma unroll
+  for (int i = 0; i < OWN; i++) {
+    const int block = i * TEAM_WARPS + warp() % TEAM_WARPS;
+    fragments[i] = block < BLOCKS ? fragment(a, first + block * 16, 0) : make_uint2(0, 0);
+  }
+  team_sync(team, TEAM);
+#pragma unroll
+  for (int k = threadIdx.x % TEAM; k < SHARED * DIM; k += TEAM)
+    mixed()[placed(task.row, first + k, Q_WIDTH)] = narrow(memory.output[k]);
+  if (a.rank == 0) return;
+  word* to = low_rank(at.number + 1, task.row) + 2 * tile_column();
+#pragma unroll 1
+  for (int rank = 0; rank < a.rank; rank += 8) {
+    float sums[2] = {};
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+      const int block = min(i * TEAM_WARPS + warp() % TEAM_WARPS, BLOCKS - 1);
+      const float2* x = reinterpret_cast<const float2*>(memory.output + block * 16) + tile_column();
+      multiply_upper(sums, pack_bf16(x[0].x, x[0].y), pack_bf16(x[4].x, x[4].y), fragments[i].x, fragments[i].y);
+      if (rank + 8 < a.rank && block == i * TEAM_WARPS + warp() % TEAM_WARPS)
+        fragments[i] = fragment(a, first + block * 16, rank + 8);
+    }
+    if (tile_row() == 0) add_fixed(to + rank, sums);
+  }
+}
+
+// What was found of a task, to the team's memory, or to where the splits of a row's head meet.
+__device__ inline void put_down(Team& memory, const Task& task, Found& found) {
   found.sum += __shfl_xor_sync(0xffffffff, found.sum, 1);
   found.sum += __shfl_xor_sync(0xffffffff, found.sum, 2);
+  team_sync(warp() / TEAM_WARPS, TEAM);  // scores have been used
   if (tile_row() >= SHARED) return;
   const int team_warp = warp() % TEAM_WARPS;
-  float* to = split_at(task.row, task.head, task.split, tile_row());
+  float* to = task.splits > 1 ? split_at(task.row, task.head, task.split, tile_row()) : memory.output + tile_row() * DIM;
+  const float factor = task.splits > 1 ? 1.f : 1.f / found.sum;
 #pragma unroll
   for (int i = 0; i < OWN_VALUES; i++)
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-      const int d = (team_warp * OWN_VALUES + i) * 8 + tile_column() * 2 + j;
-      if (task.splits > 1) to[d] = found.values[i][j];
-      else
-        mixed()[placed(task.row, (task.head * SHARED + tile_row()) * DIM + d, Q_WIDTH)] =
-            narrow(found.values[i][j] / found.sum);
-    }
+    for (int j = 0; j < 2; j++)
+      to[(team_warp * OWN_VALUES + i) * 8 + tile_column() * 2 + j] = found.values[i][j] * factor;
   if (task.splits > 1 && team_warp == 0 && tile_column() == 0) to[DIM] = found.largest, to[DIM + 1] = found.sum;
 }
 
-// Whoever is the last of a row's head joins what all splits found.
-__device__ inline void join(Team& memory, const Task& task) {
+// Whoever is the last of a row's head joins what all splits found, in the team's memory.
+__device__ inline bool join(Team& memory, const Task& task) {
   const int team = warp() / TEAM_WARPS, thread = threadIdx.x % TEAM;
   __threadfence();
   team_sync(team, TEAM);
   unsigned* done = attended() + task.row * KV_HEADS + task.head;
   if (thread == 0) memory.last[0] = fetch_add(done, 1) + 1 == (unsigned)task.splits;
   team_sync(team, TEAM);
-  if (!memory.last[0]) return;
+  if (!memory.last[0]) return false;
   if (thread == 0) *done = 0;
   __threadfence();
   // How much each split counts.
@@ -278,9 +301,9 @@ __device__ inline void join(Team& memory, const Task& task) {
 #pragma unroll 4
     for (int split = 0; split < task.splits; split++)
       sum += memory.shares[h][split] * split_at(task.row, task.head, split, h)[d];
-    mixed()[placed(task.row, (task.head * SHARED + h) * DIM + d, Q_WIDTH)] = narrow(sum);
+    memory.output[i] = sum;
   }
-  team_sync(team, TEAM);
+  return true;
 }
 
 // After the barrier that it waits for there are q, k and v of all rows; older keys and values are asked for
@@ -288,6 +311,7 @@ __device__ inline void join(Team& memory, const Task& task) {
 __device__ __noinline__ void attend(int layer) {
   const int team = warp() / TEAM_WARPS, tasks = first_tasks()[rows()];
   Team& memory = team_memory(team);
+  const Product at(layer * PRODUCTS);  // that of q, k and v
   Task task = {};
   const HeadNorms norms(layer);
   bool waited = false;
@@ -316,8 +340,8 @@ __device__ __noinline__ void attend(int layer) {
       team_sync(team, TEAM);
       mix_page(memory, page, min(older + 1, PAGE), values, found);
     }
-    put_down(task, found);
-    if (task.splits > 1) join(memory, task);
+    put_down(memory, task, found);
+    if (task.splits == 1 || join(memory, task)) set_mixed(at, memory, task);
   }
   if (!waited) wait_grid();
 }

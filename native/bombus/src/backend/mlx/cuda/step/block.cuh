@@ -12,7 +12,6 @@ struct State {
   float* logits;
   unsigned char* workspace;
   int count, row_words, most_rank;  // of the plan
-  unsigned launch;
   unsigned barriers, phase;         // thread 0's
 };
 
@@ -33,15 +32,21 @@ __device__ inline int warp() { return threadIdx.x / 32; }
 __device__ inline int tile_row() { return lane() / 4; }
 __device__ inline int tile_column() { return lane() % 4; }
 
+// c [8, 8] += a [8, 16] b [16, 8]: the upper half of a tile.
+__device__ inline void multiply_upper(float (&c)[2], unsigned a0, unsigned a2, unsigned b0, unsigned b1) {
+  float both[4] = {c[0], c[1], 0.f, 0.f};
+  multiply(both, a0, 0, a2, 0, b0, b1);
+  c[0] = both[0], c[1] = both[1];
+}
+
 __device__ inline int rows() { return state().count; }
 __device__ inline int batches() { return (rows() + ROWS - 1) / ROWS; }
 __device__ inline const word* planned(int row) { return state().plan + HEADER + (size_t)row * state().row_words; }
 __device__ inline float eps() { return __uint_as_float((unsigned)EPS_BITS); }
 
 template <class T> __device__ inline T* in_workspace(size_t at) { return reinterpret_cast<T*>(state().workspace + at); }
-// Arrivals at barriers, how often there was such a launch, and whether something went wrong.
+// Arrivals at barriers, and whether something went wrong.
 __device__ inline unsigned* arrived() { return in_workspace<unsigned>(0); }
-__device__ inline unsigned* launches() { return in_workspace<unsigned>(128); }
 __device__ inline unsigned* failed() { return in_workspace<unsigned>(192); }
 // When it began and ended in nanoseconds, and in cycles when it began and every phase ended.
 __device__ inline word* stamps() { return in_workspace<word>(STAMPS); }
@@ -55,10 +60,6 @@ __device__ inline float* qkv() { return in_workspace<float>(QKV_AT); }
 __device__ inline bf16* normed() { return in_workspace<bf16>(NORMED); }
 __device__ inline bf16* mixed() { return in_workspace<bf16>(MIXED); }
 __device__ inline bf16* active() { return in_workspace<bf16>(ACTIVE); }
-// [rows, 3, MOST_RANK]
-__device__ inline word* low_rank(int row, int part) {
-  return in_workspace<word>(LOW_RANK) + (size_t)(row * 3 + part) * MOST_RANK;
-}
 // [rows, DIM / 2]
 __device__ inline Angle* angles() { return in_workspace<Angle>(ANGLES); }
 // [rows, kv heads, splits, heads, PARTIAL]
@@ -79,9 +80,8 @@ template <class T> __device__ inline const T* weight(int layer, int place) {
   return reinterpret_cast<const T*>(layer_words(layer)[place]);
 }
 
-// All warps that compute, and those of them that multiply.
+// All warps that compute.
 __device__ inline void sync() { team_sync(TEAMS, COMPUTING * 32); }
-__device__ inline void sync_multipliers() { team_sync(TEAMS + 1, THREADS); }
 
 __device__ inline void stamp() {
   if (threadIdx.x == 0 && blockIdx.x == 0) stamps()[state().phase++] = clock64();
@@ -90,8 +90,7 @@ __device__ inline void stamp() {
 __device__ inline void begin(const word* table, const word* plan, const unsigned* sampled, float* logits,
                              unsigned char* workspace) {
   if (threadIdx.x == 0) {
-    state() = {table, plan, sampled, logits, workspace, (int)plan[0], (int)plan[1], (int)plan[2], 0, 0, 2};
-    state().launch = *launches() + 1;
+    state() = {table, plan, sampled, logits, workspace, (int)plan[0], (int)plan[1], (int)plan[2], 0, 2};
     Signals& own = signals();
     for (int i = 0; i < STAGES; i++) begin_barrier(&own.full[i], 1), begin_barrier(&own.empty[i], WARPS);
     for (int i = 0; i < INPUT_STAGES; i++)
@@ -146,7 +145,7 @@ __device__ inline void wait_inputs_here() {
 }
 __device__ __noinline__ static void wait_inputs() { wait_inputs_here(); }
 
-// The last block to leave resets the counters for the next launch.
+// The last block to leave resets the counter for the next launch.
 __device__ inline void leave() {
   sync();
   if (threadIdx.x != 0) return;
@@ -156,8 +155,5 @@ __device__ inline void leave() {
     for (int row = 0; row < rows(); row++) state().logits[(size_t)row * VOCAB] = __uint_as_float(0x7fc00000);
     return;
   }
-  if (fetch_add(arrived(), 1) + 1 == state().barriers + gridDim.x) {
-    *launches() = state().launch;
-    *arrived() = 0;
-  }
+  if (fetch_add(arrived(), 1) + 1 == state().barriers + gridDim.x) *arrived() = 0;
 }

@@ -1,108 +1,134 @@
-// What becomes of a product's outputs, of which a lane has two of a row (of gate and up one each): `ahead` asks for what is
-// needed besides them.
+// What becomes of a product's outputs, of which a lane has two of a row (of gate and up one each). `Ahead` is what is
+// needed besides them: `ask` asks for what is there before the product's inputs are, `receive` for what comes with them, again for each kind of outputs.
 
-// All lanes of a warp come here, with the same 16 outputs, for 4 rows. The input of the next product is normed but for
-// a factor of the row, which needs all of it.
-__device__ inline void set_hidden(int row, int n0, int n1, float x0, float x1,
-                                  bf16 norm0, bf16 norm1) {
+// The outputs of a lane, and its row: every warp comes with 16 outputs, `first` and every other row behind it.
+struct Outputs {
+  int n[2], first;
+
+  __device__ int row() const { return first + 2 * tile_column(); }
+  __device__ int first_n() const { return n[0] - tile_row(); }
+};
+
+// The input of the next product is normed but for a factor of the row, which needs all of it.
+template <class Shares>
+__device__ inline void set_hidden(const Product& at, const Outputs& out, float x0, float x1, bf16 norm0, bf16 norm1,
+                                  const Shares& shares) {
+  const int row = out.row();
+  const unsigned both = pack_bf16(x0 * widen(norm0), x1 * widen(norm1));
+  shares.add(at, out.first, out.first_n(), both);
   float square = x0 * x0 + x1 * x1;
   for (int other = 4; other < 32; other *= 2) square += __shfl_xor_sync(0xffffffff, square, other);
   if (row >= rows()) return;
-  float* own = hidden() + (size_t)row * HIDDEN;
-  own[n0] = x0, own[n1] = x1;
-  normed()[placed(row, n0, HIDDEN)] = narrow(x0 * widen(norm0));
-  normed()[placed(row, n1, HIDDEN)] = narrow(x1 * widen(norm1));
-  if (tile_row() == 0) squares()[(size_t)row * (HIDDEN / 16) + n0 / 16] = square;
+  float* to = hidden() + (size_t)row * HIDDEN;
+  to[out.n[0]] = x0, to[out.n[1]] = x1;
+  normed()[placed(row, out.n[0], HIDDEN)] = (bf16)both;
+  normed()[placed(row, out.n[1], HIDDEN)] = (bf16)(both >> 16);
+  if (tile_row() == 0) squares()[(size_t)row * (HIDDEN / 16) + out.n[0] / 16] = square;
 }
 
-// Which of q, k and v an output is of, and where that begins.
+// Which of q, k and v outputs are of, 16 of which are of one; and where that begins.
 __device__ inline int part_of(int n) { return n < Q_WIDTH ? 0 : n < Q_WIDTH + KV_WIDTH ? 1 : 2; }
 __device__ inline int start_of(int part) { return part == 0 ? 0 : part == 1 ? Q_WIDTH : Q_WIDTH + KV_WIDTH; }
 
-struct FinishQkv {
-  static constexpr int PARTS = 3, place = LORA_QKV;
-  int layer;
+template <bool ADAPTED> struct FinishQkv {
+  static constexpr int KINDS = 3;
+  Product at;
 
   struct Ahead {
-    Expansion first, second;
+    Expansion<ADAPTED, 1> expansion;
+
+    __device__ void ask(const FinishQkv& finish, const Outputs& out) {
+      const int part = part_of(out.n[0]), start = start_of(part);
+      expansion.ask(finish.at, out.first, part, {out.n[0] - start, out.n[1] - start});
+    }
+    __device__ void receive(const FinishQkv& finish, const Outputs& out) {
+      expansion.receive(finish.at, out.first, part_of(out.n[0]));
+    }
   };
 
-  template <class A> __device__ Ahead ahead(const A& adapted, int, int n0, int n1) const {
-    const int part0 = part_of(n0), part1 = part_of(n1);
-    return {{adapted, part0, n0 - start_of(part0)}, {adapted, part1, n1 - start_of(part1)}};
-  }
-
-  template <class A>
-  __device__ void operator()(const A& adapted, int row, int n0, int n1, float y0, float y1,
-                             const Ahead& own) const {
+  __device__ void operator()(const Outputs& out, float2 y, const Ahead& own) const {
+    const int row = out.row(), part = part_of(out.n[0]), start = start_of(part);
+    const float2 added = own.expansion.added(at, out.first, part, {out.n[0] - start, out.n[1] - start});
     if (row >= rows()) return;
     float* to = qkv() + (size_t)row * QKV_WIDTH;
     const float factor = factors()[row];
-    to[n0] = factor * (y0 + own.first.times(adapted, row, part_of(n0)));
-    to[n1] = factor * (y1 + own.second.times(adapted, row, part_of(n1)));
+    to[out.n[0]] = factor * (y.x + added.x), to[out.n[1]] = factor * (y.y + added.y);
   }
 };
 
 // Of attention's output, and of the inner layer: they are added to what is hidden.
-struct FinishHidden {
-  static constexpr int PARTS = 1;
-  int layer, place;
+template <bool ADAPTED> struct FinishHidden {
+  static constexpr int KINDS = 1;
+  Product at;
   const bf16* norm;  // of the next phase
 
   struct Ahead {
-    Expansion first, second;
+    Expansion<ADAPTED, 1> expansion;
+    Shares<ADAPTED, 3> shares;
     float x0, x1;
     bf16 norm0, norm1;
+
+    __device__ void ask(const FinishHidden& finish, const Outputs& out) {
+      expansion.ask(finish.at, out.first, 0, out.n);
+      shares.ask(finish.at, out.first, out.first_n());
+      const float* x = hidden() + (size_t)min(out.row(), rows() - 1) * HIDDEN;
+      x0 = x[out.n[0]], x1 = x[out.n[1]];
+      norm0 = finish.norm[out.n[0]], norm1 = finish.norm[out.n[1]];
+    }
+    __device__ void receive(const FinishHidden& finish, const Outputs& out) {
+      expansion.receive(finish.at, out.first, 0);
+    }
   };
 
-  template <class A> __device__ Ahead ahead(const A& adapted, int row, int n0, int n1) const {
-    const float* x = hidden() + (size_t)min(row, rows() - 1) * HIDDEN;
-    return {{adapted, 0, n0}, {adapted, 0, n1}, x[n0], x[n1], norm[n0], norm[n1]};
-  }
-
-  template <class A>
-  __device__ void operator()(const A& adapted, int row, int n0, int n1, float y0, float y1,
-                             const Ahead& own) const {
-    y0 += own.first.times(adapted, row, 0), y1 += own.second.times(adapted, row, 0);
-    set_hidden(row, n0, n1, own.x0 + y0, own.x1 + y1, own.norm0, own.norm1);
+  __device__ void operator()(const Outputs& out, float2 y, const Ahead& own) const {
+    const float2 added = own.expansion.added(at, out.first, 0, out.n);
+    set_hidden(at, out, own.x0 + y.x + added.x, own.x1 + y.y + added.y, own.norm0, own.norm1, own.shares);
   }
 };
 
-struct FinishGateUp {
-  static constexpr int PARTS = 2, place = LORA_GATE_UP;
-  int layer;
+// A unit's second outputs are of up, with the same numbers as the gate's.
+template <bool ADAPTED> struct FinishGateUp {
+  static constexpr int KINDS = 1;
+  Product at;
 
   struct Ahead {
-    Expansion gate, up;
+    Expansion<ADAPTED, 2> expansion;
+    Shares<ADAPTED, 1> shares;
+
+    __device__ void ask(const FinishGateUp& finish, const Outputs& out) {
+      expansion.ask(finish.at, out.first, 0, {out.n[0], out.n[0]});
+      shares.ask(finish.at, out.first, out.first_n());
+    }
+    __device__ void receive(const FinishGateUp& finish, const Outputs& out) {
+      expansion.receive(finish.at, out.first, 0);
+    }
   };
 
-  template <class A> __device__ Ahead ahead(const A& adapted, int, int n, int) const {
-    // A unit's second outputs are of up, with the same number.
-    return {{adapted, 0, n}, {adapted, 1, n}};
-  }
-
-  template <class A>
-  __device__ void operator()(const A& adapted, int row, int n, int, float gate, float up,
-                             const Ahead& own) const {
-    if (row >= rows()) return;
-    const float factor = factors()[row];
-    gate = factor * (gate + own.gate.times(adapted, row, 0));
-    up = factor * (up + own.up.times(adapted, row, 1));
-    active()[placed(row, n, INNER)] = narrow(gate / (1.f + __expf(-gate)) * up);
+  __device__ void operator()(const Outputs& out, float2 y, const Ahead& own) const {
+    const int row = out.row();
+    const float2 added = own.expansion.added(at, out.first, 0, {out.n[0], out.n[0]});
+    const float factor = row < rows() ? factors()[row] : 0.f;
+    const float gate = factor * (y.x + added.x), up = factor * (y.y + added.y);
+    const bf16 x = narrow(gate / (1.f + __expf(-gate)) * up);
+    own.shares.add(at, out.first, out.first_n(), x, true);
+    if (row < rows()) active()[placed(row, out.n[0], INNER)] = x;
   }
 };
 
-struct FinishHead {
-  static constexpr int PARTS = 0, layer = 0, place = 0;
+template <bool ADAPTED> struct FinishHead {
+  static constexpr int KINDS = 1;
+  Product at;
 
-  struct Ahead {};
-  template <class A> __device__ Ahead ahead(const A&, int, int, int) const { return {}; }
+  struct Ahead {
+    __device__ void ask(const FinishHead&, const Outputs&) {}
+    __device__ void receive(const FinishHead&, const Outputs&) {}
+  };
 
-  template <class A>
-  __device__ void operator()(const A&, int row, int n0, int n1, float y0, float y1, Ahead) const {
+  __device__ void operator()(const Outputs& out, float2 y, const Ahead&) const {
+    const int row = out.row();
     if (row >= rows()) return;
     float* to = state().logits + (size_t)row * VOCAB;
-    if (n0 < VOCAB) to[n0] = factors()[row] * y0;
-    if (n1 < VOCAB) to[n1] = factors()[row] * y1;
+    if (out.n[0] < VOCAB) to[out.n[0]] = factors()[row] * y.x;
+    if (out.n[1] < VOCAB) to[out.n[1]] = factors()[row] * y.y;
   }
 };

@@ -31,6 +31,7 @@ enum { QKV = 0, O = 2, GATE_UP = 4, DOWN = 6, INPUT_NORM = 8, POST_NORM, Q_NORM,
 enum { HEAD = 0, NORM = 2, EMBEDDING = 3, HEAD_WORDS = 3 };
 // Where a projection's pairs are in an adapter's table: 3 words each, 7 pairs for every layer.
 enum { LORA_QKV = 0, LORA_O = 3, LORA_GATE_UP = 4, LORA_DOWN = 6, LORA_PAIRS = 7 };
+constexpr int PRODUCTS = 4;  // of a layer
 
 // `plan` has HEADER words: rows, words for a row, the highest rank of an adapter, where the workspace has room
 // for a copy of it; and for every row: id and position, adapter, pages. The id is a token's, or -1 - the row
@@ -101,29 +102,26 @@ using Head = Division<HIDDEN, VOCAB, SINGLE>;
 constexpr size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 constexpr size_t rounded(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
-// A team's memory for attention: queries, key and value of the row itself; scores of a page, and of the next; how much
-// splits count.
+// A team's memory for attention: queries, key and value of the row itself; scores of a page, and of the next, then the
+// output; how much splits count.
 struct alignas(16) Team {
   bf16 q[8][DIM + 8];  // eight rows must fall into different banks
   bf16 fresh[2][DIM];
-  float scores[2][8][PAGE + 4];
+  union {
+    float scores[2][8][PAGE + 4];
+    float output[8 * DIM];  // of the query heads one after another
+  };
   float shares[8][MOST_SPLITS];
   unsigned last[4];
 };
 
-// An adapter's pair for one linear layer: a [rank, in] (its inputs in the order of `placed`), b [out, rank]. Ranks
-// are multiples of 8.
+// An adapter's pair for one linear layer. Ranks are multiples of 8. a [in / 16, rank / 8, lanes, 4]: lane l has of rank
+// l / 4 the inputs l % 4 * 2, the one behind it, and those 8 further on; b [out, rank].
 struct Pair {
   const bf16* a;
   const bf16* b;
   int rank;
   float scale;
-};
-
-// Of a pair, b and the rank.
-struct Expander {
-  const bf16* b;
-  long long rank;
 };
 
 // Shared memory.
@@ -144,11 +142,11 @@ constexpr size_t POSITIONS = FIRST_TASKS + 4 * (MOST_ROWS + 4);  // [MOST_ROWS]
 constexpr size_t SIGNALS = POSITIONS + 4 * MOST_ROWS;
 constexpr size_t STATE = rounded(SIGNALS + sizeof(Signals), 16);  // 128 bytes
 constexpr size_t WORDS = STATE + 128;  // of the table, for a layer and the next
-// With one tile, pairs for a layer and the next [2][ROWS][LORA_PAIRS], else what expands for a phase [MOST_ROWS][3].
+// With one tile, pairs for a layer and the next [2][ROWS][LORA_PAIRS], else those of their sides that a product and its
+// followers need [4][MOST_ROWS], and scales [3][MOST_ROWS].
 constexpr size_t PAIRS = WORDS + 2 * 8 * LAYER_WORDS;
-constexpr size_t PAIRS_BYTES = TILES == 1 ? 2 * ROWS * LORA_PAIRS * sizeof(Pair) : MOST_ROWS * 3 * sizeof(Expander);
-constexpr size_t SHRUNK = PAIRS + PAIRS_BYTES;  // each warp's share of x a^T [WARPS, WARPS]
-constexpr size_t FIRST_STAGE = rounded(SHRUNK + 4 * WARPS * WARPS, 128);
+constexpr size_t SCALES = PAIRS + (TILES == 1 ? 2 * ROWS * LORA_PAIRS * sizeof(Pair) : 4 * 8 * MOST_ROWS);
+constexpr size_t FIRST_STAGE = rounded(SCALES + (TILES == 1 ? 0 : 3 * 4 * MOST_ROWS), 128);
 constexpr size_t FIRST_INPUTS = FIRST_STAGE + (size_t)STAGES * STAGE_BYTES;
 constexpr size_t ALL_SUMS = FIRST_INPUTS + (size_t)INPUT_STAGES * INPUT_BYTES;
 // There are no inputs nor sums while there is attention.
@@ -167,5 +165,5 @@ constexpr size_t NORMED = QKV_AT + room((size_t)4 * MOST_ROWS * QKV_WIDTH);
 constexpr size_t MIXED = NORMED + room((size_t)2 * MOST_ROWS * HIDDEN);
 constexpr size_t ACTIVE = MIXED + room((size_t)2 * MOST_ROWS * Q_WIDTH);
 constexpr size_t LOW_RANK = ACTIVE + room((size_t)2 * MOST_ROWS * INNER);
-constexpr size_t ANGLES = LOW_RANK + room((size_t)8 * MOST_ROWS * 3 * MOST_RANK);
+constexpr size_t ANGLES = LOW_RANK + room((size_t)3 * 8 * MOST_ROWS * 3 * MOST_RANK);
 constexpr size_t SPLITS = ANGLES + room((size_t)4 * MOST_ROWS * DIM);

@@ -134,36 +134,42 @@ __device__ __noinline__ Progress multiply_one_tile(Progress progress, const bf16
   return progress;
 }
 
+// Those from row `row` of a unit on.
+template <class D> __device__ Outputs outputs_in(int unit, int row, int first) {
+  return {{D::output(unit, row + tile_row()), D::output(unit, row + tile_row() + 8)}, first};
+}
+
 // Two warps, each for half of the rows, or for every other unit if there is one row, add up what the others have, and
-// finish it. What they need besides is asked for a unit ahead.
-template <class D, int PARTS, class Finish>
+// finish it. What they need besides is asked for before they wait.
+template <class D, bool ADAPTED, class Finish>
 __device__ __noinline__ Progress finish_one_tile(Progress progress, Finish finish) {
   const int own = warp() - WARPS, stride = rows() == 1 ? FINISHERS : 1;
-  const int b = stride == 1 ? own : 0, row = 2 * tile_column() + b, late = stride == 1 ? 0 : own;
-  Adapted<PARTS> adapted(row, finish.layer, finish.place);
-  const auto ahead = [&](int unit) {
-    const int there = min(unit, D::UNITS - 1);
-    return finish.ahead(adapted, row, D::output(there, tile_row()), D::output(there, tile_row() + 8));
-  };
-  const int first = blockIdx.x + late * gridDim.x, step = stride * gridDim.x;
-  auto next = ahead(first);
-  wait_inputs_here();
-  if (PARTS > 0 && own > 0) bring_next_pairs(finish.layer, finish.place);
-  if (D::NORMED) find_factors(b, FINISHERS);
-  if (first < D::UNITS) adapted.read(row);
+  const int b = stride == 1 ? own : 0, late = stride == 1 ? 0 : own;
+  const int step = stride * gridDim.x;
+  typename Finish::Ahead ahead;
+  bool begun = false;
 #pragma unroll 1
-  for (int unit = first, number = progress.units + late; unit < D::UNITS; unit += step, number += stride) {
-    const auto needed = next;
-    if (unit + step < D::UNITS) next = ahead(unit + step);
+  for (int unit = blockIdx.x + late * gridDim.x, number = progress.units + late; unit < D::UNITS || !begun;
+       unit += step, number += stride) {
+    const Outputs out = outputs_in<D>(min(unit, D::UNITS - 1), 0, b);
+    ahead.ask(finish, out);
+    if (!begun) wait_inputs_here();
+    if (!begun || Finish::KINDS > 1) ahead.receive(finish, out);
+    if (!begun) {
+      if (D::NORMED) find_factors(b, FINISHERS);
+      if (ADAPTED && own > 0) ready_adapters(finish.at);
+      begun = true;
+      if (unit >= D::UNITS) break;
+    }
     const int turn = number % SUMS;
     wait(&signals().summed[turn], number / SUMS & 1);
     const float* from = sums() + turn * WARPS * 128 + b * 32 + lane();
-    float y0 = 0.f, y1 = 0.f;
+    float2 y = make_float2(0.f, 0.f);
 #pragma unroll
-    for (int part = 0; part < WARPS; part++) y0 += from[part * 128], y1 += from[part * 128 + 64];
+    for (int part = 0; part < WARPS; part++) y.x += from[part * 128], y.y += from[part * 128 + 64];
     __syncwarp();
     if (lane() < stride) arrive(&signals().taken[turn]);
-    finish(adapted, row, D::output(unit, tile_row()), D::output(unit, tile_row() + 8), y0, y1, needed);
+    finish(out, y, ahead);
   }
   if ((int)blockIdx.x < D::UNITS) progress.units += (D::UNITS - 1 - blockIdx.x) / gridDim.x + 1;
   return progress;
@@ -191,30 +197,29 @@ struct Dense {
 
 // Adds up what the warps have of a unit for a batch of rows, and finishes it. Apart from the rest, whose registers it
 // would take.
-template <class D, int PARTS, class Finish> __device__ __noinline__ void finish_tiles(int unit, int batch, Finish finish) {
+template <class D, class Finish> __device__ __noinline__ void finish_tiles(int unit, int batch, Finish finish) {
   constexpr int SHARES = WARPS / D::HIGH;
   const int tiles = min((rows() - batch * ROWS + 7) / 8, TILES);
 #pragma unroll 1
   for (int task = warp(); task < 2 * tiles * D::HIGH; task += WARPS) {
     const int b = task % 2, high = task / 2 % D::HIGH, tile = task / 2 / D::HIGH;
+    const Outputs out = outputs_in<D>(unit, high * 16, batch * ROWS + tile * 8 + b);
+    typename Finish::Ahead ahead;
+    ahead.ask(finish, out);
+    ahead.receive(finish, out);
     const float* from = sums() + (high * TILES + tile) * 128 + b * 32 + lane();
-    float y0 = 0.f, y1 = 0.f;
+    float2 y = make_float2(0.f, 0.f);
 #pragma unroll
     for (int i = 0; i < SHARES; i++) {
-      y0 += from[i * D::HIGH * TILES * 128];
-      y1 += from[i * D::HIGH * TILES * 128 + 64];
+      y.x += from[i * D::HIGH * TILES * 128];
+      y.y += from[i * D::HIGH * TILES * 128 + 64];
     }
-    const int row = batch * ROWS + tile * 8 + 2 * tile_column() + b;
-    const int n0 = D::output(unit, high * 16 + tile_row()), n1 = D::output(unit, high * 16 + tile_row() + 8);
-    Adapted<PARTS> adapted(row, finish.layer, finish.place);
-    const auto own = finish.ahead(adapted, row, n0, n1);
-    adapted.read(row);
-    finish(adapted, row, n0, n1, y0, y1, own);
+    finish(out, y, ahead);
   }
 }
 
 // More rows: a block takes TALL outputs and ROWS rows at once; of 16 outputs, several warps share the inputs.
-template <class D, int PARTS, class Finish>
+template <class D, class Finish>
 __device__ __noinline__ Progress multiply_tiles(Progress progress, Finish finish) {
   constexpr int SHARES = WARPS / D::HIGH, AT_ONCE = D::INPUTS_AT_ONCE;
   const int tall = warp() % D::HIGH, part = warp() / D::HIGH;
@@ -265,23 +270,26 @@ __device__ __noinline__ Progress multiply_tiles(Progress progress, Finish finish
 #pragma unroll
         for (int i = 0; i < 4; i++) own[tile * 128 + i * 32] = sum[tile][i];
       sync();
-      finish_tiles<D, PARTS>(unit, batch, finish);
+      finish_tiles<D>(unit, batch, finish);
     }
   return progress;
 }
 
-template <class D, int PARTS, class Finish>
+template <class D, bool ADAPTED, class Finish>
 __device__ Progress project_as(Progress progress, const bf16* x, const Finish& finish) {
-  if (TILES == 1 && warp() >= WARPS) return finish_one_tile<Finished<D>, PARTS>(progress, finish);
-  if (PARTS > 0) shrink<D::K>(finish.layer, finish.place, PARTS, x);
-  else wait_inputs();
-  if constexpr (TILES > 1) return multiply_tiles<D, PARTS>(progress, finish);
+  if (TILES == 1 && warp() >= WARPS) return finish_one_tile<Finished<D>, ADAPTED>(progress, finish);
+  if (TILES > 1 && ADAPTED) keep_sides(finish.at);
+  wait_inputs();
+  if (TILES > 1 && ADAPTED) clear_low_rank(finish.at.number, threadIdx.x, THREADS);
+  if constexpr (TILES > 1) return multiply_tiles<D>(progress, finish);
   else return multiply_one_tile<Staged<D>, (D::CHUNKS > 1)>(progress, x, D::UNITS, D::CHUNKS);
 }
 
-// A phase, from the barrier before it to that after it.
-template <class D, class Finish> __device__ void project(Progress& progress, const bf16* x, const Finish& finish) {
-  if (Finish::PARTS > 0 && state().most_rank > 0) progress = project_as<D, Finish::PARTS>(progress, x, finish);
-  else progress = project_as<D, 0>(progress, x, finish);
+// A phase, from the barrier before it to that after it. Where there is an adapter, what finishes products is another.
+template <class D, template <bool> class Finish, class... More>
+__device__ void project(Progress& progress, const bf16* x, int number, More... more) {
+  const Product at(number);
+  progress = adapted() ? project_as<D, true>(progress, x, Finish<true>{at, more...})
+                       : project_as<D, false>(progress, x, Finish<false>{at, more...});
   arrive_grid();
 }

@@ -11,7 +11,8 @@ __device__ inline float embedded(const word* weight, int id, int n) {
   return widen(narrow(code * scale + widen(reinterpret_cast<const bf16*>(weight[2])[group])));
 }
 
-__device__ inline void embed() {
+template <bool ADAPTED> __device__ __noinline__ void embed() {
+  const Product at(-1);
   const word* weight = state().table + LAYERS * LAYER_WORDS + EMBEDDING;
   const bf16* norm = reinterpret_cast<const bf16*>(state().table[INPUT_NORM]);
 #pragma unroll 1
@@ -22,14 +23,17 @@ __device__ inline void embed() {
   for (int unit = blockIdx.x; unit < HIDDEN / 16; unit += gridDim.x)
 #pragma unroll 1
     for (int tile = warp() / 2; tile * 8 < rows(); tile += WARPS / 2) {
-      const int row = tile * 8 + 2 * tile_column() + warp() % 2, n = unit * 16 + tile_row();
+      const int n = unit * 16 + tile_row();
+      const Outputs out = {{n, n + 8}, tile * 8 + warp() % 2};
+      Shares<ADAPTED, 3> shares;
+      shares.ask(at, out.first, unit * 16);
       float x0 = 0.f, x1 = 0.f;
-      if (row < rows()) {
-        int id = (int)(unsigned)planned(row)[0];
+      if (out.row() < rows()) {
+        int id = (int)(unsigned)planned(out.row())[0];
         if (id < 0) id = (int)state().sampled[-1 - id];
         x0 = embedded(weight, id, n), x1 = embedded(weight, id, n + 8);
       }
-      set_hidden(row, n, n + 8, x0, x1, norm[n], norm[n + 8]);
+      set_hidden(at, out, x0, x1, norm[n], norm[n + 8], shares);
     }
 }
 
@@ -56,35 +60,43 @@ __device__ inline word* copy_plan() {
 // What is kept of a layer, by a warp.
 __device__ inline void keep(int layer) {
   keep_words(layer);
-  if (layer < LAYERS) keep_pairs(layer);
+  if (TILES == 1 && adapted() && layer < LAYERS) keep_pairs(layer);
+}
+
+// The first inputs, by the warps that multiply.
+__device__ inline void begin_rows() {
+  if (TILES > 1 && adapted()) keep_sides(Product(-1));
+  sync();
+  if (warp() >= WARPS) return;
+  if (adapted()) embed<true>();
+  else embed<false>();
 }
 
 __device__ __noinline__ void compute() {
   const bool multiplies = warp() < WARPS;
   Progress progress = {};
   word* copied = nullptr;
-  place_tasks();
-  if (multiplies) {
-    embed();
-    copied = copy_plan();
-  }
   if (warp() == COMPUTING - 1) keep(0);
+  place_tasks();
+  begin_rows();
+  if (multiplies) copied = copy_plan();
   arrive_grid();
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++) {
-    project<Qkv>(progress, normed(), FinishQkv{layer});
+    const int product = layer * PRODUCTS;
+    project<Qkv, FinishQkv>(progress, normed(), product);
     if (threadIdx.x == 0) state().plan = copied;
     if (multiplies) attend(layer);
     else wait_grid();
     if (warp() == COMPUTING - 1) keep(layer + 1);
     arrive_grid();
     if (blockIdx.x == gridDim.x - 1 && multiplies && layer + 1 < LAYERS) fetch_norms(layer + 1);
-    project<Output>(progress, mixed(), FinishHidden{layer, LORA_O, weight<bf16>(layer, POST_NORM)});
-    project<GateUp>(progress, normed(), FinishGateUp{layer});
+    project<Output, FinishHidden>(progress, mixed(), product + 1, weight<bf16>(layer, POST_NORM));
+    project<GateUp, FinishGateUp>(progress, normed(), product + 2);
     const int next = layer + 1 == LAYERS ? (int)NORM : (int)INPUT_NORM;
-    project<Down>(progress, active(), FinishHidden{layer, LORA_DOWN, weight<bf16>(layer + 1, next)});
+    project<Down, FinishHidden>(progress, active(), product + 3, weight<bf16>(layer + 1, next));
   }
-  project<Head>(progress, normed(), FinishHead{});
+  project<Head, FinishHead>(progress, normed(), PRODUCTS * LAYERS);
   leave();
 }
 
