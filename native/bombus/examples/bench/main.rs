@@ -27,7 +27,7 @@ usage: bench [options]
   --device NAME      cpu (default), mlx-cpu or gpu (with the feature mlx)
   --threads N        physical cores by default
   --simd NAME        portable, avx2 or avx512; the best by default
-  --prompt N,...     prefill of so many tokens (64,512)
+  --prompt N,...     prefill of so many tokens (64,512); an empty list is none
   --depth N,...      decode behind so many tokens (0,512)
   --batch N,...      so many sequences at once (1,2,4,8)
   --adapters N       of rank 8 on all layers: one stream with one, 16 sequences (on a GPU 32) with one,
@@ -100,7 +100,8 @@ impl Options {
             let value = parser.value()?;
             let numbers = || -> Result<Vec<usize>> {
                 let text = value.clone().string()?;
-                text.split(',').map(|n| n.trim().parse().context("a number")).collect()
+                let numbers = text.split(',').map(str::trim).filter(|number| !number.is_empty());
+                numbers.map(|number| number.parse().context("a number")).collect()
             };
             match name.as_str() {
                 "model" => options.model = value.string()?,

@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use mlx_rs::{Device as MlxDevice, Stream};
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::sync::Once;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Device {
@@ -46,8 +47,22 @@ const NO_GPU: &str = "MLX finds no GPU: it needs an Apple Silicon Mac, or an NVI
 /// mlx-c's own error handler ends the process. mlx-rs replaces it on the first operation that
 /// can fail, so one is made before anything else.
 pub fn init() -> Result<()> {
+    static FLOAT32: Once = Once::new();
+    FLOAT32.call_once(keep_float32);
     mlx_rs::memory::active_memory()?;
     Ok(())
+}
+
+/// On CUDA MLX rounds what it multiplies in float32 to 10 bits, unless this variable, which it reads with its
+/// first such product, says no.
+#[allow(unsafe_code)]
+fn keep_float32() {
+    const TF32: &str = "MLX_ENABLE_TF32";
+    if cfg!(target_os = "linux") && std::env::var_os(TF32).is_none() {
+        // SAFETY: once, before MLX's first work; Rust's own readers share a lock with this, and the BEAM
+        // reads a copy that it has made at its start.
+        unsafe { std::env::set_var(TF32, "0") };
+    }
 }
 
 #[allow(unsafe_code)]

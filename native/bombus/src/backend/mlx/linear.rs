@@ -204,7 +204,9 @@ impl Quantized {
         };
         let dense = match dense {
             Some(dense) => dense,
-            None if x.dim(0) >= MANY_ROWS => self.dense(weight.clone(), scales.clone(), biases)?,
+            None if x.dim(0) >= MANY_ROWS || rounds(x) => {
+                self.dense(weight.clone(), scales.clone(), biases)?
+            }
             None => return Ok(None),
         };
         Ok(Some(x.matmul(dense.t())?))
@@ -214,6 +216,12 @@ impl Quantized {
         let (group_size, bits) = (self.layout.group_size as i32, self.layout.bits as i32);
         Ok(ops::dequantize(weight, scales, biases, group_size, bits)?)
     }
+}
+
+/// Whether MLX's own product may round float32 to TF32, 10 bits of 23: that of Hopper cards does, for several
+/// rows of no more than a group of inputs. Dense ones do not (`device::init`).
+fn rounds(x: &Array) -> bool {
+    x.dtype() == Dtype::Float32 && x.dim(0) > 1
 }
 
 /// Stacks rows now, so that the parts' memory comes back.

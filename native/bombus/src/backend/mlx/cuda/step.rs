@@ -300,7 +300,7 @@ impl Workspace {
             2 * MOST_ROWS * hidden,
             2 * MOST_ROWS * heads * dim,
             2 * MOST_ROWS * inner,
-            3 * 8 * MOST_ROWS * 3 * MOST_RANK,
+            3 * 8 * 2 * MOST_ROWS * 3 * MOST_RANK,
             4 * MOST_ROWS * dim,
             // splits
             4 * rows * MOST_SPLITS * heads * (dim + 2),

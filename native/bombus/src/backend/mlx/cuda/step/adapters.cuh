@@ -38,17 +38,22 @@ struct Product {
 
 __device__ inline bool adapted() { return state().most_rank > 0; }
 
-// x a^T of a product: [3, MOST_RANK] for a row. Three products take turns: while one is computed, its numbers are used,
-// the next one's added up, and those of the one before set to zero.
-__device__ inline word* low_rank(int product, int row) {
-  return in_workspace<word>(LOW_RANK) + (size_t)(product % 3 * MOST_ROWS + row) * 3 * MOST_RANK;
+// x a^T of a product: [3, MOST_RANK] for a row, in several parts that are added up where they are used: additions to one
+// place wait for each other (5 ns each), and many blocks come at once. Three products take turns: while one is computed,
+// its numbers are used, the next one's added up, and those of the one before set to zero.
+__device__ inline int shards() { return rows() == 1 ? 8 : 2; }
+__device__ inline word* low_rank(int product, int shard, int row) {
+  return in_workspace<word>(LOW_RANK) + ((size_t)(product % 3) * 2 * MOST_ROWS + shard * rows() + row) * 3 * MOST_RANK;
 }
+// Where this block adds.
+__device__ inline word* own_low_rank(int product, int row) { return low_rank(product, blockIdx.x % shards(), row); }
 
 // Before a product is finished, by `count` threads of every block, of which this is one.
 __device__ inline void clear_low_rank(int product, int thread, int count) {
-  const int words = rows() * 3 * MOST_RANK;
+  const int rank = state().most_rank, words = shards() * rows() * 3 * rank;
 #pragma unroll 1
-  for (int i = blockIdx.x * count + thread; i < words; i += gridDim.x * count) low_rank(product + 2, 0)[i] = 0;
+  for (int i = blockIdx.x * count + thread; i < words; i += gridDim.x * count)
+    low_rank(product + 2, 0, 0)[i / rank * MOST_RANK + i % rank] = 0;
 }
 
 __device__ inline Pair read_pair(int row, int layer, int place) {
@@ -120,7 +125,7 @@ __device__ inline Side shrinker(const Product& at, int row, int part) {
 
 // Brings a block's share of a side of the pairs of a product into the card's cache: the weights that come all the time
 // would else make them wait. With one tile, by a warp.
-__device__ __noinline__ static void bring_sides(Place place, bool b) {
+__device__ inline void bring_sides(Place place, bool b) {
   const int first = blockIdx.x + gridDim.x * lane(), step = gridDim.x * 32;
 #pragma unroll 1
   for (int i = 0; i < rows() * place.parts; i++) {
@@ -135,24 +140,17 @@ __device__ __noinline__ static void bring_sides(Place place, bool b) {
 
 // What a product's pairs need besides, with one tile: those that come next are brought, b's of the next product and a's of
 // the one behind that (the next layer's pairs are kept while attention is made).
-__device__ inline void ready_adapters(const Product& at) {
-  clear_low_rank(at.number, lane(), 32);
-  bring_sides(at.next, true);
-  bring_sides(place_of(at.number + 2), false);
+__device__ __noinline__ static void ready_adapters(int product) {
+  clear_low_rank(product, lane(), 32);
+  bring_sides(place_of(product + 1), true);
+  bring_sides(place_of(product + 2), false);
 }
 
 // A warp that makes a product's outputs has 16 of them (of gate and up eight) for four rows: `first`, and every other
-// behind it. What adapters are multiplied with goes through the tensor cores, for each of those rows with its own.
+// behind it. OWN: so many rows may be there, one or four; without adapters, none. What adapters are multiplied with goes
+// through the tensor cores, for each row with its own. A single warp waits for most of its instructions to be
+// fetched: so there is code for one row.
 constexpr int OWN_ROWS = 4;
-
-// Two numbers of a row's x a^T.
-__device__ inline void add_fixed(word* to, const float (&sums)[2]) {
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const long long fixed = __float2ll_rn(sums[i] * FIXED);
-    if (fixed != 0) add_relaxed(to + i, (word)fixed);
-  }
-}
 
 // What a lane feeds to the tensor cores of eight numbers of the rank, for the 16 inputs from n / 16 * 16 on.
 __device__ inline uint2 fragment(const Side& a, int n, int rank) {
@@ -160,37 +158,44 @@ __device__ inline uint2 fragment(const Side& a, int n, int rank) {
   return reinterpret_cast<const uint2*>(a.numbers)[((size_t)(n / 16) * (a.rank / 8) + rank / 8) * 32 + lane()];
 }
 
+// Lanes of row i of a tile have two numbers of row i % OWN's x a^T: `to`, that row's eight, gets one of each lane.
+template <int OWN> __device__ inline void add_fixed(word* to, const float (&sums)[2]) {
+  const int which = tile_row() / OWN;
+  const long long fixed = __float2ll_rn((which ? sums[1] : sums[0]) * FIXED);
+  if (which < 2 && fixed != 0) add_relaxed(to + 2 * tile_column() + which, (word)fixed);
+}
+
 // What a warp's outputs, which are inputs of the next product, add to its x a^T.
-template <bool ADAPTED, int PARTS> struct Shares {
-  uint2 a[PARTS][OWN_ROWS];  // for the first eight of the rank
+template <int OWN, int PARTS> struct Shares {
+  uint2 a[PARTS][OWN];  // for the first eight of the rank
 
   // Asks for them, for the outputs from n on.
   __device__ void ask(const Product& at, int first, int n) {
 #pragma unroll
-    for (int i = 0; i < OWN_ROWS; i++)
-      if (first + 2 * i < rows())
+    for (int i = 0; i < OWN; i++)
+      if (OWN == 1 || first + 2 * i < rows())
 #pragma unroll
         for (int part = 0; part < PARTS; part++) a[part][i] = fragment(shrinker(at, first + 2 * i, part), n, 0);
   }
 
   // x: outputs tile_row() and tile_row() + 8 of row first + 2 * tile_column(), or of eight the first alone.
   __device__ void add(const Product& at, int first, int n, unsigned x, bool eight = false) const {
-    const int from = tile_column() * 8 + tile_row() % OWN_ROWS;
+    const int from = tile_column() * 8 + tile_row() % OWN;
     const unsigned one = __shfl_sync(0xffffffff, x, from), other = __shfl_sync(0xffffffff, x, from + 4);
     unsigned x0 = __byte_perm(one, other, 0x5410), x1 = __byte_perm(one, other, 0x7632);
     if (eight) {
       const bool upper = n % 16 != 0;
       x1 = upper ? x0 : 0, x0 = upper ? 0 : x0;
     }
-    word* to = sums_at(at, first);
+    word* to = own_low_rank(at.number + 1, first + 2 * (tile_row() % OWN));
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
       if (part >= at.next.parts) break;
       float own[2] = {};
 #pragma unroll
-      for (int i = 0; i < OWN_ROWS; i++)
-        if (first + 2 * i < rows()) add_row(own, i, x0, x1, a[part][i]);
-      add_fixed(to + part * MOST_RANK, own);
+      for (int i = 0; i < OWN; i++)
+        if (OWN == 1 || first + 2 * i < rows()) add_row(own, i, x0, x1, a[part][i]);
+      add_fixed<OWN>(to + part * MOST_RANK, own);
     }
     if (state().most_rank > 8) add_more(at.number, first, n, x0, x1);
   }
@@ -199,41 +204,36 @@ template <bool ADAPTED, int PARTS> struct Shares {
   __device__ static void add_row(float (&own)[2], int i, unsigned x0, unsigned x1, uint2 a) {
     float sums[2] = {};
     multiply_upper(sums, x0, x1, a.x, a.y);
-    if (tile_row() == i) own[0] = sums[0], own[1] = sums[1];
-  }
-
-  // Where a lane's two numbers of the rank are added up.
-  __device__ static word* sums_at(const Product& at, int first) {
-    return low_rank(at.number + 1, first + 2 * (tile_row() % OWN_ROWS)) + 2 * tile_column();
+    if (tile_row() % OWN == i) own[0] = sums[0], own[1] = sums[1];
   }
 
   // What comes behind the first eight of a rank.
   __device__ __noinline__ static void add_more(int product, int first, int n, unsigned x0, unsigned x1) {
     const Product at(product);
-    word* to = sums_at(at, first);
+    word* to = own_low_rank(product + 1, first + 2 * (tile_row() % OWN));
 #pragma unroll 1
     for (int part = 0; part < at.next.parts; part++)
 #pragma unroll 1
       for (int rank = 8; rank < state().most_rank; rank += 8) {
         float own[2] = {};
 #pragma unroll 1
-        for (int i = 0; i < OWN_ROWS && first + 2 * i < rows(); i++)
+        for (int i = 0; i < OWN && first + 2 * i < rows(); i++)
           add_row(own, i, x0, x1, fragment(shrinker(at, first + 2 * i, part), n, rank));
-        add_fixed(to + part * MOST_RANK + rank, own);
+        add_fixed<OWN>(to + part * MOST_RANK + rank, own);
       }
   }
 };
 
-template <int PARTS> struct Shares<false, PARTS> {
+template <int PARTS> struct Shares<0, PARTS> {
   __device__ void ask(const Product&, int, int) {}
   __device__ void add(const Product&, int, int, unsigned, bool = false) const {}
 };
 
 // What adapters add to a warp's outputs, of which a lane has two of a row: of one part, or of two parts, the first and
 // the one behind it.
-template <bool ADAPTED, int PARTS> struct Expansion {
-  unsigned b[OWN_ROWS][2];  // for the first eight of the rank
-  unsigned x[PARTS];        // of row tile_row() of the tile
+template <int OWN, int PARTS> struct Expansion {
+  unsigned b[OWN][2];  // for the first eight of the rank
+  unsigned x[PARTS];   // of row tile_row() of the tile
 
   // Two numbers of the rank for an output.
   __device__ static unsigned side(const Product& at, int row, int part, int n, int rank) {
@@ -241,19 +241,37 @@ template <bool ADAPTED, int PARTS> struct Expansion {
     if (rank >= b.rank) return 0;
     return *reinterpret_cast<const unsigned*>(b.numbers + (size_t)n * b.rank + rank + 2 * tile_column());
   }
-  __device__ static unsigned number(const Product& at, int row, int part, int rank) {
-    if (row >= rows()) return 0;
-    const word* from = low_rank(at.number, row) + part * MOST_RANK + rank + 2 * tile_column();
+
+  __device__ static float2 numbers_at(const Product& at, int shard, int row, int part, int rank) {
+    const word* from = low_rank(at.number, shard, row) + part * MOST_RANK + rank + 2 * tile_column();
     const ulonglong2 two = *reinterpret_cast<const ulonglong2*>(from);
+    return make_float2((float)(long long)two.x, (float)(long long)two.y);
+  }
+
+  // Two of the row of the tile: of a single row, each row of lanes has a shard.
+  __device__ static unsigned number(const Product& at, int first, int part, int rank) {
+    const int row = OWN == 1 ? 0 : first / 8 * 8 + tile_row();
+    if (row >= rows()) return 0;
+    float2 own = numbers_at(at, OWN == 1 ? tile_row() : 0, row, part, rank);
+    if (OWN == 1) {
+#pragma unroll
+      for (int other = 4; other < 32; other *= 2) {
+        own.x += __shfl_xor_sync(0xffffffff, own.x, other);
+        own.y += __shfl_xor_sync(0xffffffff, own.y, other);
+      }
+    } else {
+      const float2 more = numbers_at(at, 1, row, part, rank);
+      own.x += more.x, own.y += more.y;
+    }
     const float scale = scale_of(at.own, row, part) / FIXED;
-    return pack_bf16((float)(long long)two.x * scale, (float)(long long)two.y * scale);
+    return pack_bf16(own.x * scale, own.y * scale);
   }
 
   // Asks for b, which is there before x is.
   __device__ void ask(const Product& at, int first, int part, const int (&n)[2]) {
 #pragma unroll
-    for (int i = 0; i < OWN_ROWS; i++)
-      if (first + 2 * i < rows())
+    for (int i = 0; i < OWN; i++)
+      if (OWN == 1 || first + 2 * i < rows())
 #pragma unroll
         for (int j = 0; j < 2; j++) b[i][j] = side(at, first + 2 * i, part + j * (PARTS - 1), n[j], 0);
   }
@@ -261,21 +279,25 @@ template <bool ADAPTED, int PARTS> struct Expansion {
   // Behind the barrier that x comes with.
   __device__ void receive(const Product& at, int first, int part) {
 #pragma unroll
-    for (int i = 0; i < PARTS; i++) x[i] = number(at, first / 8 * 8 + tile_row(), part + i, 0);
+    for (int i = 0; i < PARTS; i++) x[i] = number(at, first, part + i, 0);
   }
 
   // For row first + 2 * tile_column().
   __device__ float2 added(const Product& at, int first, int part, const int (&n)[2]) const {
     float all[4] = {};  // of all rows of the tile
 #pragma unroll
-    for (int i = 0; i < OWN_ROWS; i++)
-      if (first + 2 * i < rows()) add_row(all, first % 8 + 2 * i, b[i], x);
-    float2 own = first % 2 ? make_float2(all[1], all[3]) : make_float2(all[0], all[2]);
+    for (int i = 0; i < OWN; i++)
+      if (OWN == 1 || first + 2 * i < rows()) add_row(all, first % 8 + 2 * i, b[i], x);
+    float2 own = of_row(all, first);
     if (state().most_rank > 8) {
       const float2 rest = more(at.number, first, part, n[0], n[1]);
       own.x += rest.x, own.y += rest.y;
     }
     return own;
+  }
+
+  __device__ static float2 of_row(const float (&all)[4], int first) {
+    return first % 2 ? make_float2(all[1], all[3]) : make_float2(all[0], all[2]);
   }
 
   __device__ static void add_row(float (&all)[4], int row, const unsigned (&b)[2], const unsigned (&x)[PARTS]) {
@@ -292,19 +314,19 @@ template <bool ADAPTED, int PARTS> struct Expansion {
     for (int rank = 8; rank < state().most_rank; rank += 8) {
       unsigned x[PARTS];
 #pragma unroll
-      for (int i = 0; i < PARTS; i++) x[i] = number(at, first / 8 * 8 + tile_row(), part + i, rank);
+      for (int i = 0; i < PARTS; i++) x[i] = number(at, first, part + i, rank);
 #pragma unroll 1
-      for (int i = 0; i < OWN_ROWS && first + 2 * i < rows(); i++) {
+      for (int i = 0; i < OWN && first + 2 * i < rows(); i++) {
         const int row = first + 2 * i;
         const unsigned b[2] = {side(at, row, part, n0, rank), side(at, row, part + PARTS - 1, n1, rank)};
         add_row(all, row % 8, b, x);
       }
     }
-    return first % 2 ? make_float2(all[1], all[3]) : make_float2(all[0], all[2]);
+    return of_row(all, first);
   }
 };
 
-template <int PARTS> struct Expansion<false, PARTS> {
+template <int PARTS> struct Expansion<0, PARTS> {
   __device__ void ask(const Product&, int, int, const int (&)[2]) {}
   __device__ void receive(const Product&, int, int) {}
   __device__ float2 added(const Product&, int, int, const int (&)[2]) const { return make_float2(0.f, 0.f); }

@@ -240,7 +240,7 @@ __device__ inline void set_mixed(const Product& at, Team& memory, const Task& ta
   for (int k = threadIdx.x % TEAM; k < SHARED * DIM; k += TEAM)
     mixed()[placed(task.row, first + k, Q_WIDTH)] = narrow(memory.output[k]);
   if (a.rank == 0) return;
-  word* to = low_rank(at.number + 1, task.row) + 2 * tile_column();
+  word* to = own_low_rank(at.number + 1, task.row);
 #pragma unroll 1
   for (int rank = 0; rank < a.rank; rank += 8) {
     float sums[2] = {};
@@ -252,7 +252,7 @@ __device__ inline void set_mixed(const Product& at, Team& memory, const Task& ta
       if (rank + 8 < a.rank && block == i * TEAM_WARPS + warp() % TEAM_WARPS)
         fragments[i] = fragment(a, first + block * 16, rank + 8);
     }
-    if (tile_row() == 0) add_fixed(to + rank, sums);
+    add_fixed<1>(to + rank, sums);
   }
 }
 

@@ -30,23 +30,24 @@ __device__ inline void set_hidden(const Product& at, const Outputs& out, float x
 __device__ inline int part_of(int n) { return n < Q_WIDTH ? 0 : n < Q_WIDTH + KV_WIDTH ? 1 : 2; }
 __device__ inline int start_of(int part) { return part == 0 ? 0 : part == 1 ? Q_WIDTH : Q_WIDTH + KV_WIDTH; }
 
-template <bool ADAPTED> struct FinishQkv {
+template <int OWN> struct FinishQkv {
   static constexpr int KINDS = 3;
-  Product at;
+  int number;
 
   struct Ahead {
-    Expansion<ADAPTED, 1> expansion;
+    Expansion<OWN, 1> expansion;
 
     __device__ void ask(const FinishQkv& finish, const Outputs& out) {
       const int part = part_of(out.n[0]), start = start_of(part);
-      expansion.ask(finish.at, out.first, part, {out.n[0] - start, out.n[1] - start});
+      expansion.ask(Product(finish.number), out.first, part, {out.n[0] - start, out.n[1] - start});
     }
     __device__ void receive(const FinishQkv& finish, const Outputs& out) {
-      expansion.receive(finish.at, out.first, part_of(out.n[0]));
+      expansion.receive(Product(finish.number), out.first, part_of(out.n[0]));
     }
   };
 
   __device__ void operator()(const Outputs& out, float2 y, const Ahead& own) const {
+    const Product at(number);
     const int row = out.row(), part = part_of(out.n[0]), start = start_of(part);
     const float2 added = own.expansion.added(at, out.first, part, {out.n[0] - start, out.n[1] - start});
     if (row >= rows()) return;
@@ -57,54 +58,56 @@ template <bool ADAPTED> struct FinishQkv {
 };
 
 // Of attention's output, and of the inner layer: they are added to what is hidden.
-template <bool ADAPTED> struct FinishHidden {
+template <int OWN> struct FinishHidden {
   static constexpr int KINDS = 1;
-  Product at;
+  int number;
   const bf16* norm;  // of the next phase
 
   struct Ahead {
-    Expansion<ADAPTED, 1> expansion;
-    Shares<ADAPTED, 3> shares;
+    Expansion<OWN, 1> expansion;
+    Shares<OWN, 3> shares;
     float x0, x1;
     bf16 norm0, norm1;
 
     __device__ void ask(const FinishHidden& finish, const Outputs& out) {
-      expansion.ask(finish.at, out.first, 0, out.n);
-      shares.ask(finish.at, out.first, out.first_n());
+      expansion.ask(Product(finish.number), out.first, 0, out.n);
+      shares.ask(Product(finish.number), out.first, out.first_n());
       const float* x = hidden() + (size_t)min(out.row(), rows() - 1) * HIDDEN;
       x0 = x[out.n[0]], x1 = x[out.n[1]];
       norm0 = finish.norm[out.n[0]], norm1 = finish.norm[out.n[1]];
     }
     __device__ void receive(const FinishHidden& finish, const Outputs& out) {
-      expansion.receive(finish.at, out.first, 0);
+      expansion.receive(Product(finish.number), out.first, 0);
     }
   };
 
   __device__ void operator()(const Outputs& out, float2 y, const Ahead& own) const {
+    const Product at(number);
     const float2 added = own.expansion.added(at, out.first, 0, out.n);
     set_hidden(at, out, own.x0 + y.x + added.x, own.x1 + y.y + added.y, own.norm0, own.norm1, own.shares);
   }
 };
 
 // A unit's second outputs are of up, with the same numbers as the gate's.
-template <bool ADAPTED> struct FinishGateUp {
+template <int OWN> struct FinishGateUp {
   static constexpr int KINDS = 1;
-  Product at;
+  int number;
 
   struct Ahead {
-    Expansion<ADAPTED, 2> expansion;
-    Shares<ADAPTED, 1> shares;
+    Expansion<OWN, 2> expansion;
+    Shares<OWN, 1> shares;
 
     __device__ void ask(const FinishGateUp& finish, const Outputs& out) {
-      expansion.ask(finish.at, out.first, 0, {out.n[0], out.n[0]});
-      shares.ask(finish.at, out.first, out.first_n());
+      expansion.ask(Product(finish.number), out.first, 0, {out.n[0], out.n[0]});
+      shares.ask(Product(finish.number), out.first, out.first_n());
     }
     __device__ void receive(const FinishGateUp& finish, const Outputs& out) {
-      expansion.receive(finish.at, out.first, 0);
+      expansion.receive(Product(finish.number), out.first, 0);
     }
   };
 
   __device__ void operator()(const Outputs& out, float2 y, const Ahead& own) const {
+    const Product at(number);
     const int row = out.row();
     const float2 added = own.expansion.added(at, out.first, 0, {out.n[0], out.n[0]});
     const float factor = row < rows() ? factors()[row] : 0.f;
@@ -115,9 +118,9 @@ template <bool ADAPTED> struct FinishGateUp {
   }
 };
 
-template <bool ADAPTED> struct FinishHead {
+template <int> struct FinishHead {
   static constexpr int KINDS = 1;
-  Product at;
+  int number;
 
   struct Ahead {
     __device__ void ask(const FinishHead&, const Outputs&) {}

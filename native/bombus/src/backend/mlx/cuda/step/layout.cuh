@@ -165,5 +165,5 @@ constexpr size_t NORMED = QKV_AT + room((size_t)4 * MOST_ROWS * QKV_WIDTH);
 constexpr size_t MIXED = NORMED + room((size_t)2 * MOST_ROWS * HIDDEN);
 constexpr size_t ACTIVE = MIXED + room((size_t)2 * MOST_ROWS * Q_WIDTH);
 constexpr size_t LOW_RANK = ACTIVE + room((size_t)2 * MOST_ROWS * INNER);
-constexpr size_t ANGLES = LOW_RANK + room((size_t)3 * 8 * MOST_ROWS * 3 * MOST_RANK);
+constexpr size_t ANGLES = LOW_RANK + room((size_t)3 * 8 * 2 * MOST_ROWS * 3 * MOST_RANK);
 constexpr size_t SPLITS = ANGLES + room((size_t)4 * MOST_ROWS * DIM);

@@ -141,7 +141,7 @@ template <class D> __device__ Outputs outputs_in(int unit, int row, int first) {
 
 // Two warps, each for half of the rows, or for every other unit if there is one row, add up what the others have, and
 // finish it. What they need besides is asked for before they wait.
-template <class D, bool ADAPTED, class Finish>
+template <class D, class Finish>
 __device__ __noinline__ Progress finish_one_tile(Progress progress, Finish finish) {
   const int own = warp() - WARPS, stride = rows() == 1 ? FINISHERS : 1;
   const int b = stride == 1 ? own : 0, late = stride == 1 ? 0 : own;
@@ -157,7 +157,7 @@ __device__ __noinline__ Progress finish_one_tile(Progress progress, Finish finis
     if (!begun || Finish::KINDS > 1) ahead.receive(finish, out);
     if (!begun) {
       if (D::NORMED) find_factors(b, FINISHERS);
-      if (ADAPTED && own > 0) ready_adapters(finish.at);
+      if (own > 0 && adapted()) ready_adapters(finish.number);
       begun = true;
       if (unit >= D::UNITS) break;
     }
@@ -275,21 +275,21 @@ __device__ __noinline__ Progress multiply_tiles(Progress progress, Finish finish
   return progress;
 }
 
-template <class D, bool ADAPTED, class Finish>
+template <class D, class Finish>
 __device__ Progress project_as(Progress progress, const bf16* x, const Finish& finish) {
-  if (TILES == 1 && warp() >= WARPS) return finish_one_tile<Finished<D>, ADAPTED>(progress, finish);
-  if (TILES > 1 && ADAPTED) keep_sides(finish.at);
+  if (TILES == 1 && warp() >= WARPS) return finish_one_tile<Finished<D>>(progress, finish);
+  if (TILES > 1 && adapted()) keep_sides(Product(finish.number));
   wait_inputs();
-  if (TILES > 1 && ADAPTED) clear_low_rank(finish.at.number, threadIdx.x, THREADS);
+  if (TILES > 1 && adapted()) clear_low_rank(finish.number, threadIdx.x, THREADS);
   if constexpr (TILES > 1) return multiply_tiles<D>(progress, finish);
   else return multiply_one_tile<Staged<D>, (D::CHUNKS > 1)>(progress, x, D::UNITS, D::CHUNKS);
 }
 
-// A phase, from the barrier before it to that after it. Where there is an adapter, what finishes products is another.
-template <class D, template <bool> class Finish, class... More>
-__device__ void project(Progress& progress, const bf16* x, int number, More... more) {
-  const Product at(number);
-  progress = adapted() ? project_as<D, true>(progress, x, Finish<true>{at, more...})
-                       : project_as<D, false>(progress, x, Finish<false>{at, more...});
+// A phase, from the barrier before it to that after it. What finishes products depends on whether there are adapters.
+template <class D, template <int> class Finish, class... More>
+__device__ void project(Progress& progress, const bf16* x, More... more) {
+  if (!adapted()) progress = project_as<D>(progress, x, Finish<0>{more...});
+  else if (TILES == 1 && rows() == 1) progress = project_as<D>(progress, x, Finish<1>{more...});
+  else progress = project_as<D>(progress, x, Finish<OWN_ROWS>{more...});
   arrive_grid();
 }

@@ -11,7 +11,7 @@ __device__ inline float embedded(const word* weight, int id, int n) {
   return widen(narrow(code * scale + widen(reinterpret_cast<const bf16*>(weight[2])[group])));
 }
 
-template <bool ADAPTED> __device__ __noinline__ void embed() {
+template <int OWN> __device__ __noinline__ void embed() {
   const Product at(-1);
   const word* weight = state().table + LAYERS * LAYER_WORDS + EMBEDDING;
   const bf16* norm = reinterpret_cast<const bf16*>(state().table[INPUT_NORM]);
@@ -25,7 +25,7 @@ template <bool ADAPTED> __device__ __noinline__ void embed() {
     for (int tile = warp() / 2; tile * 8 < rows(); tile += WARPS / 2) {
       const int n = unit * 16 + tile_row();
       const Outputs out = {{n, n + 8}, tile * 8 + warp() % 2};
-      Shares<ADAPTED, 3> shares;
+      Shares<OWN, 3> shares;
       shares.ask(at, out.first, unit * 16);
       float x0 = 0.f, x1 = 0.f;
       if (out.row() < rows()) {
@@ -68,8 +68,8 @@ __device__ inline void begin_rows() {
   if (TILES > 1 && adapted()) keep_sides(Product(-1));
   sync();
   if (warp() >= WARPS) return;
-  if (adapted()) embed<true>();
-  else embed<false>();
+  if (adapted()) embed<OWN_ROWS>();
+  else embed<0>();
 }
 
 __device__ __noinline__ void compute() {
