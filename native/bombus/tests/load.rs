@@ -243,9 +243,14 @@ fn logprobs_are_what_the_text_scores() {
 #[test]
 fn a_crowd_moves_log_probabilities_by_rounding_alone() {
     on_every_device(|device| {
-        // MLX's CPU device multiplies row by row.
+        // MLX's CPU device multiplies row by row. On a card other numbers of rows are other products, which
+        // round bfloat16 at other places: as close as the parity rule wants it to mlx-lm.
         let bounds = match device {
             Device::Cpu(_) => [(ENDLESS, 1e-4), ("f16-4bit", 5e-3), ("bf16-4bit", 5e-3)],
+            #[cfg(feature = "mlx")]
+            Device::Mlx(bombus::backend::mlx::Device::Gpu) => {
+                [(ENDLESS, 1e-4), ("f16-4bit", 2e-2), ("bf16-4bit", 2e-2)]
+            }
             #[cfg(feature = "mlx")]
             Device::Mlx(_) => [(ENDLESS, 1e-6), ("f16-4bit", 1e-6), ("bf16-4bit", 1e-6)],
         };
@@ -274,6 +279,7 @@ fn a_crowd_moves_log_probabilities_by_rounding_alone() {
                     .map(|(one, other)| (one.chosen - other.chosen).abs());
                 worst = distances.fold(worst, f32::max);
             }
+            println!("{device:?} {case}: {worst}");
             assert!(worst < bound, "{device:?} {case}: {worst}");
         }
     });

@@ -225,6 +225,9 @@ pub trait Backend {
 
     /// Starts the work that `samples` stands for, without waiting for it.
     fn submit(&self, samples: &Self::Samples) -> Result<()>;
+    /// Waits until nothing that was submitted goes on, on threads of the backend's own either: the process
+    /// may end now.
+    fn finish(&self) {}
     /// Waits for the samples; none where a row's logits were not numbers.
     fn read(&self, samples: &Self::Samples) -> Result<Vec<Option<Sample>>>;
 }

@@ -81,6 +81,9 @@ impl<B: Backend> Worker<B> {
         let mut busy = None;
         loop {
             if in_flight.is_none() && self.is_idle() {
+                if busy.is_some() {
+                    self.decoder.backend.finish();
+                }
                 busy = None;
                 match self.inbox.receiver.recv() {
                     Ok(command) => self.obey(command),
@@ -114,6 +117,7 @@ impl<B: Backend> Worker<B> {
     /// A backend may compute on threads of its own, which the process must not leave behind.
     fn await_end(&self, in_flight: Option<InFlight<B>>) {
         _ = in_flight.map(|step| self.decoder.backend.read(&step.samples));
+        self.decoder.backend.finish();
     }
 
     fn is_idle(&self) -> bool {

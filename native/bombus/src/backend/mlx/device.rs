@@ -80,7 +80,7 @@ pub fn gpu_available() -> bool {
     available
 }
 
-/// Waits until all that was submitted on a stream is done.
+/// Waits until all that was submitted on a stream is done, and MLX's thread has let go of it.
 #[allow(unsafe_code)]
 pub fn synchronize(stream: &Stream) -> Result<()> {
     // SAFETY: the stream is this thread's.

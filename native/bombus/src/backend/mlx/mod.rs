@@ -292,6 +292,11 @@ impl Backend for Mlx {
         Ok(transforms::async_eval(samples.arrays())?)
     }
 
+    fn finish(&self) {
+        // A stream that has failed has nothing going on.
+        _ = device::synchronize(&self.stream);
+    }
+
     fn read(&self, samples: &Samples) -> Result<Vec<Option<Sample>>> {
         samples.read()
     }

@@ -99,6 +99,8 @@ pub struct Step {
     table: Array,
     tables: Tables,
     workspace: RefCell<Workspace>,
+    /// What the card was told last.
+    told: RefCell<Told>,
     /// In place of samples where there are none.
     no_samples: Array,
 }
@@ -122,6 +124,7 @@ impl Step {
             table,
             tables: Tables::new(addresses),
             workspace: RefCell::new(Workspace::new(&shape, 32, 1024)?),
+            told: RefCell::default(),
             no_samples: Array::from_slice(&[0u32], &[1]),
             shape,
         })
@@ -146,6 +149,7 @@ impl Step {
             *workspace = Workspace::new(&self.shape, rows, words)?;
         }
         plan[3] = workspace.bytes as u64;
+        let plan = self.told.borrow_mut().tell(plan, previous.is_some());
         let plan = Array::from_slice(&plan, &[plan.len() as i32]);
         let form = if count <= MOST_IN_A_TILE { &self.one_tile } else { &self.tiles };
         let mut outputs = form.kernel.run(&Launch {
@@ -207,6 +211,49 @@ impl Step {
         }
         plan[..3].copy_from_slice(&[rows.len() as u64, words as u64, highest as u64]);
         Ok(plan)
+    }
+}
+
+/// A plan as the card has it: where a step goes on as the last one did, one word says so. A whole plan lies in
+/// memory of the processor's, which a card takes some 100 us to fetch; 8 bytes do not.
+#[derive(Default)]
+struct Told {
+    plan: Vec<u64>,
+    /// How many steps ago.
+    steps: u64,
+    /// Which plan that was.
+    number: u64,
+}
+
+impl Told {
+    const GOES_ON: u64 = 1 << 31;
+    const MOST_STEPS: u64 = 1 << 15;
+
+    /// What to tell the card: see `plan` of `layout.cuh`.
+    fn tell(&mut self, mut plan: Vec<u64>, sampled: bool) -> Vec<u64> {
+        if sampled && self.goes_on(&plan) {
+            self.steps += 1;
+            return vec![plan[0] | Self::GOES_ON | self.steps << 32 | self.number << 48];
+        }
+        self.number = (self.number + 1) % (1 << 16);
+        self.steps = 0;
+        self.plan = plan.clone();
+        plan[0] |= self.number << 48;
+        plan
+    }
+
+    /// The same rows one position further on, each with the token that was sampled for it.
+    fn goes_on(&self, plan: &[u64]) -> bool {
+        let same = self.plan.len() == plan.len() && self.plan[..HEADER] == plan[..HEADER];
+        if !same || self.steps + 1 == Self::MOST_STEPS {
+            return false;
+        }
+        let words = plan[1] as usize;
+        let rows = self.plan[HEADER..].chunks_exact(words).zip(plan[HEADER..].chunks_exact(words));
+        rows.enumerate().all(|(row, (before, now))| {
+            let position = (before[0] >> 32) + self.steps + 1;
+            now[0] == (u64::from(u32::MAX) - row as u64) | position << 32 && before[1..] == now[1..]
+        })
     }
 }
 
@@ -332,6 +379,43 @@ mod tests {
     use super::*;
     use crate::backend::Backend;
     use crate::backend::mlx::Device;
+
+    #[test]
+    fn a_step_that_goes_on_is_one_word() {
+        let plan = |rows: &[(u32, u64)], page: u64| {
+            let mut plan = vec![rows.len() as u64, 3, 0, 4096];
+            let row = |(id, position): &(u32, u64)| [u64::from(*id) | position << 32, 7, page];
+            plan.extend(rows.iter().flat_map(row));
+            plan
+        };
+        let sampled = |row: u32| u32::MAX - row;
+        let mut told = Told::default();
+        let first = plan(&[(5, 9), (6, 70)], 1);
+        let numbered = |mut plan: Vec<u64>, number: u64| {
+            plan[0] |= number << 48;
+            plan
+        };
+        assert_eq!(told.tell(first.clone(), false), numbered(first, 1));
+        for steps in 1..4 {
+            let next = plan(&[(sampled(0), 9 + steps), (sampled(1), 70 + steps)], 1);
+            assert_eq!(told.tell(next, true), [2 | 1 << 31 | steps << 32 | 1 << 48], "{steps}");
+        }
+        // Another token, place, order, page, number of rows, and a step again.
+        let others = [
+            plan(&[(8, 13), (sampled(1), 74)], 1),
+            plan(&[(sampled(0), 15), (sampled(1), 75)], 1),
+            plan(&[(sampled(1), 16), (sampled(0), 76)], 1),
+            plan(&[(sampled(0), 17), (sampled(1), 77)], 2),
+            plan(&[(sampled(0), 18)], 2),
+            plan(&[(sampled(0), 18)], 2),
+        ];
+        for (other, number) in others.into_iter().zip(2..) {
+            assert_eq!(told.tell(other.clone(), true), numbered(other, number), "{number}");
+        }
+        let last = plan(&[(sampled(0), 19)], 2);
+        assert_eq!(told.tell(last.clone(), true), [1 | 1 << 31 | 1 << 32 | 7 << 48]);
+        assert_eq!(told.tell(last.clone(), true), numbered(last, 8));
+    }
 
     #[test]
     fn scales_and_biases_lie_by_sixteen_outputs_and_four_groups() {

@@ -17,7 +17,7 @@ __device__ inline int splits_of(int position) {
 __device__ inline void place_tasks() {
   int* first_task = first_tasks();
   if (threadIdx.x < MOST_ROWS && (int)threadIdx.x < rows()) {
-    const int at = (int)(planned(threadIdx.x)[0] >> 32);
+    const int at = (int)(planned(threadIdx.x)[0] >> 32) + state().steps;
     positions()[threadIdx.x] = at;
     first_task[threadIdx.x + 1] = splits_of(at) * KV_HEADS;
   }

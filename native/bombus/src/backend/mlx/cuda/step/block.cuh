@@ -12,6 +12,8 @@ struct State {
   float* logits;
   unsigned char* workspace;
   int count, row_words, most_rank;  // of the plan
+  int steps;                        // since it was told
+  int refused;                      // rows, where it was told to go on and cannot
   unsigned barriers, phase;         // thread 0's
 };
 
@@ -45,8 +47,9 @@ __device__ inline const word* planned(int row) { return state().plan + HEADER + 
 __device__ inline float eps() { return __uint_as_float((unsigned)EPS_BITS); }
 
 template <class T> __device__ inline T* in_workspace(size_t at) { return reinterpret_cast<T*>(state().workspace + at); }
-// Arrivals at barriers, and whether something went wrong.
+// Arrivals at barriers, where the copy of the plan is, and whether something went wrong.
 __device__ inline unsigned* arrived() { return in_workspace<unsigned>(0); }
+__device__ inline word* plan_at() { return in_workspace<word>(128); }
 __device__ inline unsigned* failed() { return in_workspace<unsigned>(192); }
 // When it began and ended in nanoseconds, and in cycles when it began and every phase ended.
 __device__ inline word* stamps() { return in_workspace<word>(STAMPS); }
@@ -87,10 +90,24 @@ __device__ inline void stamp() {
   if (threadIdx.x == 0 && blockIdx.x == 0) stamps()[state().phase++] = clock64();
 }
 
+// The plan, which is the last step's if this one goes on.
+__device__ inline void read_plan(word first) {
+  State& own = state();
+  if ((unsigned)first & GOES_ON) {
+    own.plan = in_workspace<word>(*plan_at());
+    own.steps = (int)(first >> 32 & 0xffff);
+  }
+  own.count = (int)(first & 0xffff);
+  if (own.plan[0] >> 48 != first >> 48) own.refused = own.count;
+  own.row_words = (int)own.plan[1], own.most_rank = (int)own.plan[2];
+}
+
 __device__ inline void begin(const word* table, const word* plan, const unsigned* sampled, float* logits,
                              unsigned char* workspace) {
   if (threadIdx.x == 0) {
-    state() = {table, plan, sampled, logits, workspace, (int)plan[0], (int)plan[1], (int)plan[2], 0, 2};
+    state() = {table, plan, sampled, logits, workspace};
+    read_plan(plan[0]);
+    state().phase = 2;
     Signals& own = signals();
     for (int i = 0; i < STAGES; i++) begin_barrier(&own.full[i], 1), begin_barrier(&own.empty[i], WARPS);
     for (int i = 0; i < INPUT_STAGES; i++)

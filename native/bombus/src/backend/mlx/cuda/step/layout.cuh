@@ -33,9 +33,12 @@ enum { HEAD = 0, NORM = 2, EMBEDDING = 3, HEAD_WORDS = 3 };
 enum { LORA_QKV = 0, LORA_O = 3, LORA_GATE_UP = 4, LORA_DOWN = 6, LORA_PAIRS = 7 };
 constexpr int PRODUCTS = 4;  // of a layer
 
-// `plan` has HEADER words: rows, words for a row, the highest rank of an adapter, where the workspace has room
-// for a copy of it; and for every row: id and position, adapter, pages. The id is a token's, or -1 - the row
-// of `sampled` that has it.
+// `plan` has HEADER words: rows (and in the highest 16 bits its number), words for a row, the highest rank of an
+// adapter, where the workspace has room for a copy of it; and for every row: id and position, adapter, pages. The id is
+// a token's, or -1 - the row of `sampled` that has it.
+// Or it is one word, GOES_ON: rows, from bit 32 on how many steps ago the last whole plan was, and its number: every row
+// is so much further on, and has its own row's sample.
+constexpr unsigned GOES_ON = 1u << 31;
 constexpr int HEADER = 4;
 
 // A page has PAGE positions of all layers, keys and values, heads: keys [PAGE, DIM], values [DIM, PAGE].

@@ -29,7 +29,7 @@ template <int OWN> __device__ __noinline__ void embed() {
       shares.ask(at, out.first, unit * 16);
       float x0 = 0.f, x1 = 0.f;
       if (out.row() < rows()) {
-        int id = (int)(unsigned)planned(out.row())[0];
+        int id = state().steps ? -1 - out.row() : (int)(unsigned)planned(out.row())[0];
         if (id < 0) id = (int)state().sampled[-1 - id];
         x0 = embedded(weight, id, n), x1 = embedded(weight, id, n + 8);
       }
@@ -48,9 +48,12 @@ __device__ inline void fetch_norms(int layer) {
   }
 }
 
-// The plan itself lies in memory that the processor wrote last: this copy is used after the first phase.
+// A whole plan lies in memory that the processor wrote last: this copy is used after the first phase, and by steps that go
+// on.
 __device__ inline word* copy_plan() {
   word* copied = in_workspace<word>(state().plan[3]);
+  if (state().steps) return copied;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *plan_at() = state().plan[3];
   const int words = HEADER + rows() * state().row_words;
 #pragma unroll 1
   for (int i = blockIdx.x * THREADS + threadIdx.x; i < words; i += gridDim.x * THREADS) copied[i] = state().plan[i];
@@ -100,7 +103,15 @@ __device__ __noinline__ void compute() {
   leave();
 }
 
+// A step after one that never was: its logits are no numbers.
+__device__ inline void refuse() {
+  if (blockIdx.x == 0)
+    for (int row = threadIdx.x; row < rows(); row += ALL_THREADS)
+      state().logits[(size_t)row * VOCAB] = __uint_as_float(0x7fc00000);
+}
+
 __device__ inline void run() {
+  if (state().refused) return refuse();
   if (warp() < COMPUTING) compute();
   else if (warp() == COMPUTING) fetch_all_weights();
   else fetch_all_inputs();

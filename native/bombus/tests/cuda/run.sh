@@ -1,0 +1,55 @@
+#!/bin/sh
+# Builds the kernel for steps for the emulator and runs it on small models of several shapes: one line for each.
+#
+# run.sh [CUDA_DIR [NAME]]: where step.rs and the kernel's sources are, and which model, else all.
+# BLOCKS, SEEDS: how many; BUILD: a folder to build in; CXX: the compiler.
+set -u
+here=$(cd "$(dirname "$0")" && pwd)
+cuda=$(cd "${1:-$here/../../src/backend/mlx/cuda}" && pwd) || exit 1
+build=${BUILD:-$(mktemp -d)}
+[ -n "${BUILD:-}" ] || trap 'rm -rf "$build"' EXIT
+mkdir -p "$build"
+failed=0
+
+# The sources in the order of step.rs; primitives.cuh and barriers.cuh are the emulator's.
+{
+  echo '#include "numbers.cuh"'
+  for constant in HIDDEN INNER HEADS KV_HEADS DIM LAYERS VOCAB EPS_BITS THETA_BITS; do
+    echo "constexpr int $constant = MODEL_$constant;"
+  done
+  sed -n 's/.*include_str!("\(step\/.*\.cuh\)").*/#include "\1"/p' "$cuda/step.rs"
+  echo 'inline void launch(const unsigned long long* table, const unsigned long long* plan,'
+  echo '                   const unsigned* sampled, const unsigned* workspace, float* logits) {'
+  echo '#include "step/launch.cu"'
+  echo '}'
+} > "$build/kernel.inc"
+
+# NAME HIDDEN INNER HEADS KV_HEADS DIM LAYERS VOCAB BLOCKS ROWS...
+model() {
+  name=$1 hidden=$2 inner=$3 heads=$4 kv=$5 dim=$6 layers=$7 vocab=$8 blocks=$9
+  shift 9
+  case ${only:-$name} in "$name") ;; *) return ;; esac
+  printf '%s: ' "$name"
+  began=$(date +%s)
+  # Variables that nothing is written to have numbers that show. eps is 1e-6, theta 1e6.
+  ${CXX:-g++} -std=c++20 -O2 -fno-strict-aliasing -ftrivial-auto-var-init=pattern -Wno-unknown-pragmas -Wno-enum-compare -I"$build" -I"$cuda" \
+    -DMODEL_HIDDEN="$hidden" -DMODEL_INNER="$inner" -DMODEL_HEADS="$heads" \
+    -DMODEL_KV_HEADS="$kv" -DMODEL_DIM="$dim" -DMODEL_LAYERS="$layers" -DMODEL_VOCAB="$vocab" \
+    -DMODEL_EPS_BITS=0x358637bd -DMODEL_THETA_BITS=0x49742400 -o "$build/$name" "$here/step_test.cpp" || {
+    failed=1
+    echo "did not compile"
+    return
+  }
+  built=$(date +%s)
+  "$build/$name" "${BLOCKS:-$blocks}" "${SEEDS:-2}" "$@" || failed=1
+  echo "  ($((built - began)) s to build, $(($(date +%s) - built)) s to run)"
+}
+
+only=${2:-}
+model small    256  768 4 2  64 3 320 5 1 9 8 12 2 40 5
+model odd      320  832 6 2  64 2 330 7 5 12 1 33 6
+model wide    1024 3072 8 1 128 2 328 7 8 9 2 40
+model chunks  1280 5376 2 2 128 2  72 5 1 3 10
+# More blocks than there are units of outputs.
+model many     256  512 2 2  64 2 100 45 1 3 10
+exit $failed

@@ -1,0 +1,567 @@
+// The kernel for steps, in the emulator: small models of random weights, compared with the model's definition.
+//
+// One program is made for one shape (MODEL_HIDDEN, ... are macros), with the kernel for one tile and that for TILES.
+// `kernel.inc` joins the kernel's sources in the order in which the engine joins them.
+//
+// step_test BLOCKS SEEDS ROWS...: steps of so many rows.
+
+#include "emulator.hpp"
+
+namespace one_tile {
+constexpr int TILES = 1;
+#include "kernel.inc"
+}  // namespace one_tile
+
+namespace more_tiles {
+constexpr int TILES = 4;
+#include "kernel.inc"
+}  // namespace more_tiles
+
+// What lies where is the same for both.
+using namespace more_tiles;
+using emulator::float_of;
+
+typedef std::vector<double> Numbers;
+
+constexpr double MOST_MEAN = 1e-2, MOST_SINGLE = 0.15;  // differences, in parts of the mean magnitude
+constexpr size_t PAGE_NUMBERS = (size_t)LAYERS * 2 * KV_HEADS * PAGE * DIM;
+
+// Memory of the card, at the end of which there is none: whoever reads on is caught. It begins as no numbers.
+template <class T> class Array {
+ public:
+  explicit Array(size_t count) : count(count) {
+    const size_t most = sysconf(_SC_PAGESIZE);
+    bytes = (count * sizeof(T) + 255) / 256 * 256;
+    all = (bytes + most - 1) / most * most + most;
+    start = static_cast<char*>(mmap(nullptr, all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    mprotect(start + all - most, most, PROT_NONE);
+    data = reinterpret_cast<T*>(start + all - most - bytes);
+    poison();
+  }
+  Array(Array&& other) : Array(other) { other.start = nullptr; }
+  ~Array() {
+    if (start) munmap(start, all);
+  }
+  void poison() const { memset(static_cast<void*>(data), emulator::POISON, bytes); }
+  T& operator[](size_t i) const { return data[i]; }
+  word address() const { return reinterpret_cast<word>(data); }
+
+  T* data;
+  size_t count, bytes;
+
+ private:
+  Array(const Array&) = default;
+  char* start;
+  size_t all;
+};
+
+emulator::Random generator{1};
+
+// About normal, of variance 1.
+double normal() {
+  double sum = 0;
+  for (int i = 0; i < 6; i++) sum += double(generator() >> 11) / (1ull << 53) - 0.5;
+  return sum * std::sqrt(2.0);
+}
+int below(int most) { return int(generator() % most); }
+double rounded(double x) { return float_of(emulator::to_bf16(float(x))); }
+bf16 narrowed(double x) { return (bf16)emulator::to_bf16(float(x)); }
+
+Array<bf16> random_numbers(size_t count, double mean, double spread) {
+  Array<bf16> numbers(count);
+  for (size_t i = 0; i < count; i++) numbers[i] = narrowed(mean + spread * normal());
+  return numbers;
+}
+
+// A weight [n, k] of 4 bits.
+struct Weight {
+  Weight(int n, int k, double spread, bool gated)
+      : n(n), k(k), codes((size_t)n * k / 8), scales((size_t)n * k / 64), biases(scales.count),
+        small((size_t)(n + 63) / 64 * 64 * ((k / 64 + 3) / 4 * 4)) {
+    for (size_t i = 0; i < codes.count; i++) codes[i] = (unsigned)generator();
+    for (size_t i = 0; i < scales.count; i++) {
+      const double scale = spread / 4.6 * (1 + 0.3 * normal());
+      scales[i] = narrowed(scale), biases[i] = narrowed(scale * (-7.5 + normal()));
+    }
+    place_small(gated);
+  }
+
+  // As `small` of step.rs.
+  void place_small(bool gated) {
+    const int groups = k / 64, quads = (groups + 3) / 4;
+    memset(small.data, 0, small.bytes);
+    for (int output = 0; output < n; output++)
+      for (int group = 0; group < groups; group++) {
+        const int half = output % (n / 2);
+        const int tile = gated ? half / 8 : output / 16;
+        const int row = gated ? half % 8 + output / (n / 2) * 8 : output % 16;
+        const size_t from = (size_t)output * groups + group;
+        small[(((size_t)tile * quads + group / 4) * 16 + row) * 4 + group % 4] =
+            scales[from] | (unsigned)biases[from] << 16;
+      }
+  }
+
+  double number(int output, int input) const {
+    const size_t group = ((size_t)output * k + input) / 64;
+    const unsigned code = codes[((size_t)output * k + input) / 8] >> input % 8 * 4 & 15;
+    return code * (double)float_of(scales[group]) + float_of(biases[group]);
+  }
+
+  // x w^T. With more tiles, the kernel rounds weights.
+  std::vector<Numbers> times(const std::vector<Numbers>& x, bool round) const {
+    std::vector<Numbers> y(x.size(), Numbers(n));
+    Numbers weights(k);
+    for (int output = 0; output < n; output++) {
+      for (int i = 0; i < k; i++) weights[i] = round ? rounded(number(output, i)) : number(output, i);
+      for (size_t row = 0; row < x.size(); row++) {
+        double sums[4] = {};
+        for (int i = 0; i < k; i++) sums[i % 4] += weights[i] * x[row][i];
+        y[row][output] = sums[0] + sums[1] + sums[2] + sums[3];
+      }
+    }
+    return y;
+  }
+
+  int n, k;
+  Array<unsigned> codes;
+  Array<bf16> scales, biases;
+  Array<unsigned> small;
+};
+
+struct Layer {
+  Weight qkv{QKV_WIDTH, HIDDEN, 1 / std::sqrt(HIDDEN), false};
+  Weight o{HIDDEN, Q_WIDTH, 1 / std::sqrt(Q_WIDTH), false};
+  Weight gate_up{2 * INNER, HIDDEN, 1 / std::sqrt(HIDDEN), true};
+  Weight down{HIDDEN, INNER, 2 / std::sqrt(INNER), false};
+  Array<bf16> input_norm = random_numbers(HIDDEN, 1, 0.3), post_norm = random_numbers(HIDDEN, 1, 0.3);
+  Array<bf16> q_norm = random_numbers(DIM, 1.5, 0.3), k_norm = random_numbers(DIM, 1.5, 0.3);
+};
+
+struct Model {
+  std::vector<Layer> layers{LAYERS};
+  Weight embedding{VOCAB, HIDDEN, 1, false}, head{VOCAB, HIDDEN, 1 / std::sqrt(HIDDEN), false};
+  Array<bf16> norm = random_numbers(HIDDEN, 1, 0.3);
+
+  // As `table` of step.rs.
+  Array<word> table() const {
+    std::vector<word> words;
+    for (const Layer& layer : layers) {
+      for (const Weight* weight : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down})
+        words.insert(words.end(), {weight->codes.address(), weight->small.address()});
+      for (const Array<bf16>* norm : {&layer.input_norm, &layer.post_norm, &layer.q_norm, &layer.k_norm})
+        words.push_back(norm->address());
+    }
+    words.insert(words.end(), {head.codes.address(), head.small.address(), norm.address()});
+    words.insert(words.end(), {embedding.codes.address(), embedding.scales.address(), embedding.biases.address()});
+    Array<word> table(words.size());
+    std::copy(words.begin(), words.end(), table.data);
+    return table;
+  }
+};
+
+// A pair for one linear layer; none if its rank is 0.
+struct Lora {
+  Lora(int in, int out, int rank)
+      : in(in), out(out), rank(rank), a(random_numbers((size_t)in * rank, 0, 1 / std::sqrt(in))),
+        b(random_numbers((size_t)out * rank, 0, 1 / std::sqrt(rank + 1))) {}
+
+  // As `Pair` says.
+  size_t place_of_a(int r, int input) const {
+    const int lane = r % 8 * 4 + input % 8 / 2;
+    return (((size_t)(input / 16) * (rank / 8) + r / 8) * 32 + lane) * 4 + input % 16 / 8 * 2 + input % 2;
+  }
+
+  void add(const Numbers& x, double* y) const {
+    for (int r = 0; r < rank; r++) {
+      double low = 0;
+      for (int i = 0; i < in; i++) low += x[i] * float_of(a[place_of_a(r, i)]);
+      for (int i = 0; i < out; i++) y[i] += scale * low * float_of(b[(size_t)i * rank + r]);
+    }
+  }
+
+  int in, out, rank;
+  float scale = 0.5f;
+  Array<bf16> a, b;
+};
+
+struct Adapter {
+  // `ranks` are those of the pairs in turn.
+  explicit Adapter(std::vector<int> ranks) : words((size_t)LAYERS * LORA_PAIRS * 3) {
+    const int ins[] = {HIDDEN, HIDDEN, HIDDEN, Q_WIDTH, HIDDEN, HIDDEN, INNER};
+    const int outs[] = {Q_WIDTH, KV_WIDTH, KV_WIDTH, HIDDEN, INNER, INNER, HIDDEN};
+    for (int i = 0; i < LAYERS * LORA_PAIRS; i++) {
+      const int rank = ranks[i % ranks.size()];
+      most_rank = std::max(most_rank, rank);
+      const Lora& own = pairs.emplace_back(ins[i % LORA_PAIRS], outs[i % LORA_PAIRS], rank);
+      words[i * 3] = rank ? own.a.address() : 0, words[i * 3 + 1] = rank ? own.b.address() : 0;
+      words[i * 3 + 2] = rank ? rank | (word)std::bit_cast<unsigned>(own.scale) << 32 : 0;
+    }
+  }
+
+  int most_rank = 0;
+  std::vector<Lora> pairs;
+  Array<word> words;
+};
+
+// Keys and values of the first `at` positions; behind them there are no numbers.
+struct Sequence {
+  explicit Sequence(int at) : at(at) {
+    for (int first = 0; first <= at; first += PAGE) {
+      const Array<bf16>& page = pages.emplace_back(PAGE_NUMBERS);
+      for (size_t i = 0; i < PAGE_NUMBERS; i++) {
+        const int position = i / (PAGE * DIM) / KV_HEADS % 2 ? i % PAGE : i % (PAGE * DIM) / DIM;
+        if (first + position < at) page[i] = narrowed(normal());
+      }
+    }
+  }
+
+  void next() {
+    if (++at % PAGE == 0) pages.emplace_back(PAGE_NUMBERS);
+  }
+
+  bf16& number(int layer, int kind, int head, int position, int i) const {
+    const size_t first = (((size_t)layer * 2 + kind) * KV_HEADS + head) * PAGE * DIM;
+    return pages[position / PAGE][first + (kind ? i * PAGE + position % PAGE : position % PAGE * DIM + i)];
+  }
+
+  int at;
+  std::vector<Array<bf16>> pages;
+};
+
+struct Row {
+  int id;
+  Sequence* sequence;
+  const Adapter* adapter;
+};
+
+// The model's definition, in double; what the kernel rounds to bfloat16 is rounded here as well.
+struct Reference {
+  const Model& model;
+  const std::vector<Row>& rows;
+  std::vector<Numbers> hidden;
+  std::vector<Numbers> keys_and_values;  // of each row: [layers, 2, kv heads, dim]
+
+  Reference(const Model& model, const std::vector<Row>& rows)
+      : model(model), rows(rows), keys_and_values(rows.size()) {}
+
+  std::vector<Numbers> logits() {
+    for (const Row& row : rows) {
+      Numbers& own = hidden.emplace_back(HIDDEN);
+      for (int i = 0; i < HIDDEN; i++) own[i] = rounded(model.embedding.number(row.id, i));
+    }
+    for (int layer = 0; layer < LAYERS; layer++) {
+      const Layer& own = model.layers[layer];
+      const auto qkv = normed_product(own.qkv, own.input_norm, layer, {LORA_QKV, LORA_QKV + 1, LORA_QKV + 2});
+      std::vector<Numbers> mixed;
+      for (size_t row = 0; row < rows.size(); row++) mixed.push_back(attend(row, layer, qkv[row]));
+      add(product(own.o, mixed, layer, {LORA_O}));
+      auto inner = normed_product(own.gate_up, own.post_norm, layer, {LORA_GATE_UP, LORA_GATE_UP + 1});
+      for (Numbers& x : inner) {
+        for (int i = 0; i < INNER; i++) x[i] = rounded(x[i] / (1 + std::exp(-x[i])) * x[INNER + i]);
+        x.resize(INNER);
+      }
+      add(product(own.down, inner, layer, {LORA_DOWN}));
+    }
+    return normed_product(model.head, model.norm, 0, {});
+  }
+
+  void add(const std::vector<Numbers>& y) {
+    for (size_t row = 0; row < rows.size(); row++)
+      for (int i = 0; i < HIDDEN; i++) hidden[row][i] += y[row][i];
+  }
+
+  // With what the adapters' pairs at these places add, one after another.
+  std::vector<Numbers> product(const Weight& weight, const std::vector<Numbers>& x, int layer,
+                               std::vector<int> places) const {
+    auto y = weight.times(x, rows.size() > 8);
+    for (size_t row = 0; row < rows.size(); row++) {
+      double* to = y[row].data();
+      for (int place : places) {
+        if (!rows[row].adapter) continue;
+        const Lora& own = rows[row].adapter->pairs[layer * LORA_PAIRS + place];
+        own.add(x[row], to);
+        to += own.out;
+      }
+    }
+    return y;
+  }
+
+  static double factor(const double* x, int count) {
+    double square = 0;
+    for (int i = 0; i < count; i++) square += x[i] * x[i];
+    return 1 / std::sqrt(square / count + std::bit_cast<float>((unsigned)EPS_BITS));
+  }
+
+  std::vector<Numbers> normed_product(const Weight& weight, const Array<bf16>& norm, int layer,
+                                      std::vector<int> places) const {
+    auto x = hidden;
+    for (Numbers& own : x)
+      for (int i = 0; i < HIDDEN; i++) own[i] = rounded(own[i] * float_of(norm[i]));
+    auto y = product(weight, x, layer, places);
+    for (size_t row = 0; row < rows.size(); row++) {
+      const double own = factor(hidden[row].data(), HIDDEN);
+      for (double& number : y[row]) number *= own;
+    }
+    return y;
+  }
+
+  // A head of queries or keys, normed and rotated.
+  static Numbers turned(const double* x, const Array<bf16>& norm, int at) {
+    const double own = factor(x, DIM), theta = std::bit_cast<float>((unsigned)THETA_BITS);
+    Numbers y(DIM);
+    for (int i = 0; i < DIM / 2; i++) {
+      const double angle = at * std::pow(theta, -2.0 * i / DIM);
+      const double one = x[i] * own * float_of(norm[i]), other = x[i + DIM / 2] * own * float_of(norm[i + DIM / 2]);
+      y[i] = rounded(one * std::cos(angle) - other * std::sin(angle));
+      y[i + DIM / 2] = rounded(one * std::sin(angle) + other * std::cos(angle));
+    }
+    return y;
+  }
+
+  Numbers attend(size_t row, int layer, const Numbers& qkv) {
+    const Layer& own = model.layers[layer];
+    const Sequence& sequence = *rows[row].sequence;
+    Numbers mixed;
+    Numbers fresh[2];
+    for (int head = 0; head < KV_HEADS; head++) {
+      for (double x : turned(&qkv[Q_WIDTH + head * DIM], own.k_norm, sequence.at)) fresh[0].push_back(x);
+      for (int i = 0; i < DIM; i++) fresh[1].push_back(rounded(qkv[Q_WIDTH + KV_WIDTH + head * DIM + i]));
+    }
+    for (const Numbers& kind : fresh)
+      keys_and_values[row].insert(keys_and_values[row].end(), kind.begin(), kind.end());
+    for (int head = 0; head < HEADS; head++) {
+      const int from = head / SHARED;
+      const Numbers q = turned(&qkv[head * DIM], own.q_norm, sequence.at);
+      const auto number = [&](int kind, int position, int i) -> double {
+        if (position == sequence.at) return fresh[kind][from * DIM + i];
+        return float_of(sequence.number(layer, kind, from, position, i));
+      };
+      Numbers sums(DIM);
+      double total = 0;
+      for (int position = 0; position <= sequence.at; position++) {
+        double score = 0;
+        for (int i = 0; i < DIM; i++) score += q[i] * number(0, position, i);
+        const double share = std::exp(score / std::sqrt(DIM));
+        total += share;
+        for (int i = 0; i < DIM; i++) sums[i] += share * number(1, position, i);
+      }
+      for (double sum : sums) mixed.push_back(rounded(sum / total));
+    }
+    return mixed;
+  }
+};
+
+// In parts of the mean magnitude.
+struct Difference {
+  double sum = 0, largest = 0, magnitude = 0;
+  size_t count = 0;
+
+  void see(double found, double expected) {
+    const double own = found == found ? std::abs(found - expected) : INFINITY;
+    sum += own, largest = std::max(largest, own), magnitude += std::abs(expected), count++;
+  }
+  double mean() const { return sum / magnitude; }
+  double most() const { return largest / (magnitude / count); }
+  bool good() const { return mean() <= MOST_MEAN && most() <= MOST_SINGLE; }
+};
+
+// The kernel as the engine has it: its workspace stays from launch to launch.
+class Engine {
+ public:
+  Engine(const Model& model, int blocks) : table(model.table()), blocks(blocks), workspace(WITHOUT_PLAN + PLAN_BYTES) {
+    memset(workspace.data, 0, workspace.bytes);
+  }
+
+  // Goes on as the last step whose plan was whole, if it may.
+  void run(const std::vector<Row>& rows, bool goes_on, unsigned seed, const Array<float>& logits) {
+    const Array<unsigned> sampled(rows.size());
+    goes_on = goes_on && pages_of(rows) == told_pages && rows[0].sequence->at != told_at;
+    const Array<word> plan = goes_on ? going_on(rows, sampled) : planned(rows, sampled);
+    poison(goes_on);
+    const auto* memory = reinterpret_cast<const unsigned*>(workspace.data);
+    if (rows.size() <= 8)
+      emulator::launch(blocks, one_tile::ALL_THREADS, seed,
+                       [&] { one_tile::launch(table.data, plan.data, sampled.data, memory, logits.data); });
+    else
+      emulator::launch(blocks, more_tiles::ALL_THREADS, seed,
+                       [&] { more_tiles::launch(table.data, plan.data, sampled.data, memory, logits.data); });
+  }
+
+  // As if the next step went on after another whole plan.
+  void lose_plan() { number++, told_at--; }
+
+ private:
+  static constexpr size_t MOST = 64;  // rows that it has room for
+  static constexpr size_t WITHOUT_PLAN = SPLITS + room(4 * MOST * MOST_SPLITS * HEADS * (DIM + 2));
+  static constexpr size_t PLAN_BYTES = 1 << 16;
+
+  static size_t pages_of(const std::vector<Row>& rows) {
+    size_t pages = 0;
+    for (const Row& row : rows) pages += row.sequence->pages.size();
+    return pages;
+  }
+
+  // As `Told` of step.rs.
+  Array<word> going_on(const std::vector<Row>& rows, const Array<unsigned>& sampled) const {
+    Array<word> plan(1);
+    plan[0] = rows.size() | GOES_ON | (word)(rows[0].sequence->at - told_at) << 32 | number << 48;
+    for (size_t i = 0; i < rows.size(); i++) sampled[i] = rows[i].id;
+    return plan;
+  }
+
+  // As `plan` of step.rs. Every other id is a sample of another row's.
+  Array<word> planned(const std::vector<Row>& rows, const Array<unsigned>& sampled) {
+    told_pages = pages_of(rows), told_at = rows[0].sequence->at;
+    size_t pages = 0;
+    for (const Row& row : rows) pages = std::max(pages, row.sequence->pages.size());
+    const size_t words = 2 + pages, count = rows.size();
+    Array<word> plan(HEADER + count * words);
+    memset(plan.data, 0, plan.bytes);
+    plan[0] = count | ++number << 48, plan[1] = words, plan[3] = WITHOUT_PLAN;
+    for (size_t i = 0; i < count; i++) {
+      const Row& row = rows[i];
+      word* own = &plan[HEADER + i * words];
+      sampled[count - 1 - i] = row.id;
+      own[0] = (i % 2 ? ~unsigned(count - 1 - i) : unsigned(row.id)) | (word)row.sequence->at << 32;
+      own[1] = row.adapter ? row.adapter->words.address() : 0;
+      if (row.adapter) plan[2] = std::max(plan[2], (word)row.adapter->most_rank);
+      for (size_t page = 0; page < row.sequence->pages.size(); page++)
+        own[2 + page] = row.sequence->pages[page].address();
+    }
+    return plan;
+  }
+
+  // What no launch may need from before.
+  void poison(bool goes_on) const {
+    const std::pair<size_t, size_t> areas[] = {
+        {HIDDEN_AT, 4 * HIDDEN},  {SQUARES, 4 * (HIDDEN / 16)}, {QKV_AT, 4 * QKV_WIDTH}, {NORMED, 2 * HIDDEN},
+        {MIXED, 2 * Q_WIDTH},     {ACTIVE, 2 * INNER},          {ANGLES, 4 * DIM},
+    };
+    for (const auto& [start, bytes] : areas) memset(&workspace[start], emulator::POISON, bytes * MOST_ROWS);
+    memset(&workspace[SPLITS], emulator::POISON, (goes_on ? WITHOUT_PLAN : workspace.count) - SPLITS);
+  }
+
+  // Of the last whole plan.
+  word number = 0;
+  size_t told_pages = 0;
+  int told_at = 0;
+
+  Array<word> table;
+  int blocks;
+  Array<unsigned char> workspace;
+};
+
+struct Test {
+  const Model& model;
+  Engine& engine;
+  int seeds;
+  Difference logits, pages;
+  int launches = 0;
+  bool same = true, untouched = true, refused = true;
+
+  // The rows' pages one after another.
+  static std::vector<bf16> contents(const std::vector<Row>& rows) {
+    std::vector<bf16> all;
+    for (const Row& row : rows)
+      for (const auto& page : row.sequence->pages) all.insert(all.end(), page.data, page.data + PAGE_NUMBERS);
+    return all;
+  }
+
+  static void poison_fresh(const std::vector<Row>& rows) {
+    for (const Row& row : rows)
+      for (int i = 0; i < LAYERS * 2 * KV_HEADS * DIM; i++) fresh(row, i) = 0xffff;
+  }
+
+  // Of a row's own key and value in all layers, as `Reference::keys_and_values` has them.
+  static bf16& fresh(const Row& row, int i) {
+    const int head = i / DIM;
+    return row.sequence->number(head / KV_HEADS / 2, head / KV_HEADS % 2, head % KV_HEADS, row.sequence->at, i % DIM);
+  }
+
+  // A step with all seeds, whose results must be the same to the last bit.
+  void step(const std::vector<Row>& rows, bool goes_on) {
+    Reference reference(model, rows);
+    const auto expected = reference.logits();
+    const auto before = contents(rows);
+    const Array<float> found(rows.size() * VOCAB);
+    std::vector<bf16> first_pages;
+    std::vector<float> first;
+    for (int seed = 0; seed < seeds; seed++, launches++) {
+      found.poison();
+      poison_fresh(rows);
+      engine.run(rows, goes_on, 1000 * launches + seed, found);
+      const auto all = contents(rows);
+      if (seed == 0) first.assign(found.data, found.data + found.count), first_pages = all;
+      same &= !memcmp(first.data(), found.data, found.count * 4) && all == first_pages;
+    }
+    for (size_t row = 0; row < rows.size(); row++) {
+      for (int i = 0; i < VOCAB; i++) logits.see(first[row * VOCAB + i], expected[row][i]);
+      for (size_t i = 0; i < reference.keys_and_values[row].size(); i++)
+        pages.see(float_of(fresh(rows[row], i)), reference.keys_and_values[row][i]);
+    }
+    check_untouched(rows, before);
+  }
+
+  // But for the rows' own keys and values, pages are as they were.
+  void check_untouched(const std::vector<Row>& rows, const std::vector<bf16>& before) {
+    std::vector<std::pair<bf16*, bf16>> own;
+    for (const Row& row : rows)
+      for (int i = 0; i < LAYERS * 2 * KV_HEADS * DIM; i++) own.push_back({&fresh(row, i), fresh(row, i)});
+    poison_fresh(rows);
+    untouched &= contents(rows) == before;
+    for (const auto& [at, number] : own) *at = number;
+  }
+
+  // A step that goes on after a plan that never came has no numbers for any row.
+  void lost_step(const std::vector<Row>& rows) {
+    const Array<float> found(rows.size() * VOCAB);
+    engine.run(rows, false, 0, found);
+    engine.lose_plan();
+    engine.run(rows, true, 0, found);
+    for (size_t row = 0; row < rows.size(); row++) refused &= found[row * VOCAB] != found[row * VOCAB];
+    engine.run(rows, false, 0, found);
+    for (size_t row = 0; row < rows.size(); row++) refused &= found[row * VOCAB] == found[row * VOCAB];
+  }
+
+  bool good() const { return refused && logits.good() && pages.good() && same && untouched; }
+};
+
+int main(int count, char** arguments) {
+  if (count < 4) return fprintf(stderr, "step_test BLOCKS SEEDS ROWS...\n"), 1;
+  emulator::catch_faults();
+  const Model model;
+  std::vector<Adapter> adapters;
+  adapters.emplace_back(std::vector{8});
+  adapters.emplace_back(std::vector{0, 16, 24, 32, 40, 0, 48, 56});
+  adapters.emplace_back(std::vector{64});
+  adapters.emplace_back(std::vector{16, 0, 16, 0, 0, 0, 0});
+  const int positions[] = {63, 0, 64, 65, 1, 200, 127, 128, 2500, 191, 30, 2047};
+  Engine engine(model, atoi(arguments[1]));
+  Test test{model, engine, atoi(arguments[2])};
+  int number = 0;
+  for (int i = 3; i < count; i++) {
+    const int rows = atoi(arguments[i]);
+    std::vector<std::unique_ptr<Sequence>> sequences;
+    // Few long ones where there are many.
+    for (int row = 0; row < rows; row++)
+      sequences.push_back(std::make_unique<Sequence>(positions[(number + row) % (row < 12 ? 12 : 8)]));
+    // Highest ranks of 64, of 8, and no adapter at all; each goes on once.
+    for (int step = 0; step < 6; step++, number++) {
+      std::vector<Row> own;
+      for (int row = 0; row < rows; row++) {
+        const int adapter = step < 2 ? (i + row) % 5 : step < 4 ? row % 2 * 4 : 4;
+        own.push_back({below(VOCAB), sequences[row].get(), adapter < 4 ? &adapters[adapter] : nullptr});
+      }
+      test.step(own, step % 2);
+      for (auto& sequence : sequences) sequence->next();
+    }
+  }
+  Sequence sequence(1);
+  test.lost_step(std::vector<Row>(3, {1, &sequence, nullptr}));
+  printf("%d launches, logits: mean %.1e most %.1e, keys and values: mean %.1e most %.1e%s%s%s%s\n", test.launches,
+         test.logits.mean(), test.logits.most(), test.pages.mean(), test.pages.most(),
+         test.same ? "" : ", SEEDS DIFFER", test.untouched ? "" : ", WROTE TO OTHER POSITIONS",
+         test.refused ? "" : ", WENT ON WITHOUT A PLAN",
+         test.good() ? "" : ": FAILED");
+  return !test.good();
+}
