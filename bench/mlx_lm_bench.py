@@ -1,6 +1,6 @@
 """mlx-lm's speed on a checkpoint of Qwen3's shape, for the benchmark:
 
-    python mlx_lm_bench.py CHECKPOINT PROMPT,... DEPTH,... BATCH,... TOKENS
+    python mlx_lm_bench.py CHECKPOINT PROMPT,... DEPTH,... BATCH,... TOKENS ROUNDS
 
 Prints one object: what -> tokens/s; on the device that MLX takes by itself. It needs mlx and mlx-lm's models,
 no tokenizer. The steps are those of mlx-lm's `generate_step`: greedy, and the next is submitted before the
@@ -19,7 +19,6 @@ from mlx_lm.models import qwen3
 from mlx_lm.models.cache import KVCache
 
 PIECE = 2048
-ROUNDS = 3
 
 
 def load(folder):
@@ -59,9 +58,9 @@ def decode(model, rows, depth, tokens):
     return rows * tokens / (time.perf_counter() - start)
 
 
-def speed(measure):
+def speed(measure, rounds):
     # The first round compiles.
-    return statistics.median([measure() for _ in range(1 + ROUNDS)][1:])
+    return statistics.median([measure() for _ in range(1 + rounds)][1:])
 
 
 def prefill_speed(model, length):
@@ -71,17 +70,17 @@ def prefill_speed(model, length):
 
 
 def main():
-    folder, *sizes, tokens = sys.argv[1:]
-    prompts, depths, batches = ([int(size) for size in each.split(",")] for each in sizes)
-    tokens = int(tokens)
+    folder, *sizes, tokens, rounds = sys.argv[1:]
+    prompts, depths, batches = ([int(size) for size in each.split(",") if size] for each in sizes)
+    tokens, rounds = int(tokens), int(rounds)
     model = load(Path(folder))
     figures = {}
     for prompt in prompts:
-        figures[f"prefill {prompt}"] = speed(lambda: prefill_speed(model, prompt))
+        figures[f"prefill {prompt}"] = speed(lambda: prefill_speed(model, prompt), rounds)
     for depth in depths:
-        figures[f"decode at {depth}"] = speed(lambda: decode(model, 1, max(depth, 8), tokens))
+        figures[f"decode at {depth}"] = speed(lambda: decode(model, 1, max(depth, 8), tokens), rounds)
     for batch in batches:
-        figures[f"{batch} sequences"] = speed(lambda: decode(model, batch, 8, tokens))
+        figures[f"{batch} sequences"] = speed(lambda: decode(model, batch, 8, tokens), rounds)
     print(json.dumps(figures))
 
 

@@ -186,7 +186,7 @@ fn main() -> Result<()> {
         if round == 0
             && let Some(python) = &options.mlx_lm
         {
-            report.add("mlx-lm", peers::mlx_lm(python, &folder, &options.sizes)?);
+            report.add("mlx-lm", peers::mlx_lm(python, &folder, &options.sizes, options.repeat)?);
         }
     }
     report.print();

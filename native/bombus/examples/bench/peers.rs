@@ -96,12 +96,13 @@ fn number(run: &Value, field: &str) -> Result<f64> {
     run[field].as_f64().with_context(|| format!("`{field}` in {run}"))
 }
 
-/// mlx-lm on the checkpoint that we read, all figures.
-pub fn mlx_lm(python: &Path, folder: &Path, sizes: &Sizes) -> Result<Figures> {
+/// mlx-lm on the checkpoint that we read, all figures, each the median of so many rounds.
+pub fn mlx_lm(python: &Path, folder: &Path, sizes: &Sizes, rounds: usize) -> Result<Figures> {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../bench/mlx_lm_bench.py");
     let lists = [&sizes.prompt, &sizes.depth, &sizes.batch].map(|sizes| join(sizes));
     let mut command = Command::new(python);
-    command.arg(script).arg(folder).args(lists).arg(sizes.tokens.to_string());
+    command.arg(script).arg(folder).args(lists);
+    command.args([sizes.tokens, rounds].map(|number| number.to_string()));
     let output = command.output()?;
     ensure!(output.status.success(), "mlx-lm: {}", String::from_utf8_lossy(&output.stderr));
     let line = String::from_utf8(output.stdout)?;

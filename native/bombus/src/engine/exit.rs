@@ -10,8 +10,9 @@ use std::time::Duration;
 static STOPPING: AtomicBool = AtomicBool::new(false);
 static BUSY: AtomicUsize = AtomicUsize::new(0);
 
-/// How long a process waits that exits: longer than a step takes, shorter than a person does.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a process waits that exits: longer than a step takes that must be compiled for a card first (half a
+/// minute). Others take less than a second.
+const PATIENCE: Duration = Duration::from_secs(60);
 const NAP: Duration = Duration::from_millis(1);
 
 /// Held while a thread uses MLX.

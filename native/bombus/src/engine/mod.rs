@@ -363,7 +363,8 @@ fn live<B: Backend + Clone>(
     at_exit: &'static Once,
 ) -> Result<()> {
     let ((folder, layout), config, limits, ready, inbox) = work;
-    backend.clone().scope(|| {
+    // The backend goes last, and the process waits for that too.
+    let (served, _busy) = backend.clone().scope(|| {
         let decoder = catch(|| checkpoint::load(folder, config, layout, backend))?;
         exit::register(at_exit);
         drop(loading);
@@ -375,8 +376,9 @@ fn live<B: Backend + Clone>(
             worker.run();
             Ok(())
         });
-        let _busy = exit::Busy::enter();
+        let busy = exit::Busy::enter();
         drop(worker);
-        served
-    })
+        Ok::<_, Error>((served, busy))
+    })?;
+    served
 }

@@ -84,8 +84,10 @@ impl<B: Backend> Worker<B> {
                 if busy.is_some() {
                     self.decoder.backend.finish();
                 }
-                busy = None;
-                match self.inbox.receiver.recv() {
+                drop(busy.take());
+                let command = self.inbox.receiver.recv();
+                busy = Some(Busy::enter());
+                match command {
                     Ok(command) => self.obey(command),
                     Err(_) => return,
                 }

@@ -472,6 +472,16 @@ template <class T> T __shfl_sync(unsigned mask, T own, int from) {
 
 // What `primitives.cuh` has.
 
+inline unsigned transpose(unsigned two) {
+  const unsigned row = lane_of(*emulator::current) / 4, column = lane_of(*emulator::current) % 4 * 2;
+  unsigned transposed = 0;
+  for (unsigned i = 0; i < 2; i++) {
+    const unsigned own = __shfl_sync(0xffffffff, two, (column + i) * 4 + row / 2);
+    transposed |= (own >> row % 2 * 16 & 0xffff) << 16 * i;
+  }
+  return transposed;
+}
+
 inline void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
   struct Operands {
     float* c;

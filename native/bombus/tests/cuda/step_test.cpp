@@ -165,16 +165,10 @@ struct Lora {
       : in(in), out(out), rank(rank), a(random_numbers((size_t)in * rank, 0, 1 / std::sqrt(in))),
         b(random_numbers((size_t)out * rank, 0, 1 / std::sqrt(rank + 1))) {}
 
-  // As `Pair` says.
-  size_t place_of_a(int r, int input) const {
-    const int lane = r % 8 * 4 + input % 8 / 2;
-    return (((size_t)(input / 16) * (rank / 8) + r / 8) * 32 + lane) * 4 + input % 16 / 8 * 2 + input % 2;
-  }
-
   void add(const Numbers& x, double* y) const {
     for (int r = 0; r < rank; r++) {
       double low = 0;
-      for (int i = 0; i < in; i++) low += x[i] * float_of(a[place_of_a(r, i)]);
+      for (int i = 0; i < in; i++) low += x[i] * float_of(a[(size_t)i * rank + r]);
       for (int i = 0; i < out; i++) y[i] += scale * low * float_of(b[(size_t)i * rank + r]);
     }
   }

@@ -93,6 +93,13 @@ __device__ inline void load_matrices_transposed(unsigned (&to)[4], const void* r
                : "memory");
 }
 
+// Of 8 by 8 numbers of 16 bits, of which lane l has two neighbours in row l / 4.
+__device__ inline unsigned transpose(unsigned two) {
+  unsigned transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(two));
+  return transposed;
+}
+
 // Of two pairs of bfloat16.
 __device__ inline unsigned subtract(unsigned x, unsigned y) {
   unsigned difference;

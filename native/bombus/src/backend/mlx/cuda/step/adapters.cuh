@@ -146,187 +146,246 @@ __device__ __noinline__ static void ready_adapters(int product) {
   bring_sides(place_of(product + 2), false);
 }
 
-// A warp that makes a product's outputs has 16 of them (of gate and up eight) for four rows: `first`, and every other
-// behind it. OWN: so many rows may be there, one or four; without adapters, none. What adapters are multiplied with goes
-// through the tensor cores, for each row with its own. A single warp waits for most of its instructions to be
-// fetched: so there is code for one row.
-constexpr int OWN_ROWS = 4;
+// A warp that makes a product's outputs has 16 of them (of gate and up eight) for four rows: a lane has outputs
+// tile_row() and the one 8 further on of row first + 2 * tile_column(). `Form` says how many rows there may be. A single
+// warp waits for most of its instructions to be fetched: so there is code for one row, on tensor cores, which is half as
+// long. Several may each have an adapter: every lane multiplies for its own row.
+enum Form { NONE, ONE_ROW, ROWS_BY_LANES };
 
-// What a lane feeds to the tensor cores of eight numbers of the rank, for the 16 inputs from n / 16 * 16 on.
-__device__ inline uint2 fragment(const Side& a, int n, int rank) {
-  if (rank >= a.rank) return make_uint2(0, 0);
-  return reinterpret_cast<const uint2*>(a.numbers)[((size_t)(n / 16) * (a.rank / 8) + rank / 8) * 32 + lane()];
+__device__ inline uint4 eight_of(const Side& side, int n, int rank) {
+  if (rank >= side.rank) return make_uint4(0, 0, 0, 0);
+  return *reinterpret_cast<const uint4*>(side.numbers + (size_t)n * side.rank + rank);
+}
+// Two of them: those of a lane's column of a tile.
+__device__ inline unsigned own_two(const Side& side, int n, int rank) {
+  if (rank >= side.rank) return 0;
+  return *reinterpret_cast<const unsigned*>(side.numbers + (size_t)n * side.rank + rank + 2 * tile_column());
 }
 
-// Lanes of row i of a tile have two numbers of row i % OWN's x a^T: `to`, that row's eight, gets one of each lane.
-template <int OWN> __device__ inline void add_fixed(word* to, const float (&sums)[2]) {
-  const int which = tile_row() / OWN;
-  const long long fixed = __float2ll_rn((which ? sums[1] : sums[0]) * FIXED);
-  if (which < 2 && fixed != 0) add_relaxed(to + 2 * tile_column() + which, (word)fixed);
+__device__ inline void add_times(float (&sums)[8], float x, uint4 a) {
+  sums[0] += x * low(a.x), sums[1] += x * high(a.x), sums[2] += x * low(a.y), sums[3] += x * high(a.y);
+  sums[4] += x * low(a.z), sums[5] += x * high(a.z), sums[6] += x * low(a.w), sums[7] += x * high(a.w);
+}
+__device__ inline float dot(const float (&x)[8], uint4 b) {
+  return x[0] * low(b.x) + x[1] * high(b.x) + x[2] * low(b.y) + x[3] * high(b.y) + x[4] * low(b.z) + x[5] * high(b.z) +
+         x[6] * low(b.w) + x[7] * high(b.w);
 }
 
-// What a warp's outputs, which are inputs of the next product, add to its x a^T.
-template <int OWN, int PARTS> struct Shares {
-  uint2 a[PARTS][OWN];  // for the first eight of the rank
+// Sums over the eight lanes that share a column of the tile: the lane of row r gets number r.
+__device__ inline float share_sums(const float (&sums)[8]) {
+  float four[4], two[2];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const bool upper = lane() & 16;
+    four[i] = (upper ? sums[i + 4] : sums[i]) + __shfl_xor_sync(0xffffffff, upper ? sums[i] : sums[i + 4], 16);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const bool upper = lane() & 8;
+    two[i] = (upper ? four[i + 2] : four[i]) + __shfl_xor_sync(0xffffffff, upper ? four[i] : four[i + 2], 8);
+  }
+  const bool upper = lane() & 4;
+  return (upper ? two[1] : two[0]) + __shfl_xor_sync(0xffffffff, upper ? two[0] : two[1], 4);
+}
 
-  // Asks for them, for the outputs from n on.
-  __device__ void ask(const Product& at, int first, int n) {
+__device__ inline void add_fixed(word* to, float sum) {
+  const long long fixed = __float2ll_rn(sum * FIXED);
+  if (fixed != 0) add_relaxed(to, (word)fixed);
+}
+
+// What comes behind the first eight of a rank. x: a lane's outputs, as bfloat16; n: the first.
+__device__ __noinline__ static void share_more(int product, int row, int n, unsigned x, bool second) {
+  const Product at(product);
+#pragma unroll 1
+  for (int part = 0; part < at.next.parts; part++) {
+    const Side side = shrinker(at, row, part);
+    word* to = own_low_rank(product + 1, row) + part * MOST_RANK + tile_row();
+#pragma unroll 1
+    for (int rank = 8; rank < state().most_rank; rank += 8) {
+      float sums[8] = {};
+      add_times(sums, low(x), eight_of(side, n, rank));
+      if (second) add_times(sums, high(x), eight_of(side, n + 8, rank));
+      const float sum = share_sums(sums);
+      if (side.rank > 0) add_fixed(to + rank, sum);
+    }
+  }
+}
+
+// What a warp's outputs, which are inputs of the next product, add to its x a^T: of a lane there are N.
+template <Form FORM, int N, int PARTS> struct Shares {
+  uint4 a[PARTS][N];  // for the first eight of the rank
+
+  // Asks for them, for outputs from n on: that is the lane's own first.
+  __device__ void ask(const Product& at, int row, int n) {
 #pragma unroll
-    for (int i = 0; i < OWN; i++)
-      if (OWN == 1 || first + 2 * i < rows())
+    for (int part = 0; part < PARTS; part++) {
+      const Side side = shrinker(at, row, part);
 #pragma unroll
-        for (int part = 0; part < PARTS; part++) a[part][i] = fragment(shrinker(at, first + 2 * i, part), n, 0);
+      for (int i = 0; i < N; i++) a[part][i] = eight_of(side, n + i * 8, 0);
+    }
   }
 
-  // x: outputs tile_row() and tile_row() + 8 of row first + 2 * tile_column(), or of eight the first alone.
-  __device__ void add(const Product& at, int first, int n, unsigned x, bool eight = false) const {
-    const int from = tile_column() * 8 + tile_row() % OWN;
-    const unsigned one = __shfl_sync(0xffffffff, x, from), other = __shfl_sync(0xffffffff, x, from + 4);
-    unsigned x0 = __byte_perm(one, other, 0x5410), x1 = __byte_perm(one, other, 0x7632);
-    if (eight) {
-      const bool upper = n % 16 != 0;
-      x1 = upper ? x0 : 0, x0 = upper ? 0 : x0;
-    }
-    word* to = own_low_rank(at.number + 1, first + 2 * (tile_row() % OWN));
+  // x: the lane's outputs, as bfloat16. All lanes come here; those of absent rows have no a.
+  __device__ void add(const Product& at, int row, int n, unsigned x) const {
+    word* to = own_low_rank(at.number + 1, row) + tile_row();
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
       if (part >= at.next.parts) break;
-      float own[2] = {};
-#pragma unroll
-      for (int i = 0; i < OWN; i++)
-        if (OWN == 1 || first + 2 * i < rows()) add_row(own, i, x0, x1, a[part][i]);
-      add_fixed<OWN>(to + part * MOST_RANK, own);
+      float sums[8] = {};
+      add_times(sums, low(x), a[part][0]);
+      if (N == 2) add_times(sums, high(x), a[part][N - 1]);
+      const float sum = share_sums(sums);
+      if (row < rows()) add_fixed(to + part * MOST_RANK, sum);
     }
-    if (state().most_rank > 8) add_more(at.number, first, n, x0, x1);
-  }
-
-  // Row i's sums go to the lanes of that row of the tile.
-  __device__ static void add_row(float (&own)[2], int i, unsigned x0, unsigned x1, uint2 a) {
-    float sums[2] = {};
-    multiply_upper(sums, x0, x1, a.x, a.y);
-    if (tile_row() % OWN == i) own[0] = sums[0], own[1] = sums[1];
-  }
-
-  // What comes behind the first eight of a rank.
-  __device__ __noinline__ static void add_more(int product, int first, int n, unsigned x0, unsigned x1) {
-    const Product at(product);
-    word* to = own_low_rank(product + 1, first + 2 * (tile_row() % OWN));
-#pragma unroll 1
-    for (int part = 0; part < at.next.parts; part++)
-#pragma unroll 1
-      for (int rank = 8; rank < state().most_rank; rank += 8) {
-        float own[2] = {};
-#pragma unroll 1
-        for (int i = 0; i < OWN && first + 2 * i < rows(); i++)
-          add_row(own, i, x0, x1, fragment(shrinker(at, first + 2 * i, part), n, rank));
-        add_fixed<OWN>(to + part * MOST_RANK + rank, own);
-      }
+    if (state().most_rank > 8) share_more(at.number, row, n, x, N == 2);
   }
 };
 
-template <int PARTS> struct Shares<0, PARTS> {
+template <int N, int PARTS> struct Shares<ONE_ROW, N, PARTS> {
+  unsigned a[PARTS][N];
+
+  __device__ void ask(const Product& at, int, int n) {
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+      const Side side = shrinker(at, 0, part);
+#pragma unroll
+      for (int i = 0; i < N; i++) a[part][i] = own_two(side, n + i * 8, 0);
+    }
+  }
+
+  __device__ void add(const Product& at, int row, int n, unsigned x) const {
+    // The row's numbers are in the tile's first column.
+    const int from = tile_column() * 8;
+    const unsigned one = __shfl_sync(0xffffffff, x, from), other = __shfl_sync(0xffffffff, x, from + 4);
+    const unsigned x0 = __byte_perm(one, other, 0x5410), x1 = __byte_perm(one, other, 0x7632);
+    word* to = own_low_rank(at.number + 1, 0) + 2 * tile_column() + tile_row();
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+      if (part >= at.next.parts) break;
+      float sums[2] = {};
+      multiply_upper(sums, x0, N == 2 ? x1 : 0, transpose(a[part][0]), N == 2 ? transpose(a[part][N - 1]) : 0);
+      // All rows of lanes have the same two: the first adds one, the second the other.
+      if (tile_row() < 2) add_fixed(to + part * MOST_RANK, tile_row() ? sums[1] : sums[0]);
+    }
+    if (state().most_rank > 8) share_more(at.number, row, n, x, N == 2);
+  }
+};
+
+template <int N, int PARTS> struct Shares<NONE, N, PARTS> {
   __device__ void ask(const Product&, int, int) {}
-  __device__ void add(const Product&, int, int, unsigned, bool = false) const {}
+  __device__ void add(const Product&, int, int, unsigned) const {}
 };
 
-// What adapters add to a warp's outputs, of which a lane has two of a row: of one part, or of two parts, the first and
-// the one behind it.
-template <int OWN, int PARTS> struct Expansion {
-  unsigned b[OWN][2];  // for the first eight of the rank
-  unsigned x[PARTS];   // of row tile_row() of the tile
-
-  // Two numbers of the rank for an output.
-  __device__ static unsigned side(const Product& at, int row, int part, int n, int rank) {
-    const Side b = expander(at.own, row, part);
-    if (rank >= b.rank) return 0;
-    return *reinterpret_cast<const unsigned*>(b.numbers + (size_t)n * b.rank + rank + 2 * tile_column());
-  }
-
-  __device__ static float2 numbers_at(const Product& at, int shard, int row, int part, int rank) {
-    const word* from = low_rank(at.number, shard, row) + part * MOST_RANK + rank + 2 * tile_column();
-    const ulonglong2 two = *reinterpret_cast<const ulonglong2*>(from);
-    return make_float2((float)(long long)two.x, (float)(long long)two.y);
-  }
-
-  // Two of the row of the tile: of a single row, each row of lanes has a shard.
-  __device__ static unsigned number(const Product& at, int first, int part, int rank) {
-    const int row = OWN == 1 ? 0 : first / 8 * 8 + tile_row();
-    if (row >= rows()) return 0;
-    float2 own = numbers_at(at, OWN == 1 ? tile_row() : 0, row, part, rank);
-    if (OWN == 1) {
-#pragma unroll
-      for (int other = 4; other < 32; other *= 2) {
-        own.x += __shfl_xor_sync(0xffffffff, own.x, other);
-        own.y += __shfl_xor_sync(0xffffffff, own.y, other);
-      }
-    } else {
-      const float2 more = numbers_at(at, 1, row, part, rank);
-      own.x += more.x, own.y += more.y;
-    }
-    const float scale = scale_of(at.own, row, part) / FIXED;
-    return pack_bf16(own.x * scale, own.y * scale);
-  }
+// What adapters add to a lane's two outputs: of one part, or of two parts, the first and the one behind it.
+template <Form FORM, int PARTS> struct Expansion {
+  uint4 b[2];  // for the first eight of the rank
+  float x[PARTS][8];
 
   // Asks for b, which is there before x is.
-  __device__ void ask(const Product& at, int first, int part, const int (&n)[2]) {
+  __device__ void ask(const Product& at, int row, int part, const int (&n)[2]) {
 #pragma unroll
-    for (int i = 0; i < OWN; i++)
-      if (OWN == 1 || first + 2 * i < rows())
+    for (int i = 0; i < 2; i++) b[i] = eight_of(expander(at.own, row, part + i * (PARTS - 1)), n[i], 0);
+  }
+
+  __device__ static void read(float (&x)[8], const Product& at, int row, int part, int rank) {
+    const float scale = scale_of(at.own, row, part) / FIXED;
+    const int there = min(row, rows() - 1), from = part * MOST_RANK + rank;
+    const ulonglong2* one = reinterpret_cast<const ulonglong2*>(low_rank(at.number, 0, there) + from);
+    const ulonglong2* other = reinterpret_cast<const ulonglong2*>(low_rank(at.number, 1, there) + from);
 #pragma unroll
-        for (int j = 0; j < 2; j++) b[i][j] = side(at, first + 2 * i, part + j * (PARTS - 1), n[j], 0);
+    for (int i = 0; i < 4; i++) {
+      x[2 * i] = (float)(long long)(one[i].x + other[i].x) * scale;
+      x[2 * i + 1] = (float)(long long)(one[i].y + other[i].y) * scale;
+    }
   }
 
   // Behind the barrier that x comes with.
-  __device__ void receive(const Product& at, int first, int part) {
+  __device__ void receive(const Product& at, int row, int part) {
 #pragma unroll
-    for (int i = 0; i < PARTS; i++) x[i] = number(at, first, part + i, 0);
+    for (int i = 0; i < PARTS; i++) read(x[i], at, row, part + i, 0);
   }
 
-  // For row first + 2 * tile_column().
-  __device__ float2 added(const Product& at, int first, int part, const int (&n)[2]) const {
-    float all[4] = {};  // of all rows of the tile
-#pragma unroll
-    for (int i = 0; i < OWN; i++)
-      if (OWN == 1 || first + 2 * i < rows()) add_row(all, first % 8 + 2 * i, b[i], x);
-    float2 own = of_row(all, first);
-    if (state().most_rank > 8) {
-      const float2 rest = more(at.number, first, part, n[0], n[1]);
-      own.x += rest.x, own.y += rest.y;
-    }
-    return own;
-  }
-
-  __device__ static float2 of_row(const float (&all)[4], int first) {
-    return first % 2 ? make_float2(all[1], all[3]) : make_float2(all[0], all[2]);
-  }
-
-  __device__ static void add_row(float (&all)[4], int row, const unsigned (&b)[2], const unsigned (&x)[PARTS]) {
-    const bool own = tile_row() == row;
-    if (PARTS == 1) multiply(all, b[0], b[1], 0, 0, own ? x[0] : 0, 0);
-    else multiply(all, b[0], 0, 0, b[1], own ? x[0] : 0, own ? x[PARTS - 1] : 0);
+  __device__ float2 added(const Product& at, int row, int part, const int (&n)[2]) const {
+    float2 y = make_float2(dot(x[0], b[0]), dot(x[PARTS - 1], b[1]));
+    if (state().most_rank > 8) y.x += more(at.number, row, part, n[0]), y.y += more(at.number, row, part + PARTS - 1, n[1]);
+    return y;
   }
 
   // What comes behind the first eight of a rank.
-  __device__ __noinline__ static float2 more(int product, int first, int part, int n0, int n1) {
+  __device__ __noinline__ static float more(int product, int row, int part, int n) {
     const Product at(product);
+    const Side side = expander(at.own, row, part);
+    float sum = 0.f;
+#pragma unroll 1
+    for (int rank = 8; rank < side.rank; rank += 8) {
+      float x[8];
+      read(x, at, row, part, rank);
+      sum += dot(x, eight_of(side, n, rank));
+    }
+    return sum;
+  }
+};
+
+template <int PARTS> struct Expansion<ONE_ROW, PARTS> {
+  unsigned b[2];      // two of the rank each
+  unsigned x[PARTS];  // for the lanes of the tile's first row
+
+  __device__ void ask(const Product& at, int, int part, const int (&n)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) b[i] = own_two(expander(at.own, 0, part + i * (PARTS - 1)), n[i], 0);
+  }
+
+  // Two numbers; each row of lanes has a shard.
+  __device__ static unsigned number(const Product& at, int part, int rank) {
+    const word* from = low_rank(at.number, tile_row(), 0) + part * MOST_RANK + rank + 2 * tile_column();
+    const ulonglong2 two = *reinterpret_cast<const ulonglong2*>(from);
+    float2 own = make_float2((float)(long long)two.x, (float)(long long)two.y);
+#pragma unroll
+    for (int other = 4; other < 32; other *= 2) {
+      own.x += __shfl_xor_sync(0xffffffff, own.x, other);
+      own.y += __shfl_xor_sync(0xffffffff, own.y, other);
+    }
+    const float scale = scale_of(at.own, 0, part) / FIXED;
+    return tile_row() == 0 ? pack_bf16(own.x * scale, own.y * scale) : 0;
+  }
+
+  __device__ void receive(const Product& at, int, int part) {
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) x[i] = number(at, part + i, 0);
+  }
+
+  __device__ static void add_eight(float (&all)[4], unsigned b0, unsigned b1, const unsigned (&x)[PARTS]) {
+    if (PARTS == 1) multiply(all, b0, b1, 0, 0, x[0], 0);
+    else multiply(all, b0, 0, 0, b1, x[0], x[PARTS - 1]);
+  }
+
+  __device__ float2 added(const Product& at, int, int part, const int (&n)[2]) const {
+    float all[4] = {};
+    add_eight(all, b[0], b[1], x);
+    float2 y = make_float2(all[0], all[2]);
+    if (state().most_rank > 8) {
+      const float2 rest = more(at.number, part, n[0], n[1]);
+      y.x += rest.x, y.y += rest.y;
+    }
+    return y;
+  }
+
+  __device__ __noinline__ static float2 more(int product, int part, int n0, int n1) {
+    const Product at(product);
+    const Side first = expander(at.own, 0, part), second = expander(at.own, 0, part + PARTS - 1);
     float all[4] = {};
 #pragma unroll 1
     for (int rank = 8; rank < state().most_rank; rank += 8) {
       unsigned x[PARTS];
 #pragma unroll
-      for (int i = 0; i < PARTS; i++) x[i] = number(at, first, part + i, rank);
-#pragma unroll 1
-      for (int i = 0; i < OWN && first + 2 * i < rows(); i++) {
-        const int row = first + 2 * i;
-        const unsigned b[2] = {side(at, row, part, n0, rank), side(at, row, part + PARTS - 1, n1, rank)};
-        add_row(all, row % 8, b, x);
-      }
+      for (int i = 0; i < PARTS; i++) x[i] = number(at, part + i, rank);
+      add_eight(all, own_two(first, n0, rank), own_two(second, n1, rank), x);
     }
-    return of_row(all, first);
+    return make_float2(all[0], all[2]);
   }
 };
 
-template <int PARTS> struct Expansion<0, PARTS> {
+template <int PARTS> struct Expansion<NONE, PARTS> {
   __device__ void ask(const Product&, int, int, const int (&)[2]) {}
   __device__ void receive(const Product&, int, int) {}
   __device__ float2 added(const Product&, int, int, const int (&)[2]) const { return make_float2(0.f, 0.f); }

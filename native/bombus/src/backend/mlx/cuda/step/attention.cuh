@@ -226,33 +226,35 @@ __device__ inline void mix_page(const Team& memory, int page, int seen, const Va
 // The output of a row's head of keys, which the team has in its memory, to where the next product finds it; and what it
 // adds to that product's x a^T.
 __device__ inline void set_mixed(const Product& at, Team& memory, const Task& task) {
-  constexpr int BLOCKS = SHARED * DIM / 16, OWN = (BLOCKS + TEAM_WARPS - 1) / TEAM_WARPS;
-  const int first = task.head * SHARED * DIM, team = warp() / TEAM_WARPS;
-  const Side a = adapted() ? shrinker(at, task.row, 0) : Side{};
-  uint2 fragments[OWN];
+  constexpr int OWN = (SHARED * DIM + TEAM - 1) / TEAM;
+  const int first = task.head * SHARED * DIM, thread = threadIdx.x % TEAM;
+  const Side side = adapted() ? shrinker(at, task.row, 0) : Side{};
+  uint4 a[OWN];
+#pragma unroll
+  for (int i = 0; i < OWN; i++) a[i] = eight_of(side, first + min(thread + i * TEAM, SHARED * DIM - 1), 0);
+  team_sync(warp() / TEAM_WARPS, TEAM);
+  float x[OWN];
 #pragma unroll
   for (int i = 0; i < OWN; i++) {
-    const int block = i * TEAM_WARPS + warp() % TEAM_WARPS;
-    fragments[i] = block < BLOCKS ? fragment(a, first + block * 16, 0) : make_uint2(0, 0);
+    const int k = thread + i * TEAM;
+    const bf16 own = k < SHARED * DIM ? narrow(memory.output[k]) : 0;
+    if (k < SHARED * DIM) mixed()[placed(task.row, first + k, Q_WIDTH)] = own;
+    x[i] = widen(own);
   }
-  team_sync(team, TEAM);
-#pragma unroll
-  for (int k = threadIdx.x % TEAM; k < SHARED * DIM; k += TEAM)
-    mixed()[placed(task.row, first + k, Q_WIDTH)] = narrow(memory.output[k]);
-  if (a.rank == 0) return;
-  word* to = own_low_rank(at.number + 1, task.row);
+  // Not by blocks: whichever joins the splits, the numbers must be the same.
+  word* to = low_rank(at.number + 1, task.head % shards(), task.row) + tile_row();
 #pragma unroll 1
-  for (int rank = 0; rank < a.rank; rank += 8) {
-    float sums[2] = {};
+  for (int rank = 0; rank < side.rank; rank += 8) {
+    float sums[8] = {};
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
-      const int block = min(i * TEAM_WARPS + warp() % TEAM_WARPS, BLOCKS - 1);
-      const float2* x = reinterpret_cast<const float2*>(memory.output + block * 16) + tile_column();
-      multiply_upper(sums, pack_bf16(x[0].x, x[0].y), pack_bf16(x[4].x, x[4].y), fragments[i].x, fragments[i].y);
-      if (rank + 8 < a.rank && block == i * TEAM_WARPS + warp() % TEAM_WARPS)
-        fragments[i] = fragment(a, first + block * 16, rank + 8);
+      add_times(sums, x[i], a[i]);
+      a[i] = eight_of(side, first + min(thread + i * TEAM, SHARED * DIM - 1), rank + 8);
     }
-    add_fixed<1>(to + rank, sums);
+    float sum = share_sums(sums);
+    sum += __shfl_xor_sync(0xffffffff, sum, 1);
+    sum += __shfl_xor_sync(0xffffffff, sum, 2);
+    if (tile_column() == 0) add_fixed(to + rank, sum);
   }
 }
 

@@ -1,21 +1,18 @@
 // What becomes of a product's outputs, of which a lane has two of a row (of gate and up one each). `Ahead` is what is
 // needed besides them: `ask` asks for what is there before the product's inputs are, `receive` for what comes with them, again for each kind of outputs.
 
-// The outputs of a lane, and its row: every warp comes with 16 outputs, `first` and every other row behind it.
+// The outputs of a lane, and its row.
 struct Outputs {
-  int n[2], first;
-
-  __device__ int row() const { return first + 2 * tile_column(); }
-  __device__ int first_n() const { return n[0] - tile_row(); }
+  int n[2], row;
 };
 
 // The input of the next product is normed but for a factor of the row, which needs all of it.
 template <class Shares>
 __device__ inline void set_hidden(const Product& at, const Outputs& out, float x0, float x1, bf16 norm0, bf16 norm1,
                                   const Shares& shares) {
-  const int row = out.row();
+  const int row = out.row;
   const unsigned both = pack_bf16(x0 * widen(norm0), x1 * widen(norm1));
-  shares.add(at, out.first, out.first_n(), both);
+  shares.add(at, row, out.n[0], both);
   float square = x0 * x0 + x1 * x1;
   for (int other = 4; other < 32; other *= 2) square += __shfl_xor_sync(0xffffffff, square, other);
   if (row >= rows()) return;
@@ -30,26 +27,26 @@ __device__ inline void set_hidden(const Product& at, const Outputs& out, float x
 __device__ inline int part_of(int n) { return n < Q_WIDTH ? 0 : n < Q_WIDTH + KV_WIDTH ? 1 : 2; }
 __device__ inline int start_of(int part) { return part == 0 ? 0 : part == 1 ? Q_WIDTH : Q_WIDTH + KV_WIDTH; }
 
-template <int OWN> struct FinishQkv {
+template <Form FORM> struct FinishQkv {
   static constexpr int KINDS = 3;
   int number;
 
   struct Ahead {
-    Expansion<OWN, 1> expansion;
+    Expansion<FORM, 1> expansion;
 
     __device__ void ask(const FinishQkv& finish, const Outputs& out) {
       const int part = part_of(out.n[0]), start = start_of(part);
-      expansion.ask(Product(finish.number), out.first, part, {out.n[0] - start, out.n[1] - start});
+      expansion.ask(Product(finish.number), out.row, part, {out.n[0] - start, out.n[1] - start});
     }
     __device__ void receive(const FinishQkv& finish, const Outputs& out) {
-      expansion.receive(Product(finish.number), out.first, part_of(out.n[0]));
+      expansion.receive(Product(finish.number), out.row, part_of(out.n[0]));
     }
   };
 
   __device__ void operator()(const Outputs& out, float2 y, const Ahead& own) const {
     const Product at(number);
-    const int row = out.row(), part = part_of(out.n[0]), start = start_of(part);
-    const float2 added = own.expansion.added(at, out.first, part, {out.n[0] - start, out.n[1] - start});
+    const int row = out.row, part = part_of(out.n[0]), start = start_of(part);
+    const float2 added = own.expansion.added(at, out.row, part, {out.n[0] - start, out.n[1] - start});
     if (row >= rows()) return;
     float* to = qkv() + (size_t)row * QKV_WIDTH;
     const float factor = factors()[row];
@@ -58,67 +55,67 @@ template <int OWN> struct FinishQkv {
 };
 
 // Of attention's output, and of the inner layer: they are added to what is hidden.
-template <int OWN> struct FinishHidden {
+template <Form FORM> struct FinishHidden {
   static constexpr int KINDS = 1;
   int number;
   const bf16* norm;  // of the next phase
 
   struct Ahead {
-    Expansion<OWN, 1> expansion;
-    Shares<OWN, 3> shares;
+    Expansion<FORM, 1> expansion;
+    Shares<FORM, 2, 3> shares;
     float x0, x1;
     bf16 norm0, norm1;
 
     __device__ void ask(const FinishHidden& finish, const Outputs& out) {
-      expansion.ask(Product(finish.number), out.first, 0, out.n);
-      shares.ask(Product(finish.number), out.first, out.first_n());
-      const float* x = hidden() + (size_t)min(out.row(), rows() - 1) * HIDDEN;
+      expansion.ask(Product(finish.number), out.row, 0, out.n);
+      shares.ask(Product(finish.number), out.row, out.n[0]);
+      const float* x = hidden() + (size_t)min(out.row, rows() - 1) * HIDDEN;
       x0 = x[out.n[0]], x1 = x[out.n[1]];
       norm0 = finish.norm[out.n[0]], norm1 = finish.norm[out.n[1]];
     }
     __device__ void receive(const FinishHidden& finish, const Outputs& out) {
-      expansion.receive(Product(finish.number), out.first, 0);
+      expansion.receive(Product(finish.number), out.row, 0);
     }
   };
 
   __device__ void operator()(const Outputs& out, float2 y, const Ahead& own) const {
     const Product at(number);
-    const float2 added = own.expansion.added(at, out.first, 0, out.n);
+    const float2 added = own.expansion.added(at, out.row, 0, out.n);
     set_hidden(at, out, own.x0 + y.x + added.x, own.x1 + y.y + added.y, own.norm0, own.norm1, own.shares);
   }
 };
 
 // A unit's second outputs are of up, with the same numbers as the gate's.
-template <int OWN> struct FinishGateUp {
+template <Form FORM> struct FinishGateUp {
   static constexpr int KINDS = 1;
   int number;
 
   struct Ahead {
-    Expansion<OWN, 2> expansion;
-    Shares<OWN, 1> shares;
+    Expansion<FORM, 2> expansion;
+    Shares<FORM, 1, 1> shares;
 
     __device__ void ask(const FinishGateUp& finish, const Outputs& out) {
-      expansion.ask(Product(finish.number), out.first, 0, {out.n[0], out.n[0]});
-      shares.ask(Product(finish.number), out.first, out.first_n());
+      expansion.ask(Product(finish.number), out.row, 0, {out.n[0], out.n[0]});
+      shares.ask(Product(finish.number), out.row, out.n[0]);
     }
     __device__ void receive(const FinishGateUp& finish, const Outputs& out) {
-      expansion.receive(Product(finish.number), out.first, 0);
+      expansion.receive(Product(finish.number), out.row, 0);
     }
   };
 
   __device__ void operator()(const Outputs& out, float2 y, const Ahead& own) const {
     const Product at(number);
-    const int row = out.row();
-    const float2 added = own.expansion.added(at, out.first, 0, {out.n[0], out.n[0]});
+    const int row = out.row;
+    const float2 added = own.expansion.added(at, out.row, 0, {out.n[0], out.n[0]});
     const float factor = row < rows() ? factors()[row] : 0.f;
     const float gate = factor * (y.x + added.x), up = factor * (y.y + added.y);
     const bf16 x = narrow(gate / (1.f + __expf(-gate)) * up);
-    own.shares.add(at, out.first, out.first_n(), x, true);
+    own.shares.add(at, row, out.n[0], x);
     if (row < rows()) active()[placed(row, out.n[0], INNER)] = x;
   }
 };
 
-template <int> struct FinishHead {
+template <Form> struct FinishHead {
   static constexpr int KINDS = 1;
   int number;
 
@@ -128,7 +125,7 @@ template <int> struct FinishHead {
   };
 
   __device__ void operator()(const Outputs& out, float2 y, const Ahead&) const {
-    const int row = out.row();
+    const int row = out.row;
     if (row >= rows()) return;
     float* to = state().logits + (size_t)row * VOCAB;
     if (out.n[0] < VOCAB) to[out.n[0]] = factors()[row] * y.x;

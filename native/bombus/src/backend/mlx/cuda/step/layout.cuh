@@ -118,8 +118,7 @@ struct alignas(16) Team {
   unsigned last[4];
 };
 
-// An adapter's pair for one linear layer. Ranks are multiples of 8. a [in / 16, rank / 8, lanes, 4]: lane l has of rank
-// l / 4 the inputs l % 4 * 2, the one behind it, and those 8 further on; b [out, rank].
+// An adapter's pair for one linear layer: a [in, rank], b [out, rank]. Ranks are multiples of 8.
 struct Pair {
   const bf16* a;
   const bf16* b;

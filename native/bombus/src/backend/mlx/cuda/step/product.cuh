@@ -134,9 +134,10 @@ __device__ __noinline__ Progress multiply_one_tile(Progress progress, const bf16
   return progress;
 }
 
-// Those from row `row` of a unit on.
-template <class D> __device__ Outputs outputs_in(int unit, int row, int first) {
-  return {{D::output(unit, row + tile_row()), D::output(unit, row + tile_row() + 8)}, first};
+// Those from output `from` of a unit on, of row `first` and every other behind it.
+template <class D> __device__ Outputs outputs_in(int unit, int from, int first) {
+  from += tile_row();
+  return {{D::output(unit, from), D::output(unit, from + 8)}, first + 2 * tile_column()};
 }
 
 // Two warps, each for half of the rows, or for every other unit if there is one row, add up what the others have, and
@@ -286,10 +287,10 @@ __device__ Progress project_as(Progress progress, const bf16* x, const Finish& f
 }
 
 // A phase, from the barrier before it to that after it. What finishes products depends on whether there are adapters.
-template <class D, template <int> class Finish, class... More>
+template <class D, template <Form> class Finish, class... More>
 __device__ void project(Progress& progress, const bf16* x, More... more) {
-  if (!adapted()) progress = project_as<D>(progress, x, Finish<0>{more...});
-  else if (TILES == 1 && rows() == 1) progress = project_as<D>(progress, x, Finish<1>{more...});
-  else progress = project_as<D>(progress, x, Finish<OWN_ROWS>{more...});
+  if (!adapted()) progress = project_as<D>(progress, x, Finish<NONE>{more...});
+  else if (TILES == 1 && rows() == 1) progress = project_as<D>(progress, x, Finish<ONE_ROW>{more...});
+  else progress = project_as<D>(progress, x, Finish<ROWS_BY_LANES>{more...});
   arrive_grid();
 }

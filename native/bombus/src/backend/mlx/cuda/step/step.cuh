@@ -11,7 +11,7 @@ __device__ inline float embedded(const word* weight, int id, int n) {
   return widen(narrow(code * scale + widen(reinterpret_cast<const bf16*>(weight[2])[group])));
 }
 
-template <int OWN> __device__ __noinline__ void embed() {
+template <Form FORM> __device__ __noinline__ void embed() {
   const Product at(-1);
   const word* weight = state().table + LAYERS * LAYER_WORDS + EMBEDDING;
   const bf16* norm = reinterpret_cast<const bf16*>(state().table[INPUT_NORM]);
@@ -24,12 +24,12 @@ template <int OWN> __device__ __noinline__ void embed() {
 #pragma unroll 1
     for (int tile = warp() / 2; tile * 8 < rows(); tile += WARPS / 2) {
       const int n = unit * 16 + tile_row();
-      const Outputs out = {{n, n + 8}, tile * 8 + warp() % 2};
-      Shares<OWN, 3> shares;
-      shares.ask(at, out.first, unit * 16);
+      const Outputs out = {{n, n + 8}, tile * 8 + 2 * tile_column() + warp() % 2};
+      Shares<FORM, 2, 3> shares;
+      shares.ask(at, out.row, n);
       float x0 = 0.f, x1 = 0.f;
-      if (out.row() < rows()) {
-        int id = state().steps ? -1 - out.row() : (int)(unsigned)planned(out.row())[0];
+      if (out.row < rows()) {
+        int id = state().steps ? -1 - out.row : (int)(unsigned)planned(out.row)[0];
         if (id < 0) id = (int)state().sampled[-1 - id];
         x0 = embedded(weight, id, n), x1 = embedded(weight, id, n + 8);
       }
@@ -71,8 +71,8 @@ __device__ inline void begin_rows() {
   if (TILES > 1 && adapted()) keep_sides(Product(-1));
   sync();
   if (warp() >= WARPS) return;
-  if (adapted()) embed<OWN_ROWS>();
-  else embed<0>();
+  if (adapted()) embed<ROWS_BY_LANES>();
+  else embed<NONE>();
 }
 
 __device__ __noinline__ void compute() {
