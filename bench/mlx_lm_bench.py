@@ -2,9 +2,9 @@
 
     python mlx_lm_bench.py CHECKPOINT PROMPT,... DEPTH,... BATCH,... TOKENS ROUNDS
 
-Prints one object: what -> tokens/s; on the device that MLX takes by itself. It needs mlx and mlx-lm's models,
-no tokenizer. The steps are those of mlx-lm's `generate_step`: greedy, and the next is submitted before the
-last is read; a prompt goes in pieces of 2048.
+Prints one object: what -> tokens/s, and each as it comes on standard error; on the device that MLX takes by
+itself. It needs mlx and mlx-lm's models, no tokenizer. The steps are those of mlx-lm's `generate_step`: greedy,
+and the next is submitted before the last is read; a prompt goes in pieces of 2048.
 """
 
 import json
@@ -75,12 +75,17 @@ def main():
     tokens, rounds = int(tokens), int(rounds)
     model = load(Path(folder))
     figures = {}
+
+    def note(what, measure):
+        figures[what] = speed(measure, rounds)
+        print(f"mlx-lm {what:21}{figures[what]:12.1f}", file=sys.stderr, flush=True)
+
     for prompt in prompts:
-        figures[f"prefill {prompt}"] = speed(lambda: prefill_speed(model, prompt), rounds)
+        note(f"prefill {prompt}", lambda: prefill_speed(model, prompt))
     for depth in depths:
-        figures[f"decode at {depth}"] = speed(lambda: decode(model, 1, max(depth, 8), tokens), rounds)
+        note(f"decode at {depth}", lambda: decode(model, 1, max(depth, 8), tokens))
     for batch in batches:
-        figures[f"{batch} sequences"] = speed(lambda: decode(model, batch, 8, tokens), rounds)
+        note(f"{batch} sequences", lambda: decode(model, batch, 8, tokens))
     print(json.dumps(figures))
 
 

@@ -23,6 +23,12 @@ pub struct Sizes {
 /// What is measured: a name, and tokens a second.
 pub type Figures = Vec<(String, f64)>;
 
+/// Shows a figure at once: the whole table may take minutes.
+fn note(figures: &mut Figures, name: String, rate: f64) {
+    eprintln!("{name:28}{rate:12.1}");
+    figures.push((name, rate));
+}
+
 /// How a checkpoint was loaded.
 #[derive(Clone, Copy)]
 pub struct Load {
@@ -52,21 +58,21 @@ pub fn run(
     let mut figures = vec![];
     let mut kv = 0;
     for &prompt in &sizes.prompt {
-        figures.push((format!("prefill {prompt}"), prefill(&engine, prompt)?));
+        note(&mut figures, format!("prefill {prompt}"), prefill(&engine, prompt)?);
     }
     for &depth in &sizes.depth {
         let (rate, bytes) = decode(&engine, depth.max(8), &[None], sizes.tokens)?;
-        figures.push((format!("decode at {depth}"), rate));
+        note(&mut figures, format!("decode at {depth}"), rate);
         kv = kv.max(bytes);
     }
     for &batch in &sizes.batch {
         let (rate, bytes) = decode(&engine, 8, &vec![None; batch], sizes.tokens)?;
-        figures.push((format!("{batch} sequences"), rate));
+        note(&mut figures, format!("{batch} sequences"), rate);
         kv = kv.max(bytes);
     }
     if !adapters.is_empty() {
         let sequences = if options.device == "gpu" { 32 } else { 16 };
-        figures.extend(adapted(&engine, adapters, sequences, sizes.tokens)?);
+        adapted(&mut figures, &engine, adapters, sequences, sizes.tokens)?;
     }
     let resident = machine::resident().zip(before).map(|(after, before)| after - before);
     Ok((figures, Load { seconds, resident, kv }))
@@ -74,11 +80,12 @@ pub fn run(
 
 /// What adapters cost, with the same without them measured right before.
 fn adapted(
+    figures: &mut Figures,
     engine: &Engine,
     folders: &[PathBuf],
     sequences: usize,
     tokens: usize,
-) -> Result<Figures> {
+) -> Result<()> {
     let load = |path: &PathBuf| Ok(Arc::new(Adapter::open(path, None)?));
     let adapters = folders.iter().map(load).collect::<Result<Vec<_>>>()?;
     let one = || Some(adapters[0].clone());
@@ -93,9 +100,10 @@ fn adapted(
         (format!("{sequences} sequences, 1 adapter"), vec![one(); sequences]),
         (format!("{sequences} sequences, {} adapters", adapters.len()), mixed),
     ];
-    let measure =
-        |(name, batch): (String, Vec<_>)| Ok((name, decode(engine, 8, &batch, tokens)?.0));
-    batches.into_iter().map(measure).collect()
+    for (name, batch) in batches {
+        note(figures, name, decode(engine, 8, &batch, tokens)?.0);
+    }
+    Ok(())
 }
 
 /// From the request to the first token, whose logits alone are computed.

@@ -5,7 +5,7 @@ use crate::measure::{Figures, Sizes};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// llama-bench and llama-batched-bench without and with flash attention.
 pub fn llama_cpp(options: &Options) -> Result<Vec<(String, Figures)>> {
@@ -103,8 +103,9 @@ pub fn mlx_lm(python: &Path, folder: &Path, sizes: &Sizes, rounds: usize) -> Res
     let mut command = Command::new(python);
     command.arg(script).arg(folder).args(lists);
     command.args([sizes.tokens, rounds].map(|number| number.to_string()));
-    let output = command.output()?;
-    ensure!(output.status.success(), "mlx-lm: {}", String::from_utf8_lossy(&output.stderr));
+    // What it says there comes as it is measured.
+    let output = command.stderr(Stdio::inherit()).output()?;
+    ensure!(output.status.success(), "mlx-lm failed");
     let line = String::from_utf8(output.stdout)?;
     let figures: Value = serde_json::from_str(line.trim().lines().last().unwrap_or_default())?;
     let figures = figures.as_object().context("no figures of mlx-lm's")?;

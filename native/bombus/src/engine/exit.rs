@@ -4,15 +4,14 @@
 //! the process waits, for a moment, until every engine has come to a stop.
 
 use std::sync::Once;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
 static STOPPING: AtomicBool = AtomicBool::new(false);
 static BUSY: AtomicUsize = AtomicUsize::new(0);
 
-/// How long a process waits that exits: longer than a step takes that must be compiled for a card first (half a
-/// minute). Others take less than a second.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How many seconds a process waits that exits: longer than a step takes, shorter than a person does.
+static PATIENCE: AtomicU64 = AtomicU64::new(5);
 const NAP: Duration = Duration::from_millis(1);
 
 /// Held while a thread uses MLX.
@@ -44,6 +43,11 @@ impl Drop for Busy {
     }
 }
 
+/// A step may be compiled for a card first, for half a minute and more.
+pub fn expect_compilation() {
+    PATIENCE.store(60, SeqCst);
+}
+
 pub fn stopping() -> bool {
     STOPPING.load(SeqCst)
 }
@@ -58,8 +62,9 @@ pub fn register(backend: &'static Once) {
 
 extern "C" fn wait() {
     STOPPING.store(true, SeqCst);
+    let patience = Duration::from_secs(PATIENCE.load(SeqCst));
     let mut waited = Duration::ZERO;
-    while BUSY.load(SeqCst) > 0 && waited < PATIENCE {
+    while BUSY.load(SeqCst) > 0 && waited < patience {
         std::thread::sleep(NAP);
         waited += NAP;
     }

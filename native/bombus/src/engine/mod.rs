@@ -345,6 +345,9 @@ fn serve(
         #[cfg(feature = "mlx")]
         Device::Mlx(device) => {
             static EXIT: Once = Once::new();
+            if device.is_cuda() {
+                exit::expect_compilation();
+            }
             catch(|| Mlx::new(device)).and_then(|mlx| live(mlx, work, loading, &EXIT))
         }
     };

@@ -1,11 +1,12 @@
 #!/bin/sh
 # Builds the kernel for steps for the emulator and runs it on small models of several shapes: one line for each.
 #
-# run.sh [CUDA_DIR [NAME]]: where step.rs and the kernel's sources are, and which model, else all.
-# BLOCKS, SEEDS: how many; BUILD: a folder to build in; CXX: the compiler.
+# run.sh [NAME]: which model, else all (four minutes).
+# BLOCKS, SEEDS, ROWS: how many, else what is said below; CUDA: where step.rs and the kernel's sources are; BUILD: a
+# folder to build in; CXX: the compiler.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
-cuda=$(cd "${1:-$here/../../src/backend/mlx/cuda}" && pwd) || exit 1
+cuda=$(cd "${CUDA:-$here/../../src/backend/mlx/cuda}" && pwd) || exit 1
 build=${BUILD:-$(mktemp -d)}
 [ -n "${BUILD:-}" ] || trap 'rm -rf "$build"' EXIT
 mkdir -p "$build"
@@ -32,7 +33,8 @@ model() {
   printf '%s: ' "$name"
   began=$(date +%s)
   # Variables that nothing is written to have numbers that show. eps is 1e-6, theta 1e6.
-  ${CXX:-g++} -std=c++20 -O2 -fno-strict-aliasing -ftrivial-auto-var-init=pattern -Wno-unknown-pragmas -Wno-enum-compare -I"$build" -I"$cuda" \
+  ${CXX:-g++} -std=c++20 -O2 -fno-strict-aliasing -ftrivial-auto-var-init=pattern -Wno-unknown-pragmas \
+    -Wno-enum-compare -I"$build" -I"$cuda" \
     -DMODEL_HIDDEN="$hidden" -DMODEL_INNER="$inner" -DMODEL_HEADS="$heads" \
     -DMODEL_KV_HEADS="$kv" -DMODEL_DIM="$dim" -DMODEL_LAYERS="$layers" -DMODEL_VOCAB="$vocab" \
     -DMODEL_EPS_BITS=0x358637bd -DMODEL_THETA_BITS=0x49742400 -o "$build/$name" "$here/step_test.cpp" || {
@@ -41,11 +43,11 @@ model() {
     return
   }
   built=$(date +%s)
-  "$build/$name" "${BLOCKS:-$blocks}" "${SEEDS:-2}" "$@" || failed=1
+  "$build/$name" "${BLOCKS:-$blocks}" "${SEEDS:-2}" ${ROWS:-"$@"} || failed=1
   echo "  ($((built - began)) s to build, $(($(date +%s) - built)) s to run)"
 }
 
-only=${2:-}
+only=${1:-}
 model small    256  768 4 2  64 3 320 5 1 9 8 12 2 40 5
 model odd      320  832 6 2  64 2 330 7 5 12 1 33 6
 model wide    1024 3072 8 1 128 2 328 7 8 9 2 40

@@ -5,7 +5,7 @@
 //
 // step_test BLOCKS SEEDS ROWS...: steps of so many rows.
 
-#include "emulator.hpp"
+#include "cuda.hpp"
 
 namespace one_tile {
 constexpr int TILES = 1;

@@ -9,6 +9,7 @@ mod kernel;
 mod lora;
 pub mod operations;
 mod pages;
+mod plan;
 mod step;
 mod turns;
 

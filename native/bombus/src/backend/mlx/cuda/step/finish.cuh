@@ -1,5 +1,6 @@
 // What becomes of a product's outputs, of which a lane has two of a row (of gate and up one each). `Ahead` is what is
-// needed besides them: `ask` asks for what is there before the product's inputs are, `receive` for what comes with them, again for each kind of outputs.
+// needed besides them: `ask` asks for what is there before the product's inputs are, `receive` for what comes with them,
+// for each of the KINDS of outputs.
 
 // The outputs of a lane, and its row.
 struct Outputs {

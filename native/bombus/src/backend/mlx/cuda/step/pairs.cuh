@@ -1,0 +1,147 @@
+// Adapters' pairs, and where what they make of a product's inputs is added up: y += scale * (x a^T) b^T.
+//
+// x a^T is added up where x is made: whoever has made an input of the next product adds its share, for the adapter of
+// its row, to numbers of 64 bits that all blocks share. So it is there when x is, behind the same barrier; and integers
+// have the same sum in any order.
+
+constexpr float FIXED = 268435456.f;  // 1 in those numbers, which go up to 2^35
+
+// Where a product's pairs are: q, k and v's, o's, gate's and up's, down's.
+struct Place {
+  int layer, first, parts;
+};
+
+__device__ inline Place place_of(int product) {
+  if (product < 0 || product >= PRODUCTS * LAYERS) return {0, 0, 0};
+  const int kind = product % PRODUCTS;
+  return {product / PRODUCTS, kind == 0 ? LORA_QKV : kind == 1 ? LORA_O : kind == 2 ? LORA_GATE_UP : LORA_DOWN,
+          kind == 0 ? 3 : kind == 2 ? 2 : 1};
+}
+
+// Inputs and outputs of the layers that pairs are for.
+__device__ inline int inputs_of(int place) {
+  return place == LORA_O ? Q_WIDTH : place == LORA_DOWN ? INNER : HIDDEN;
+}
+__device__ inline int outputs_of(int place) {
+  if (place == LORA_QKV) return Q_WIDTH;
+  return place < LORA_O ? KV_WIDTH : place == LORA_O || place == LORA_DOWN ? HIDDEN : INNER;
+}
+
+// A product and the one behind it, whose inputs it makes (attention makes o's of q, k and v). Before the first is
+// number -1.
+struct Product {
+  int number;
+  Place own, next;
+
+  __device__ explicit Product(int number) : number(number), own(place_of(number)), next(place_of(number + 1)) {}
+};
+
+__device__ inline bool adapted() { return state().most_rank > 0; }
+
+// x a^T of a product: [3, MOST_RANK] for a row, in several parts that are added up where they are used: additions to one
+// place wait for each other (5 ns each), and many blocks come at once. Three products take turns: while one is computed,
+// its numbers are used, the next one's added up, and those of the one before set to zero.
+__device__ inline int shards() { return rows() == 1 ? 8 : 2; }
+__device__ inline word* low_rank(int product, int shard, int row) {
+  return in_workspace<word>(LOW_RANK) + ((size_t)(product % 3) * 2 * MOST_ROWS + shard * rows() + row) * 3 * MOST_RANK;
+}
+// Where this block adds.
+__device__ inline word* own_low_rank(int product, int row) { return low_rank(product, blockIdx.x % shards(), row); }
+
+// Before a product is finished, by `count` threads of every block, of which this is one.
+__device__ inline void clear_low_rank(int product, int thread, int count) {
+  const int rank = state().most_rank, words = shards() * rows() * 3 * rank;
+#pragma unroll 1
+  for (int i = blockIdx.x * count + thread; i < words; i += gridDim.x * count)
+    low_rank(product + 2, 0, 0)[i / rank * MOST_RANK + i % rank] = 0;
+}
+
+__device__ inline Pair read_pair(int row, int layer, int place) {
+  const word* own = reinterpret_cast<const word*>(planned(row)[1]);
+  if (!own) return {};
+  own += (layer * LORA_PAIRS + place) * 3;
+  return {reinterpret_cast<const bf16*>(own[0]), reinterpret_cast<const bf16*>(own[1]), (int)(unsigned)own[2],
+          __uint_as_float((unsigned)(own[2] >> 32))};
+}
+
+// With one tile, a warp reads all pairs of a layer while the layer before is computed.
+__device__ inline Pair& kept_pair(int row, int layer, int place) {
+  return in_shared<Pair>(PAIRS)[(layer % 2 * ROWS + row) * LORA_PAIRS + place];
+}
+
+__device__ inline void keep_pairs(int layer) {
+#pragma unroll 1
+  for (int i = lane(); i < rows() * LORA_PAIRS; i += 32)
+    kept_pair(i / LORA_PAIRS, layer, i % LORA_PAIRS) = read_pair(i / LORA_PAIRS, layer, i % LORA_PAIRS);
+}
+
+// One matrix of a pair; with more tiles it is kept as a word, whose lowest bits are the rank / 8.
+struct Side {
+  const bf16* numbers;
+  int rank;
+
+  __device__ static word packed(const bf16* numbers, int rank) { return reinterpret_cast<word>(numbers) | rank / 8; }
+  __device__ static Side of(word packed) {
+    return {reinterpret_cast<const bf16*>(packed & ~(word)15), (int)(packed & 15) * 8};
+  }
+};
+
+// With more tiles, what a product and those that make the next one's inputs need is read by all threads before its
+// barrier: [parts, MOST_ROWS], b's, then the next one's a's.
+__device__ inline word* kept_sides(int part) { return in_shared<word>(PAIRS) + part * MOST_ROWS; }
+__device__ inline float* kept_scales(int part) { return in_shared<float>(SCALES) + part * MOST_ROWS; }
+
+__device__ inline void keep_sides(const Product& at) {
+  const Place own = at.own, next = at.next;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows() * (own.parts + next.parts); i += THREADS) {
+    const int row = i % rows(), part = i / rows();
+    const bool expands = part < own.parts;
+    const Place& place = expands ? own : next;
+    const Pair pair = read_pair(row, place.layer, place.first + part - (expands ? 0 : own.parts));
+    kept_sides(part)[row] = Side::packed(expands ? pair.b : pair.a, pair.rank);
+    if (expands) kept_scales(part)[row] = pair.scale;
+  }
+}
+
+// b of a product's part for a row, and what its numbers of x a^T must be multiplied with.
+__device__ inline Side expander(const Place& own, int row, int part) {
+  if (row >= rows()) return {};
+  if (TILES > 1) return Side::of(kept_sides(part)[row]);
+  const Pair& pair = kept_pair(row, own.layer, own.first + part);
+  return {pair.b, pair.rank};
+}
+__device__ inline float scale_of(const Place& own, int row, int part) {
+  if (row >= rows()) return 0.f;
+  return TILES > 1 ? kept_scales(part)[row] : kept_pair(row, own.layer, own.first + part).scale;
+}
+// a of a part of the next product.
+__device__ inline Side shrinker(const Product& at, int row, int part) {
+  if (row >= rows() || part >= at.next.parts) return {};
+  if (TILES > 1) return Side::of(kept_sides(at.own.parts + part)[row]);
+  const Pair& pair = kept_pair(row, at.next.layer, at.next.first + part);
+  return {pair.a, pair.rank};
+}
+
+// Brings a block's share of a side of the pairs of a product into the card's cache: the weights that come all the time
+// would else make them wait. With one tile, by a warp.
+__device__ inline void bring_sides(Place place, bool b) {
+  const int first = blockIdx.x + gridDim.x * lane(), step = gridDim.x * 32;
+#pragma unroll 1
+  for (int i = 0; i < rows() * place.parts; i++) {
+    const int at = place.first + i % place.parts;
+    const Pair pair = kept_pair(i / place.parts, place.layer, at);
+    const bf16* from = b ? pair.b : pair.a;
+#pragma unroll 1
+    for (int line = first; line < (b ? outputs_of(at) : inputs_of(at)) * pair.rank / 64; line += step)
+      prefetch(from + (size_t)line * 64);
+  }
+}
+
+// What a product's pairs need besides, with one tile: those that come next are brought, b's of the next product and a's of
+// the one behind that (the next layer's pairs are kept while attention is made).
+__device__ __noinline__ static void ready_adapters(int product) {
+  clear_low_rank(product, lane(), 32);
+  bring_sides(place_of(product + 1), true);
+  bring_sides(place_of(product + 2), false);
+}

@@ -1,0 +1,29 @@
+//! The kernel for steps on NVIDIA cards, on this machine's processor: beside the definition of the model, with
+//! adapters of several ranks, in several orders of its threads, which must all give the same bits. See
+//! `cuda/emulator.hpp`; `sh cuda/run.sh` runs more.
+//!
+//! It needs g++, as MLX's C layer does.
+
+#![cfg(all(feature = "mlx", target_os = "linux", target_arch = "x86_64"))]
+#![allow(clippy::unwrap_used)]
+
+use std::process::Command;
+
+fn steps_are_right(model: &str, rows: &str) {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/cuda/run.sh");
+    let output = Command::new("sh").args([script, model]).env("ROWS", rows).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    println!("{said}");
+    assert!(said.contains(" launches, "), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn one_row_and_a_tile_of_them() {
+    steps_are_right("odd", "1 5");
+}
+
+#[test]
+fn several_tiles() {
+    steps_are_right("small", "10 33");
+}
