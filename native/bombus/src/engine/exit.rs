@@ -1,11 +1,11 @@
 //! The end of the process while an engine works.
 //!
 //! `exit` runs the destructors of MLX's globals. A thread that computes meanwhile would crash, so
-//! the process waits, for a moment, until every engine has come to a stop.
+//! the process waits until every engine has come to a stop: for a moment, as a rule.
 
-use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
-use std::time::Duration;
+use std::sync::{Once, OnceLock};
+use std::time::{Duration, Instant};
 
 static STOPPING: AtomicBool = AtomicBool::new(false);
 static BUSY: AtomicUsize = AtomicUsize::new(0);
@@ -44,6 +44,7 @@ impl Drop for Busy {
 }
 
 /// A step may be compiled for a card first, for half a minute and more.
+#[cfg(feature = "mlx")]
 pub fn expect_compilation() {
     PATIENCE.store(60, SeqCst);
 }
@@ -62,10 +63,11 @@ pub fn register(backend: &'static Once) {
 
 extern "C" fn wait() {
     STOPPING.store(true, SeqCst);
+    // One for all registrations.
+    static BEGUN: OnceLock<Instant> = OnceLock::new();
+    let begun = BEGUN.get_or_init(Instant::now);
     let patience = Duration::from_secs(PATIENCE.load(SeqCst));
-    let mut waited = Duration::ZERO;
-    while BUSY.load(SeqCst) > 0 && waited < patience {
+    while BUSY.load(SeqCst) > 0 && begun.elapsed() < patience {
         std::thread::sleep(NAP);
-        waited += NAP;
     }
 }

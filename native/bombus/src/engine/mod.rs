@@ -366,9 +366,11 @@ fn live<B: Backend + Clone>(
     at_exit: &'static Once,
 ) -> Result<()> {
     let ((folder, layout), config, limits, ready, inbox) = work;
-    // The backend goes last, and the process waits for that too.
-    let (served, _busy) = backend.clone().scope(|| {
-        let decoder = catch(|| checkpoint::load(folder, config, layout, backend))?;
+    let own = backend.clone();
+    let (served, _busy) = own.scope(|| {
+        let decoder = catch(|| checkpoint::load(folder, config, layout, backend));
+        own.finish();
+        let decoder = decoder?;
         exit::register(at_exit);
         drop(loading);
         let _share = gauge::Share::one(&gauge::MODELS);
@@ -381,7 +383,10 @@ fn live<B: Backend + Clone>(
         });
         let busy = exit::Busy::enter();
         drop(worker);
+        own.finish();
         Ok::<_, Error>((served, busy))
     })?;
+    // The process waits for this too.
+    drop(own);
     served
 }

@@ -81,10 +81,10 @@ impl<B: Backend> Worker<B> {
         let mut busy = None;
         loop {
             if in_flight.is_none() && self.is_idle() {
-                if busy.is_some() {
+                if let Some(busy) = busy.take() {
                     self.decoder.backend.finish();
+                    drop(busy);
                 }
-                drop(busy.take());
                 let command = self.inbox.receiver.recv();
                 busy = Some(Busy::enter());
                 match command {

@@ -23,7 +23,6 @@ struct alignas(16) ulonglong2 {
   unsigned long long x, y;
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 
 // Also of two types, as CUDA has them.
@@ -37,7 +36,6 @@ template <class A, class B> constexpr std::common_type_t<A, B> max(A a, B b) {
 }
 
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
-inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline long long __float2ll_rn(float x) { return x >= 0x1p63f ? INT64_MAX : llrintf(x); }
 inline float __expf(float x) { return expf(x); }
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }

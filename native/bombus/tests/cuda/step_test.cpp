@@ -529,7 +529,7 @@ int main(int count, char** arguments) {
   adapters.emplace_back(std::vector{0, 16, 24, 32, 40, 0, 48, 56});
   adapters.emplace_back(std::vector{64});
   adapters.emplace_back(std::vector{16, 0, 16, 0, 0, 0, 0});
-  const int positions[] = {63, 0, 64, 65, 1, 200, 127, 128, 2500, 191, 30, 2047};
+  const int positions[] = {30, 63, 0, 64, 65, 1, 200, 127, 2500, 128, 191, 2047};
   Engine engine(model, atoi(arguments[1]));
   Test test{model, engine, atoi(arguments[2])};
   int number = 0;
@@ -543,7 +543,7 @@ int main(int count, char** arguments) {
     for (int step = 0; step < 6; step++, number++) {
       std::vector<Row> own;
       for (int row = 0; row < rows; row++) {
-        const int adapter = step < 2 ? (i + row) % 5 : step < 4 ? row % 2 * 4 : 4;
+        const int adapter = step < 2 ? rows == 1 ? 1 : (i + row) % 5 : step < 4 ? row % 2 * 4 : 4;
         own.push_back({below(VOCAB), sequences[row].get(), adapter < 4 ? &adapters[adapter] : nullptr});
       }
       test.step(own, step % 2);

@@ -60,7 +60,8 @@ fn keep_float32() {
     const TF32: &str = "MLX_ENABLE_TF32";
     if cfg!(target_os = "linux") && std::env::var_os(TF32).is_none() {
         // SAFETY: once, before MLX's first work; Rust's own readers share a lock with this, and the BEAM
-        // reads a copy that it has made at its start.
+        // reads a copy that it has made at its start. Others who read the environment in this moment (a C
+        // library that looks for the time zone) would be at risk, as with any call of setenv.
         unsafe { std::env::set_var(TF32, "0") };
     }
 }

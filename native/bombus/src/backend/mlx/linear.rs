@@ -218,8 +218,9 @@ impl Quantized {
     }
 }
 
-/// Whether MLX's own product may round float32 to TF32, 10 bits of 23: that of Hopper cards does, for several
-/// rows of no more than a group of inputs. Dense ones do not (`device::init`).
+/// Whether MLX's own product may round float32 to TF32, 10 bits of 23. That for Hopper cards does, where there
+/// are no more inputs than a group has; of the others it is not known. Dense ones do not (`device::init`), at the
+/// price of a dense copy for every product.
 fn rounds(x: &Array) -> bool {
     x.dtype() == Dtype::Float32 && x.dim(0) > 1
 }

@@ -38,12 +38,16 @@ pub struct Mlx {
     card: Rc<OnceCell<Card>>,
 }
 
-/// What a step took of the card goes back with it, where no samples keep it.
+/// What a step took of the card goes back with it, where no samples keep it: it may never be computed.
 pub struct Turn(Rc<OnceCell<Card>>);
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        drop(self.0.get().map(Card::turn));
+        if let Some(card) = self.0.get()
+            && card.turn().is_some()
+        {
+            card.step().forget_plan();
+        }
     }
 }
 

@@ -52,7 +52,9 @@ fn run<T: Send + 'static>(
 ) -> Result<T> {
     on_thread(move || {
         let mlx = Mlx::new(device)?;
-        mlx.scope(|| work(&mlx.stream))
+        let result = mlx.scope(|| work(&mlx.stream));
+        mlx.finish();
+        result
     })
 }
 

@@ -2,7 +2,7 @@
 
 use super::pages::Addresses;
 use super::step::MOST_RANK;
-use super::{Mlx, on_card};
+use super::{Mlx, array, on_card};
 use crate::decoder::BoundAdapter;
 use crate::error::Result;
 use mlx_rs::{Array, Dtype, ops, transforms};
@@ -22,7 +22,10 @@ impl Packed {
     /// a: `[in, rank]`, b: `[rank, out]`; none where the kernel does not take it.
     pub fn new(a: &Array, b: &Array, scale: f32) -> Result<Option<Rc<Self>>> {
         let rank = a.dim(1);
-        if !(1..=MOST_RANK as i32).contains(&rank) {
+        // The kernel adds up x a^T in integers, which know no NaN.
+        let broken = ops::is_nan(a.multiply(Array::from_f32(0.0))?.sum(false)?)?;
+        broken.eval()?;
+        if !(1..=MOST_RANK as i32).contains(&rank) || array::values::<bool>(&broken)?[0] {
             return Ok(None);
         }
         let more = (8 - rank % 8) % 8;
@@ -72,11 +75,11 @@ impl Tables {
         if let Some(table) = self.known.borrow().iter().find(|table| same(table)) {
             return Ok(Some((table.address, table.rank)));
         }
-        // Those that nobody else has any more.
+        let table = self.make(pairs().map(Option::<&_>::cloned).collect())?;
+        // Those that nobody else has any more go, now that no step is in flight that may have them.
         let used =
             |table: &Table| table.pairs.iter().flatten().any(|pair| Rc::strong_count(pair) > 1);
         self.known.borrow_mut().retain(used);
-        let table = self.make(pairs().map(Option::<&_>::cloned).collect())?;
         let found = (table.address, table.rank);
         self.known.borrow_mut().push(table);
         Ok(Some(found))
@@ -97,7 +100,7 @@ impl Tables {
         let words = on_card(&ops::concatenate(&words, 0)?)?;
         let address = self.addresses.of(&words)?;
         transforms::eval([&address])?;
-        let address = super::array::values::<u64>(&address)?[0];
+        let address = array::values::<u64>(&address)?[0];
         let rank = pairs.iter().flatten().map(|pair| pair.rank).max().unwrap_or(0);
         Ok(Table { pairs, _words: words, address, rank })
     }
@@ -108,6 +111,17 @@ mod tests {
     use super::*;
     use crate::backend::Backend;
     use crate::backend::mlx::{Device, array};
+
+    #[test]
+    fn a_pair_without_numbers_is_not_for_the_kernel() {
+        Mlx::new(Device::Cpu).unwrap().scope(|| {
+            for (number, serves) in [(1.0, true), (f32::NAN, false), (f32::INFINITY, false)] {
+                let a = Array::from_slice(&[0.5, number], &[1, 2]);
+                let b = Array::from_slice(&[0.5f32; 4], &[2, 2]);
+                assert_eq!(Packed::new(&a, &b, 1.0).unwrap().is_some(), serves, "{number}");
+            }
+        });
+    }
 
     #[test]
     fn pairs_are_filled_up_to_a_multiple_of_eight() {

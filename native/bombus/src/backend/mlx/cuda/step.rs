@@ -131,6 +131,11 @@ impl Step {
         })
     }
 
+    /// What the card was told last may never have reached it.
+    pub fn forget_plan(&self) {
+        self.told.take();
+    }
+
     /// Whether the kernel serves a sequence with this adapter.
     pub fn serves(&self, adapter: Option<&BoundAdapter<Mlx>>) -> Result<bool> {
         Ok(match adapter {

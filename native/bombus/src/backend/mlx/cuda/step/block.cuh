@@ -13,7 +13,7 @@ struct State {
   unsigned char* workspace;
   int count, row_words, most_rank;  // of the plan
   int steps;                        // since it was told
-  int refused;                      // rows, where it was told to go on and cannot
+  bool refused;                     // told to go on, it cannot
   unsigned barriers, phase;         // thread 0's
 };
 
@@ -98,7 +98,7 @@ __device__ inline void read_plan(word first) {
     own.steps = (int)(first >> 32 & 0xffff);
   }
   own.count = (int)(first & 0xffff);
-  if (own.plan[0] >> 48 != first >> 48) own.refused = own.count;
+  if (own.plan[0] >> 48 != first >> 48) own.refused = true;
   own.row_words = (int)own.plan[1], own.most_rank = (int)own.plan[2];
 }
 

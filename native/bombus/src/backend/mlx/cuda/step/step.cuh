@@ -48,8 +48,8 @@ __device__ inline void fetch_norms(int layer) {
   }
 }
 
-// A whole plan lies in memory that the processor wrote last: this copy is used after the first phase, and by steps that go
-// on.
+// A whole plan lies in memory that the processor wrote last: this copy is used from the first layer's attention on, and by
+// steps that go on.
 __device__ inline word* copy_plan() {
   word* copied = in_workspace<word>(state().plan[3]);
   if (state().steps) return copied;
