@@ -1,7 +1,7 @@
 #!/bin/sh
 # Builds the kernel for steps for the emulator and runs it on small models of several shapes: one line for each.
 #
-# run.sh [NAME]: which model, else all (four minutes).
+# run.sh [NAME]: which model, else all (three minutes).
 # BLOCKS, SEEDS, ROWS: how many, else what is said below; CUDA: where step.rs and the kernel's sources are; BUILD: a
 # folder to build in; CXX: the compiler.
 set -u
