@@ -4,7 +4,7 @@
 pub const HEADER: usize = 4;
 
 /// A plan as the card has it: where a step goes on as the last one did, one word says so. A whole plan lies in
-/// memory of the processor's, which a card takes some 100 us to fetch; 8 bytes do not.
+/// memory of the processor's, which a card takes some 90 us to fetch; 8 bytes do not.
 #[derive(Default)]
 pub struct Told {
     plan: Vec<u64>,

@@ -39,7 +39,7 @@ struct Product {
 __device__ inline bool adapted() { return state().most_rank > 0; }
 
 // x a^T of a product: [3, MOST_RANK] for a row, in several parts that are added up where they are used: additions to one
-// place wait for each other (5 ns each), and many blocks come at once. Three products take turns: while one is computed,
+// place wait for each other (bench/README.md), and many blocks come at once. Three products take turns: while one is computed,
 // its numbers are used, the next one's added up, and those of the one before set to zero.
 __device__ inline int shards() { return rows() == 1 ? 8 : 2; }
 __device__ inline word* low_rank(int product, int shard, int row) {
