@@ -116,7 +116,7 @@ template <Form FORM> struct FinishGateUp {
   }
 };
 
-template <Form> struct FinishHead {
+struct FinishHead {
   static constexpr int KINDS = 1;
   int number;
 

@@ -286,11 +286,16 @@ __device__ Progress project_as(Progress progress, const bf16* x, const Finish& f
   else return multiply_one_tile<Staged<D>, (D::CHUNKS > 1)>(progress, x, D::UNITS, D::CHUNKS);
 }
 
-// A phase, from the barrier before it to that after it. What finishes products depends on whether there are adapters.
-template <class D, template <Form> class Finish, class... More>
-__device__ void project(Progress& progress, const bf16* x, More... more) {
-  if (!adapted()) progress = project_as<D>(progress, x, Finish<NONE>{more...});
-  else if (TILES == 1 && rows() == 1) progress = project_as<D>(progress, x, Finish<ONE_ROW>{more...});
-  else progress = project_as<D>(progress, x, Finish<ROWS_BY_LANES>{more...});
+// A phase, from the barrier before it to that after it.
+template <class D, class Finish> __device__ void project(Progress& progress, const bf16* x, const Finish& finish) {
+  progress = project_as<D>(progress, x, finish);
   arrive_grid();
+}
+
+// One that adapters may change: what finishes products depends on whether there are any.
+template <class D, template <Form> class Finish, class... More>
+__device__ void project_adapted(Progress& progress, const bf16* x, More... more) {
+  if (!adapted()) project<D>(progress, x, Finish<NONE>{more...});
+  else if (TILES == 1 && rows() == 1) project<D>(progress, x, Finish<ONE_ROW>{more...});
+  else project<D>(progress, x, Finish<ROWS_BY_LANES>{more...});
 }

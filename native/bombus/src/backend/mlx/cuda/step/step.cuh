@@ -87,19 +87,19 @@ __device__ __noinline__ void compute() {
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++) {
     const int product = layer * PRODUCTS;
-    project<Qkv, FinishQkv>(progress, normed(), product);
+    project_adapted<Qkv, FinishQkv>(progress, normed(), product);
     if (threadIdx.x == 0) state().plan = copied;
     if (multiplies) attend(layer);
     else wait_grid();
     if (warp() == COMPUTING - 1) keep(layer + 1);
     arrive_grid();
     if (blockIdx.x == gridDim.x - 1 && multiplies && layer + 1 < LAYERS) fetch_norms(layer + 1);
-    project<Output, FinishHidden>(progress, mixed(), product + 1, weight<bf16>(layer, POST_NORM));
-    project<GateUp, FinishGateUp>(progress, normed(), product + 2);
+    project_adapted<Output, FinishHidden>(progress, mixed(), product + 1, weight<bf16>(layer, POST_NORM));
+    project_adapted<GateUp, FinishGateUp>(progress, normed(), product + 2);
     const int next = layer + 1 == LAYERS ? (int)NORM : (int)INPUT_NORM;
-    project<Down, FinishHidden>(progress, active(), product + 3, weight<bf16>(layer + 1, next));
+    project_adapted<Down, FinishHidden>(progress, active(), product + 3, weight<bf16>(layer + 1, next));
   }
-  project<Head, FinishHead>(progress, normed(), PRODUCTS * LAYERS);
+  project<Head>(progress, normed(), FinishHead{PRODUCTS * LAYERS});
   leave();
 }
 
