@@ -100,8 +100,10 @@ impl Options {
             let value = parser.value()?;
             let numbers = || -> Result<Vec<usize>> {
                 let text = value.clone().string()?;
-                let numbers = text.split(',').map(str::trim).filter(|number| !number.is_empty());
-                numbers.map(|number| number.parse().context("a number")).collect()
+                if text.is_empty() {
+                    return Ok(vec![]);
+                }
+                text.split(',').map(|n| n.trim().parse().context("a number")).collect()
             };
             match name.as_str() {
                 "model" => options.model = value.string()?,

@@ -78,26 +78,21 @@ impl<B: Backend> Worker<B> {
     /// Serves until every handle is gone.
     pub fn run(&mut self) {
         let mut in_flight: Option<InFlight<B>> = None;
-        let mut busy = None;
+        let mut busy = Busy::enter();
         loop {
             if in_flight.is_none() && self.is_idle() {
-                if let Some(busy) = busy.take() {
-                    self.decoder.backend.finish();
-                    drop(busy);
-                }
+                self.decoder.backend.finish();
+                drop(busy);
                 let command = self.inbox.receiver.recv();
-                busy = Some(Busy::enter());
+                busy = Busy::enter();
                 match command {
                     Ok(command) => self.obey(command),
                     Err(_) => return,
                 }
             }
-            busy.get_or_insert_with(Busy::enter);
             if exit::stopping() {
-                self.await_end(in_flight.take());
-                if let Some(busy) = busy.take() {
-                    busy.stop();
-                }
+                self.await_end(in_flight);
+                busy.stop();
             }
             if !self.take_commands() {
                 return self.await_end(in_flight);

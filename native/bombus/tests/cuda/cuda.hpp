@@ -30,11 +30,6 @@ template <class A, class B> constexpr std::common_type_t<A, B> min(A a, B b) {
   typedef std::common_type_t<A, B> Both;
   return std::min<Both>(a, b);
 }
-template <class A, class B> constexpr std::common_type_t<A, B> max(A a, B b) {
-  typedef std::common_type_t<A, B> Both;
-  return std::max<Both>(a, b);
-}
-
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline long long __float2ll_rn(float x) { return x >= 0x1p63f ? INT64_MAX : llrintf(x); }
 inline float __expf(float x) { return expf(x); }

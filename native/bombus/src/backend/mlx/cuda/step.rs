@@ -19,6 +19,8 @@ use std::rc::Rc;
 pub const MOST_ROWS: usize = 256;
 const MOST_SPLITS: usize = 32;
 pub const MOST_RANK: usize = 64;
+const TURNS: usize = 3;
+const SHARDS: usize = 2;
 
 /// All that a block may have: more than one on a multiprocessor is not wanted.
 const SHARED_BYTES: usize = 227 * 1024;
@@ -310,7 +312,7 @@ impl Workspace {
             2 * MOST_ROWS * hidden,
             2 * MOST_ROWS * heads * dim,
             2 * MOST_ROWS * inner,
-            3 * 8 * 2 * MOST_ROWS * 3 * MOST_RANK,
+            8 * TURNS * SHARDS * MOST_ROWS * 3 * MOST_RANK,
             4 * MOST_ROWS * dim,
             // splits
             4 * rows * MOST_SPLITS * heads * (dim + 2),

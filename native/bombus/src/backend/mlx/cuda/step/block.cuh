@@ -162,15 +162,17 @@ __device__ inline void wait_inputs_here() {
 }
 __device__ __noinline__ static void wait_inputs() { wait_inputs_here(); }
 
+// By one thread: a step that went wrong has no numbers for any row.
+__device__ inline void spoil_logits() {
+  for (int row = 0; row < rows(); row++) state().logits[(size_t)row * VOCAB] = __uint_as_float(0x7fc00000);
+}
+
 // The last block to leave resets the counter for the next launch.
 __device__ inline void leave() {
   sync();
   if (threadIdx.x != 0) return;
   stamp();
   if (blockIdx.x == 0) stamps()[1] = nanoseconds();
-  if (load_acquire(failed())) {
-    for (int row = 0; row < rows(); row++) state().logits[(size_t)row * VOCAB] = __uint_as_float(0x7fc00000);
-    return;
-  }
+  if (load_acquire(failed())) return spoil_logits();
   if (fetch_add(arrived(), 1) + 1 == state().barriers + gridDim.x) *arrived() = 0;
 }

@@ -38,12 +38,13 @@ struct Product {
 
 __device__ inline bool adapted() { return state().most_rank > 0; }
 
-// x a^T of a product: [3, MOST_RANK] for a row, in several parts that are added up where they are used: additions to one
-// place wait for each other (bench/README.md), and many blocks come at once. Three products take turns: while one is computed,
-// its numbers are used, the next one's added up, and those of the one before set to zero.
-__device__ inline int shards() { return rows() == 1 ? 8 : 2; }
+// x a^T of a product: [3, MOST_RANK] for a row, in shards that are added up where they are used: additions to one place
+// wait for each other (bench/README.md), and many blocks come at once. Products take turns: while one is computed, its
+// numbers are used, the next one's added up, and those of the one before set to zero.
+__device__ inline int shards() { return rows() == 1 ? SHARDS_OF_ONE : SHARDS; }
 __device__ inline word* low_rank(int product, int shard, int row) {
-  return in_workspace<word>(LOW_RANK) + ((size_t)(product % 3) * 2 * MOST_ROWS + shard * rows() + row) * 3 * MOST_RANK;
+  const size_t index = (size_t)product % TURNS * SHARDS * MOST_ROWS + shard * rows() + row;
+  return in_workspace<word>(LOW_RANK) + index * 3 * MOST_RANK;
 }
 // Where this block adds.
 __device__ inline word* own_low_rank(int product, int row) { return low_rank(product, blockIdx.x % shards(), row); }
@@ -129,8 +130,10 @@ __device__ inline void bring_sides(Place place, bool b) {
   const int first = blockIdx.x + gridDim.x * lane(), step = gridDim.x * 32;
 #pragma unroll 1
   for (int i = 0; i < rows() * place.parts; i++) {
-    const int at = place.first + i % place.parts;
-    const Pair pair = kept_pair(i / place.parts, place.layer, at);
+    const int row = i / place.parts, at = place.first + i % place.parts;
+    const Pair pair = kept_pair(row, place.layer, at);
+    // Neighbours often have one adapter.
+    if (row > 0 && kept_pair(row - 1, place.layer, at).a == pair.a) continue;
     const bf16* from = b ? pair.b : pair.a;
 #pragma unroll 1
     for (int line = first; line < (b ? outputs_of(at) : inputs_of(at)) * pair.rank / 64; line += step)
@@ -138,8 +141,8 @@ __device__ inline void bring_sides(Place place, bool b) {
   }
 }
 
-// What a product's pairs need besides, with one tile: those that come next are brought, b's of the next product and a's of
-// the one behind that (the next layer's pairs are kept while attention is made).
+// What a product's pairs need besides, with one tile: those that come next are brought, b's of the next product and a's
+// of the one behind that (the next layer's pairs are kept while attention is made).
 __device__ __noinline__ static void ready_adapters(int product) {
   clear_low_rank(product, lane(), 32);
   bring_sides(place_of(product + 1), true);
