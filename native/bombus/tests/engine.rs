@@ -294,6 +294,44 @@ fn a_model_that_goes_takes_its_threads_along() {
     });
 }
 
+/// Two streams would wait for each other in every layer, and nothing would wait for the second one's end.
+#[cfg(feature = "mlx")]
+#[test]
+fn a_model_works_in_one_of_mlxs_streams() {
+    use bombus::backend::mlx::{Device, Mlx};
+    use bombus::backend::{Backend, Segment, Token};
+    use bombus::config::Config;
+    use bombus::decoder::Part;
+    use bombus::{checkpoint, sampler::Draw};
+    const NAME: &str = "one-stream";
+    let work = || {
+        let backend = Mlx::new(Device::Cpu).unwrap();
+        backend.clone().scope(|| {
+            let folder = parity("f32-untied");
+            let config = Config::open(&folder).unwrap();
+            let decoder = checkpoint::load(&folder, &config, None, backend).unwrap();
+            let mut caches = [decoder.kv_cache(), decoder.kv_cache()];
+            let parts = caches.iter_mut().zip([0..3, 3..5]).map(|(cache, rows)| Part {
+                segment: Segment { rows, start: 0 },
+                cache,
+                adapter: None,
+            });
+            let tokens: Vec<Token> = (0..5).map(Token::Id).collect();
+            let logits =
+                decoder.forward(&tokens, None, &mut parts.collect::<Vec<_>>(), &[2, 4]).unwrap();
+            let samples = decoder.backend.sample(&logits, &[Draw::default(), Draw::default()]);
+            decoder.backend.read(&samples.unwrap()).unwrap();
+            // MLX has a thread for each stream of its CPU device, which takes the name of the one that made it.
+            let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+            let names = tasks
+                .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
+            names.filter(|name| name.trim() == NAME).count()
+        })
+    };
+    let thread = std::thread::Builder::new().name(NAME.into()).spawn(work).unwrap();
+    assert_eq!(thread.join().unwrap(), 2, "this thread and its stream's");
+}
+
 #[test]
 fn the_shipped_model_speaks() {
     on_every_device(|device| {

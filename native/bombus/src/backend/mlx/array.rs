@@ -2,8 +2,8 @@
 
 use crate::error::{Error, Result};
 use crate::tensor_file::TensorView;
-use mlx_rs::ops::indexing::TryIndexOp;
-use mlx_rs::{Array, Dtype};
+use mlx_rs::ops::indexing::{TryIndexMutOp, TryIndexOp};
+use mlx_rs::{Array, Dtype, Stream};
 use safetensors::tensor::Dtype as FileDtype;
 use std::ops::Range;
 
@@ -65,7 +65,24 @@ pub fn rows(x: &Array, range: &Range<usize>) -> Result<Array> {
     if range.start == 0 && range.end as i32 == x.dim(0) {
         return Ok(x.clone());
     }
-    Ok(x.try_index(range.start as i32..range.end as i32)?)
+    index(x, range.start as i32..range.end as i32)
+}
+
+/// `x[place]` in this thread's stream: `try_index` of mlx-rs goes to the process's default stream, whatever
+/// the scope, and the two then wait for each other.
+pub fn index<I>(x: &Array, place: I) -> Result<Array>
+where
+    Array: TryIndexOp<I>,
+{
+    Ok(x.try_index_device(place, Stream::thread_local_or_default())?)
+}
+
+/// `x[place] = values`, as `index`.
+pub fn set<I>(x: &mut Array, place: I, values: Array) -> Result<()>
+where
+    Array: TryIndexMutOp<I, Array>,
+{
+    Ok(x.try_index_mut_device(place, values, Stream::thread_local_or_default())?)
 }
 
 pub fn indices(rows: &[usize]) -> Array {

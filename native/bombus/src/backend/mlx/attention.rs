@@ -3,7 +3,7 @@
 use super::{AttentionShape, Page, Segment, array};
 use crate::error::Result;
 use mlx_rs::fast::{self, ScaledDotProductAttentionMask as Mask};
-use mlx_rs::ops::indexing::{Ellipsis, TryIndexMutOp, TryIndexOp};
+use mlx_rs::ops::indexing::Ellipsis;
 use mlx_rs::{Array, ops};
 
 /// The cache grows by this many positions at a time, as mlx-lm's does.
@@ -20,7 +20,7 @@ impl LayerCache {
     pub fn fork(&self, positions: usize) -> Result<Self> {
         let capacity = capacity(positions as i32);
         let cut = |array: &Array| match array.dim(2) > capacity {
-            true => array.try_index((Ellipsis, ..capacity, ..)),
+            true => array::index(array, (Ellipsis, ..capacity, ..)),
             false => Ok(array.clone()),
         };
         let Some([keys, values]) = &self.keys_values else { return Ok(Self::default()) };
@@ -42,9 +42,9 @@ impl LayerCache {
         };
         let [mut keys, mut values] = caches;
         let [new_keys, new_values] = new;
-        keys.try_index_mut((Ellipsis, start..end, ..), new_keys)?;
-        values.try_index_mut((Ellipsis, start..end, ..), new_values)?;
-        let up_to = |cache: &Array| cache.try_index((Ellipsis, ..end, ..));
+        array::set(&mut keys, (Ellipsis, start..end, ..), new_keys)?;
+        array::set(&mut values, (Ellipsis, start..end, ..), new_values)?;
+        let up_to = |cache: &Array| array::index(cache, (Ellipsis, ..end, ..));
         let seen = [up_to(&keys)?, up_to(&values)?];
         self.keys_values = Some([keys, values]);
         Ok(seen)

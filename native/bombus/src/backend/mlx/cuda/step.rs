@@ -9,7 +9,6 @@ use crate::backend::Token;
 use crate::backend::mlx::linear::Matrix;
 use crate::decoder::{BoundAdapter, Decoder};
 use crate::error::Result;
-use mlx_rs::ops::indexing::TryIndexOp;
 use mlx_rs::{Array, Dtype, ops, transforms};
 use std::cell::RefCell;
 use std::ffi::CString;
@@ -174,7 +173,7 @@ impl Step {
     pub fn profile(&self) -> Result<Vec<Phase>> {
         let count = stamps(&self.shape);
         let from = STAMPS as i32 / 4;
-        let words = self.workspace.borrow().array.try_index(from..from + 2 * count as i32)?;
+        let words = array::index(&self.workspace.borrow().array, from..from + 2 * count as i32)?;
         let words = words.contiguous()?.view::<u64>()?;
         words.eval()?;
         let stamps = array::values::<u64>(&words)?;
