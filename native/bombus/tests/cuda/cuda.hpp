@@ -127,7 +127,9 @@ inline unsigned load_acquire(const unsigned* at) {
   emulator::pause("ld.acquire");
   return *at;
 }
-inline void add_relaxed(unsigned long long* at, unsigned long long amount) { atomicAdd(at, amount); }
+inline void add_relaxed_if(bool whether, unsigned long long* at, unsigned long long amount) {
+  if (whether) atomicAdd(at, amount);
+}
 inline void add_release(unsigned* at, unsigned amount) { atomicAdd(at, amount); }
 inline unsigned fetch_add(unsigned* at, unsigned amount) { return atomicAdd(at, amount); }
 inline unsigned long long nanoseconds() { return emulator::machine.round; }

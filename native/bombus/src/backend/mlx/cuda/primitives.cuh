@@ -15,8 +15,11 @@ __device__ inline unsigned load_acquire(const unsigned* at) {
   return value;
 }
 
-__device__ inline void add_relaxed(unsigned long long* at, unsigned long long amount) {
-  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(at), "l"(amount) : "memory");
+// Where `if` is not a branch, which would keep what stands beside it from being done meanwhile.
+__device__ inline void add_relaxed_if(bool whether, unsigned long long* at, unsigned long long amount) {
+  asm volatile("{\n.reg .pred whether;\nsetp.ne.s32 whether, %2, 0;\n@whether red.relaxed.gpu.global.add.u64 [%0], %1;\n}" ::"l"(at),
+               "l"(amount), "r"((int)whether)
+               : "memory");
 }
 
 __device__ inline void add_release(unsigned* at, unsigned amount) {

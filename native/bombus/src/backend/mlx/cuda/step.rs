@@ -18,7 +18,7 @@ use std::rc::Rc;
 pub const MOST_ROWS: usize = 256;
 const MOST_SPLITS: usize = 32;
 pub const MOST_RANK: usize = 64;
-const TURNS: usize = 3;
+const TURNS: usize = 4;
 const SHARDS: usize = 2;
 
 /// All that a block may have: more than one on a multiprocessor is not wanted.
@@ -80,8 +80,8 @@ impl Form {
             contiguous: true,
             shared: SHARED_BYTES,
         })?;
-        // 16 warps that multiply; with one tile two that finish and one that fetches, else two that fetch.
-        let warps = if tiles == 1 { 19 } else { 18 };
+        // 16 warps that multiply; with one tile three that finish and one that fetches, else two that fetch.
+        let warps = if tiles == 1 { 20 } else { 18 };
         Ok(Self { kernel, threads: 32 * warps })
     }
 }

@@ -9,12 +9,12 @@ enum Form { NONE, ONE_ROW, ROWS_BY_LANES };
 
 __device__ inline uint4 eight_of(const Side& side, int n, int rank) {
   if (rank >= side.rank) return make_uint4(0, 0, 0, 0);
-  return *reinterpret_cast<const uint4*>(side.numbers + (size_t)n * side.rank + rank);
+  return *reinterpret_cast<const uint4*>(side.numbers + (unsigned)(n * side.rank + rank));
 }
 // Two of them: those of a lane's column of a tile.
 __device__ inline unsigned own_two(const Side& side, int n, int rank) {
   if (rank >= side.rank) return 0;
-  return *reinterpret_cast<const unsigned*>(side.numbers + (size_t)n * side.rank + rank + 2 * tile_column());
+  return *reinterpret_cast<const unsigned*>(side.numbers + (unsigned)(n * side.rank + rank + 2 * tile_column()));
 }
 
 __device__ inline void add_times(float (&sums)[8], float x, uint4 a) {
@@ -43,9 +43,8 @@ __device__ inline float share_sums(const float (&sums)[8]) {
   return (upper ? two[1] : two[0]) + __shfl_xor_sync(0xffffffff, upper ? two[0] : two[1], 4);
 }
 
-__device__ inline void add_fixed(word* to, float sum) {
-  const long long fixed = __float2ll_rn(sum * FIXED);
-  if (fixed != 0) add_relaxed(to, (word)fixed);
+__device__ inline void add_fixed(bool own, word* to, float sum) {
+  add_relaxed_if(own && sum != 0.f, to, (word)__float2ll_rn(sum * FIXED));
 }
 
 // What comes behind the first eight of a rank. x: a lane's outputs, as bfloat16; n: the first.
@@ -61,7 +60,7 @@ __device__ __noinline__ static void share_more(int product, int row, int n, unsi
       add_times(sums, low(x), eight_of(side, n, rank));
       if (second) add_times(sums, high(x), eight_of(side, n + 8, rank));
       const float sum = share_sums(sums);
-      if (side.rank > 0) add_fixed(to + rank, sum);
+      add_fixed(side.rank > 0, to + rank, sum);
     }
   }
 }
@@ -79,6 +78,7 @@ template <Form FORM, int N, int PARTS> struct Shares {
       for (int i = 0; i < N; i++) a[part][i] = eight_of(side, n + i * 8, 0);
     }
   }
+  __device__ void ready() {}
 
   // x: the lane's outputs, as bfloat16. All lanes come here; those of absent rows have no a.
   __device__ void add(const Product& at, int row, int n, unsigned x) const {
@@ -90,7 +90,7 @@ template <Form FORM, int N, int PARTS> struct Shares {
       add_times(sums, low(x), a[part][0]);
       if (N == 2) add_times(sums, high(x), a[part][N - 1]);
       const float sum = share_sums(sums);
-      if (row < rows()) add_fixed(to + part * MOST_RANK, sum);
+      add_fixed(row < rows(), to + part * MOST_RANK, sum);
     }
     if (state().most_rank > 8) share_more(at.number, row, n, x, N == 2);
   }
@@ -107,6 +107,12 @@ template <int N, int PARTS> struct Shares<ONE_ROW, N, PARTS> {
       for (int i = 0; i < N; i++) a[part][i] = own_two(side, n + i * 8, 0);
     }
   }
+  __device__ void ready() {
+#pragma unroll
+    for (int part = 0; part < PARTS; part++)
+#pragma unroll
+      for (int i = 0; i < N; i++) a[part][i] = transpose(a[part][i]);
+  }
 
   __device__ void add(const Product& at, int row, int n, unsigned x) const {
     // The row's numbers are in the tile's first column.
@@ -114,20 +120,22 @@ template <int N, int PARTS> struct Shares<ONE_ROW, N, PARTS> {
     const unsigned one = __shfl_sync(0xffffffff, x, from), other = __shfl_sync(0xffffffff, x, from + 4);
     const unsigned x0 = __byte_perm(one, other, 0x5410), x1 = __byte_perm(one, other, 0x7632);
     word* to = own_low_rank(at.number + 1, 0) + 2 * tile_column() + tile_row();
+    // Without branches: parts that are not there have no a.
+    float sums[PARTS][2] = {};
 #pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-      if (part >= at.next.parts) break;
-      float sums[2] = {};
-      multiply_upper(sums, x0, N == 2 ? x1 : 0, transpose(a[part][0]), N == 2 ? transpose(a[part][N - 1]) : 0);
-      // All rows of lanes have the same two: the first adds one, the second the other.
-      if (tile_row() < 2) add_fixed(to + part * MOST_RANK, tile_row() ? sums[1] : sums[0]);
-    }
+    for (int part = 0; part < PARTS; part++)
+      multiply_upper(sums[part], x0, N == 2 ? x1 : 0, a[part][0], N == 2 ? a[part][N - 1] : 0);
+    // All rows of lanes have the same two: the first adds one, the second the other.
+#pragma unroll
+    for (int part = 0; part < PARTS; part++)
+      add_fixed(tile_row() < 2, to + part * MOST_RANK, tile_row() ? sums[part][1] : sums[part][0]);
     if (state().most_rank > 8) share_more(at.number, row, n, x, N == 2);
   }
 };
 
 template <int N, int PARTS> struct Shares<NONE, N, PARTS> {
   __device__ void ask(const Product&, int, int) {}
+  __device__ void ready() {}
   __device__ void add(const Product&, int, int, unsigned) const {}
 };
 
@@ -159,6 +167,7 @@ template <Form FORM, int PARTS> struct Expansion {
 #pragma unroll
     for (int i = 0; i < PARTS; i++) read(x[i], at, row, part + i, 0);
   }
+  __device__ void ready(const Product&, int) {}
 
   __device__ float2 added(const Product& at, int row, int part, const int (&n)[2]) const {
     float2 y = make_float2(dot(x[0], b[0]), dot(x[PARTS - 1], b[1]));
@@ -182,18 +191,21 @@ template <Form FORM, int PARTS> struct Expansion {
 };
 
 template <int PARTS> struct Expansion<ONE_ROW, PARTS> {
-  unsigned b[2];      // two of the rank each
-  unsigned x[PARTS];  // for the lanes of the tile's first row
+  unsigned b[2];           // two of the rank each
+  ulonglong2 from[PARTS];  // two numbers of a shard each
+  unsigned x[PARTS];       // for the lanes of the tile's first row
 
   __device__ void ask(const Product& at, int, int part, const int (&n)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; i++) b[i] = own_two(expander(at.own, 0, part + i * (PARTS - 1)), n[i], 0);
   }
 
-  // Two numbers; each row of lanes has a shard.
-  __device__ static unsigned number(const Product& at, int part, int rank) {
-    const word* from = low_rank(at.number, tile_row(), 0) + part * MOST_RANK + rank + 2 * tile_column();
-    const ulonglong2 two = *reinterpret_cast<const ulonglong2*>(from);
+  // Each row of lanes has a shard.
+  __device__ static ulonglong2 read(const Product& at, int part, int rank) {
+    const word* own = low_rank(at.number, tile_row(), 0) + part * MOST_RANK + rank + 2 * tile_column();
+    return *reinterpret_cast<const ulonglong2*>(own);
+  }
+  __device__ static unsigned join(const Product& at, int part, ulonglong2 two) {
     float2 own = make_float2((float)(long long)two.x, (float)(long long)two.y);
 #pragma unroll
     for (int other = 4; other < 32; other *= 2) {
@@ -206,7 +218,11 @@ template <int PARTS> struct Expansion<ONE_ROW, PARTS> {
 
   __device__ void receive(const Product& at, int, int part) {
 #pragma unroll
-    for (int i = 0; i < PARTS; i++) x[i] = number(at, part + i, 0);
+    for (int i = 0; i < PARTS; i++) from[i] = read(at, part + i, 0);
+  }
+  __device__ void ready(const Product& at, int part) {
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) x[i] = join(at, part + i, from[i]);
   }
 
   __device__ static void add_eight(float (&all)[4], unsigned b0, unsigned b1, const unsigned (&x)[PARTS]) {
@@ -233,7 +249,7 @@ template <int PARTS> struct Expansion<ONE_ROW, PARTS> {
     for (int rank = 8; rank < state().most_rank; rank += 8) {
       unsigned x[PARTS];
 #pragma unroll
-      for (int i = 0; i < PARTS; i++) x[i] = number(at, part + i, rank);
+      for (int i = 0; i < PARTS; i++) x[i] = join(at, part + i, read(at, part + i, rank));
       add_eight(all, own_two(first, n0, rank), own_two(second, n1, rank), x);
     }
     return make_float2(all[0], all[2]);
@@ -243,5 +259,6 @@ template <int PARTS> struct Expansion<ONE_ROW, PARTS> {
 template <int PARTS> struct Expansion<NONE, PARTS> {
   __device__ void ask(const Product&, int, int, const int (&)[2]) {}
   __device__ void receive(const Product&, int, int) {}
+  __device__ void ready(const Product&, int) {}
   __device__ float2 added(const Product&, int, int, const int (&)[2]) const { return make_float2(0.f, 0.f); }
 };

@@ -223,38 +223,48 @@ __device__ inline void mix_page(const Team& memory, int page, int seen, const Va
   }
 }
 
+// Of a row's head of keys, what a thread has of the output.
+constexpr int OWN_OUTPUTS = (SHARED * DIM + TEAM - 1) / TEAM;
+__device__ inline int own_output(int i) { return threadIdx.x % TEAM + i * TEAM; }
+
+// a of the next product for them.
+struct MixedSide {
+  Side side;
+  uint4 first[OWN_OUTPUTS];  // for the first eight of the rank
+
+  __device__ uint4 eight(const Task& task, int i, int rank) const {
+    return eight_of(side, task.head * SHARED * DIM + min(own_output(i), SHARED * DIM - 1), rank);
+  }
+  __device__ void ask(const Product& at, const Task& task) {
+    side = adapted() ? shrinker(at, task.row, 0) : Side{};
+#pragma unroll
+    for (int i = 0; i < OWN_OUTPUTS; i++) first[i] = eight(task, i, 0);
+  }
+};
+
 // The output of a row's head of keys, which the team has in its memory, to where the next product finds it; and what it
 // adds to that product's x a^T.
-__device__ inline void set_mixed(const Product& at, Team& memory, const Task& task) {
-  constexpr int OWN = (SHARED * DIM + TEAM - 1) / TEAM;
-  const int first = task.head * SHARED * DIM, thread = threadIdx.x % TEAM;
-  const Side side = adapted() ? shrinker(at, task.row, 0) : Side{};
-  uint4 a[OWN];
-#pragma unroll
-  for (int i = 0; i < OWN; i++) a[i] = eight_of(side, first + min(thread + i * TEAM, SHARED * DIM - 1), 0);
+__device__ inline void set_mixed(const Product& at, Team& memory, const Task& task, const MixedSide& a) {
   team_sync(warp() / TEAM_WARPS, TEAM);
-  float x[OWN];
+  float x[OWN_OUTPUTS];
 #pragma unroll
-  for (int i = 0; i < OWN; i++) {
-    const int k = thread + i * TEAM;
+  for (int i = 0; i < OWN_OUTPUTS; i++) {
+    const int k = own_output(i);
     const bf16 own = k < SHARED * DIM ? narrow(memory.output[k]) : 0;
-    if (k < SHARED * DIM) mixed()[placed(task.row, first + k, Q_WIDTH)] = own;
+    if (k < SHARED * DIM) mixed()[placed(task.row, task.head * SHARED * DIM + k, Q_WIDTH)] = own;
     x[i] = widen(own);
   }
   // Not by blocks: whichever joins the splits, the numbers must be the same.
   word* to = low_rank(at.number + 1, task.head % shards(), task.row) + tile_row();
 #pragma unroll 1
-  for (int rank = 0; rank < side.rank; rank += 8) {
+  for (int rank = 0; rank < a.side.rank; rank += 8) {
     float sums[8] = {};
 #pragma unroll
-    for (int i = 0; i < OWN; i++) {
-      add_times(sums, x[i], a[i]);
-      a[i] = eight_of(side, first + min(thread + i * TEAM, SHARED * DIM - 1), rank + 8);
-    }
+    for (int i = 0; i < OWN_OUTPUTS; i++) add_times(sums, x[i], rank == 0 ? a.first[i] : a.eight(task, i, rank));
     float sum = share_sums(sums);
     sum += __shfl_xor_sync(0xffffffff, sum, 1);
     sum += __shfl_xor_sync(0xffffffff, sum, 2);
-    if (tile_column() == 0) add_fixed(to + rank, sum);
+    add_fixed(tile_column() == 0, to + rank, sum);
   }
 }
 
@@ -342,8 +352,10 @@ __device__ __noinline__ void attend(int layer) {
       team_sync(team, TEAM);
       mix_page(memory, page, min(older + 1, PAGE), values, found);
     }
+    MixedSide a;
+    a.ask(at, task);
     put_down(memory, task, found);
-    if (task.splits == 1 || join(memory, task)) set_mixed(at, memory, task);
+    if (task.splits == 1 || join(memory, task)) set_mixed(at, memory, task, a);
   }
   if (!waited) wait_grid();
 }

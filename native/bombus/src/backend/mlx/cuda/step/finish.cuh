@@ -1,6 +1,6 @@
 // What becomes of a product's outputs, of which a lane has two of a row (of gate and up one each). `Ahead` is what is
-// needed besides them: `ask` asks for what is there before the product's inputs are, `receive` for what comes with them,
-// for each of the KINDS of outputs.
+// needed besides them: `ask` asks for what is there before the product's inputs are, `receive` for what comes with them
+// (for each of the KINDS of outputs), and `ready` makes both ready while the product is made.
 
 // The outputs of a lane, and its row.
 struct Outputs {
@@ -19,9 +19,9 @@ __device__ inline void set_hidden(const Product& at, const Outputs& out, float x
   if (row >= rows()) return;
   float* to = hidden() + (size_t)row * HIDDEN;
   to[out.n[0]] = x0, to[out.n[1]] = x1;
-  normed()[placed(row, out.n[0], HIDDEN)] = (bf16)both;
-  normed()[placed(row, out.n[1], HIDDEN)] = (bf16)(both >> 16);
-  if (tile_row() == 0) squares()[(size_t)row * (HIDDEN / 16) + out.n[0] / 16] = square;
+  bf16* next = normed() + placed(row, out.n[0], HIDDEN);
+  next[0] = (bf16)both, next[HALF] = (bf16)(both >> 16);
+  if (tile_row() == 0) squares()[(size_t)row * (HIDDEN / 16) + (unsigned)out.n[0] / 16] = square;
 }
 
 // Which of q, k and v outputs are of, 16 of which are of one; and where that begins.
@@ -34,6 +34,7 @@ template <Form FORM> struct FinishQkv {
 
   struct Ahead {
     Expansion<FORM, 1> expansion;
+    float2 added;
 
     __device__ void ask(const FinishQkv& finish, const Outputs& out) {
       const int part = part_of(out.n[0]), start = start_of(part);
@@ -42,16 +43,19 @@ template <Form FORM> struct FinishQkv {
     __device__ void receive(const FinishQkv& finish, const Outputs& out) {
       expansion.receive(Product(finish.number), out.row, part_of(out.n[0]));
     }
+    __device__ void ready(const FinishQkv& finish, const Outputs& out, bool) {
+      const int part = part_of(out.n[0]), start = start_of(part);
+      expansion.ready(Product(finish.number), part);
+      added = expansion.added(Product(finish.number), out.row, part, {out.n[0] - start, out.n[1] - start});
+    }
   };
 
   __device__ void operator()(const Outputs& out, float2 y, const Ahead& own) const {
-    const Product at(number);
-    const int row = out.row, part = part_of(out.n[0]), start = start_of(part);
-    const float2 added = own.expansion.added(at, out.row, part, {out.n[0] - start, out.n[1] - start});
+    const int row = out.row;
     if (row >= rows()) return;
     float* to = qkv() + (size_t)row * QKV_WIDTH;
     const float factor = factors()[row];
-    to[out.n[0]] = factor * (y.x + added.x), to[out.n[1]] = factor * (y.y + added.y);
+    to[out.n[0]] = factor * (y.x + own.added.x), to[out.n[1]] = factor * (y.y + own.added.y);
   }
 };
 
@@ -64,6 +68,7 @@ template <Form FORM> struct FinishHidden {
   struct Ahead {
     Expansion<FORM, 1> expansion;
     Shares<FORM, 2, 3> shares;
+    float2 added;
     float x0, x1;
     bf16 norm0, norm1;
 
@@ -77,12 +82,16 @@ template <Form FORM> struct FinishHidden {
     __device__ void receive(const FinishHidden& finish, const Outputs& out) {
       expansion.receive(Product(finish.number), out.row, 0);
     }
+    __device__ void ready(const FinishHidden& finish, const Outputs& out, bool received) {
+      if (received) expansion.ready(Product(finish.number), 0);
+      added = expansion.added(Product(finish.number), out.row, 0, out.n);
+      shares.ready();
+    }
   };
 
   __device__ void operator()(const Outputs& out, float2 y, const Ahead& own) const {
-    const Product at(number);
-    const float2 added = own.expansion.added(at, out.row, 0, out.n);
-    set_hidden(at, out, own.x0 + y.x + added.x, own.x1 + y.y + added.y, own.norm0, own.norm1, own.shares);
+    const float x0 = own.x0 + y.x + own.added.x, x1 = own.x1 + y.y + own.added.y;
+    set_hidden(Product(number), out, x0, x1, own.norm0, own.norm1, own.shares);
   }
 };
 
@@ -94,6 +103,7 @@ template <Form FORM> struct FinishGateUp {
   struct Ahead {
     Expansion<FORM, 2> expansion;
     Shares<FORM, 1, 1> shares;
+    float2 added;
 
     __device__ void ask(const FinishGateUp& finish, const Outputs& out) {
       expansion.ask(Product(finish.number), out.row, 0, {out.n[0], out.n[0]});
@@ -102,16 +112,19 @@ template <Form FORM> struct FinishGateUp {
     __device__ void receive(const FinishGateUp& finish, const Outputs& out) {
       expansion.receive(Product(finish.number), out.row, 0);
     }
+    __device__ void ready(const FinishGateUp& finish, const Outputs& out, bool received) {
+      if (received) expansion.ready(Product(finish.number), 0);
+      added = expansion.added(Product(finish.number), out.row, 0, {out.n[0], out.n[0]});
+      shares.ready();
+    }
   };
 
   __device__ void operator()(const Outputs& out, float2 y, const Ahead& own) const {
-    const Product at(number);
     const int row = out.row;
-    const float2 added = own.expansion.added(at, out.row, 0, {out.n[0], out.n[0]});
     const float factor = row < rows() ? factors()[row] : 0.f;
-    const float gate = factor * (y.x + added.x), up = factor * (y.y + added.y);
+    const float gate = factor * (y.x + own.added.x), up = factor * (y.y + own.added.y);
     const bf16 x = narrow(gate / (1.f + __expf(-gate)) * up);
-    own.shares.add(at, row, out.n[0], x);
+    own.shares.add(Product(number), row, out.n[0], x);
     if (row < rows()) active()[placed(row, out.n[0], INNER)] = x;
   }
 };
@@ -123,6 +136,7 @@ struct FinishHead {
   struct Ahead {
     __device__ void ask(const FinishHead&, const Outputs&) {}
     __device__ void receive(const FinishHead&, const Outputs&) {}
+    __device__ void ready(const FinishHead&, const Outputs&, bool) {}
   };
 
   __device__ void operator()(const Outputs& out, float2 y, const Ahead&) const {

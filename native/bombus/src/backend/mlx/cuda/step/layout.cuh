@@ -3,9 +3,10 @@
 // Before this come the model's numbers: HIDDEN, INNER, HEADS, KV_HEADS, DIM, LAYERS, VOCAB, EPS_BITS,
 // THETA_BITS, and TILES: rows are multiplied by 8 * TILES at once.
 
-// The warps of a block: those that multiply, with one tile two that finish products, and those that fetch.
+// The warps of a block: those that multiply, with one tile three that finish products, and those that fetch; 20, since
+// more would have fewer registers.
 constexpr int WARPS = 16, THREADS = WARPS * 32;
-constexpr int FINISHERS = TILES == 1 ? 2 : 0, COMPUTING = WARPS + FINISHERS;
+constexpr int FINISHERS = TILES == 1 ? 3 : 0, COMPUTING = WARPS + FINISHERS;
 constexpr int ALL_THREADS = (COMPUTING + (TILES == 1 ? 1 : 2)) * 32;
 constexpr int TEAM = 128, TEAMS = THREADS / TEAM;
 constexpr int GROUP = 64;  // of quantization
@@ -33,7 +34,7 @@ enum { HEAD = 0, NORM = 2, EMBEDDING = 3, HEAD_WORDS = 3 };
 enum { LORA_QKV = 0, LORA_O = 3, LORA_GATE_UP = 4, LORA_DOWN = 6, LORA_PAIRS = 7 };
 constexpr int PRODUCTS = 4;  // of a layer
 // The sums of x a^T: products that take turns; places for each row, and for one row alone.
-constexpr int TURNS = 3, SHARDS = 2, SHARDS_OF_ONE = 8;
+constexpr int TURNS = 4, SHARDS = 2, SHARDS_OF_ONE = 8;
 
 // `plan` has HEADER words: rows (and in the highest 16 bits its number), words for a row, the highest rank of an
 // adapter, where the workspace has room for a copy of it; and for every row: id and position, adapter, pages. The id is
@@ -51,11 +52,12 @@ __device__ inline bf16* in_page(word page, int layer, int kind, int head) {
 // Where x[row][k] lies, so that a thread reads what it feeds to the tensor cores as 16 bytes: tiles of 8
 // rows, groups of 64, halves, lanes, and 8 numbers in the order 0 4 1 5 2 6 3 7, which is that of the codes
 // that `widened` takes out of a word.
-__device__ inline size_t placed(int row, int k, int width) {
-  const int lane = row % 8 * 4 + k % 64 / 16, i = k % 8;
-  const size_t half = ((size_t)(row / 8) * (width / 64) + k / 64) * 2 + k % 16 / 8;
+__device__ inline unsigned placed(unsigned row, unsigned k, unsigned width) {
+  const unsigned lane = row % 8 * 4 + k % 64 / 16, i = k % 8;
+  const unsigned half = (row / 8 * (width / 64) + k / 64) * 2 + k % 16 / 8;
   return (half * 32 + lane) * 8 + i % 4 * 2 + i / 4;
 }
+constexpr unsigned HALF = 256;  // from k to k + 8, where that is in the other half
 
 constexpr int largest_divisor(int n, int most) {
   return most >= n ? n : n % most == 0 ? most : largest_divisor(n, most - 1);

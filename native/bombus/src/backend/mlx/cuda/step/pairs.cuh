@@ -40,16 +40,17 @@ __device__ inline bool adapted() { return state().most_rank > 0; }
 
 // x a^T of a product: [3, MOST_RANK] for a row, in shards that are added up where they are used: additions to one place
 // wait for each other (bench/README.md), and many blocks come at once. Products take turns: while one is computed, its
-// numbers are used, the next one's added up, and those of the one before set to zero.
+// numbers are used, the next one's added up, and those behind that set to zero, by blocks that are ahead while others
+// use those of the one before.
 __device__ inline int shards() { return rows() == 1 ? SHARDS_OF_ONE : SHARDS; }
 __device__ inline word* low_rank(int product, int shard, int row) {
-  const size_t index = (size_t)product % TURNS * SHARDS * MOST_ROWS + shard * rows() + row;
+  const unsigned index = (unsigned)product % TURNS * SHARDS * MOST_ROWS + shard * rows() + row;
   return in_workspace<word>(LOW_RANK) + index * 3 * MOST_RANK;
 }
 // Where this block adds.
 __device__ inline word* own_low_rank(int product, int row) { return low_rank(product, blockIdx.x % shards(), row); }
 
-// Before a product is finished, by `count` threads of every block, of which this is one.
+// While a product is made or before, by `count` threads of every block, of which this is one.
 __device__ inline void clear_low_rank(int product, int thread, int count) {
   const int rank = state().most_rank, words = shards() * rows() * 3 * rank;
 #pragma unroll 1

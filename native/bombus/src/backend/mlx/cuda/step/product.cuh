@@ -140,28 +140,30 @@ template <class D> __device__ Outputs outputs_in(int unit, int from, int first) 
   return {{D::output(unit, from), D::output(unit, from + 8)}, first + 2 * tile_column()};
 }
 
-// Two warps, each for half of the rows, or for every other unit if there is one row, add up what the others have, and
-// finish it. What they need besides is asked for before they wait.
+// If there is one row, each of the warps for every third unit, else two of them, each for half of the rows, add up what
+// the others have, and finish it. What they need besides is asked for before they wait.
 template <class D, class Finish>
 __device__ __noinline__ Progress finish_one_tile(Progress progress, Finish finish) {
   const int own = warp() - WARPS, stride = rows() == 1 ? FINISHERS : 1;
-  const int b = stride == 1 ? own : 0, late = stride == 1 ? 0 : own;
-  const int step = stride * gridDim.x;
+  const int b = rows() == 1 ? 0 : own, late = rows() == 1 ? own : 0;
+  const int step = stride * gridDim.x, units = b < 2 ? D::UNITS : 0;
   typename Finish::Ahead ahead;
   bool begun = false;
 #pragma unroll 1
-  for (int unit = blockIdx.x + late * gridDim.x, number = progress.units + late; unit < D::UNITS || !begun;
+  for (int unit = blockIdx.x + late * gridDim.x, number = progress.units + late; unit < units || !begun;
        unit += step, number += stride) {
     const Outputs out = outputs_in<D>(min(unit, D::UNITS - 1), 0, b);
     ahead.ask(finish, out);
     if (!begun) wait_inputs_here();
-    if (!begun || Finish::KINDS > 1) ahead.receive(finish, out);
+    const bool receives = !begun || Finish::KINDS > 1;
+    if (receives) ahead.receive(finish, out);
     if (!begun) {
-      if (D::NORMED) find_factors(b, FINISHERS);
-      if (own > 0 && adapted()) ready_adapters(finish.number);
+      if (D::NORMED) find_factors(b, 2);
+      if (own == FINISHERS - 1 && adapted()) ready_adapters(finish.number);
       begun = true;
-      if (unit >= D::UNITS) break;
+      if (unit >= units) break;
     }
+    ahead.ready(finish, out, receives);
     const int turn = number % SUMS;
     wait(&signals().summed[turn], number / SUMS & 1);
     const float* from = sums() + turn * WARPS * 128 + b * 32 + lane();
@@ -169,7 +171,7 @@ __device__ __noinline__ Progress finish_one_tile(Progress progress, Finish finis
 #pragma unroll
     for (int part = 0; part < WARPS; part++) y.x += from[part * 128], y.y += from[part * 128 + 64];
     __syncwarp();
-    if (lane() < stride) arrive(&signals().taken[turn]);
+    if (lane() < (rows() == 1 ? 2 : 1)) arrive(&signals().taken[turn]);
     finish(out, y, ahead);
   }
   if ((int)blockIdx.x < D::UNITS) progress.units += (D::UNITS - 1 - blockIdx.x) / gridDim.x + 1;
@@ -208,6 +210,7 @@ template <class D, class Finish> __device__ __noinline__ void finish_tiles(int u
     typename Finish::Ahead ahead;
     ahead.ask(finish, out);
     ahead.receive(finish, out);
+    ahead.ready(finish, out, true);
     const float* from = sums() + (high * TILES + tile) * 128 + b * 32 + lane();
     float2 y = make_float2(0.f, 0.f);
 #pragma unroll
@@ -279,9 +282,11 @@ __device__ __noinline__ Progress multiply_tiles(Progress progress, Finish finish
 template <class D, class Finish>
 __device__ Progress project_as(Progress progress, const bf16* x, const Finish& finish) {
   if (TILES == 1 && warp() >= WARPS) return finish_one_tile<Finished<D>>(progress, finish);
-  if (TILES > 1 && adapted()) keep_sides(Product(finish.number));
+  if (TILES > 1 && adapted()) {
+    keep_sides(Product(finish.number));
+    clear_low_rank(finish.number, threadIdx.x, THREADS);
+  }
   wait_inputs();
-  if (TILES > 1 && adapted()) clear_low_rank(finish.number, threadIdx.x, THREADS);
   if constexpr (TILES > 1) return multiply_tiles<D>(progress, finish);
   else return multiply_one_tile<Staged<D>, (D::CHUNKS > 1)>(progress, x, D::UNITS, D::CHUNKS);
 }
