@@ -104,10 +104,10 @@ defmodule Bombus.Serving do
   up in another order. On `:cpu` that moves a token's log-probability by less than 0.0001 in a float32
   checkpoint, and by less than 0.005 with 16-bit numbers, where keys and values are kept in f16 (the
   tests hold it to that; they see 0.00001 and 0.0015). Two tokens that are closer than this may change
-  places. On MLX's CPU device it moves nothing. On an NVIDIA card (an H100) MLX rounds every product to the
-  checkpoint's numbers, logits too: it moves log-probabilities by less than 0.0001 in float32, 0.04 in
-  float16 and 0.15 in bfloat16 (seen: 0.000004, 0.02 and 0.06; mlx-lm's own move as far there, 0.018 in
-  float16). On a Mac it has not been measured.
+  places. On MLX's CPU device it moves nothing. On an NVIDIA card (an H100) products are rounded to the
+  checkpoint's numbers, in a prompt its logits too: it moves log-probabilities by less than 0.0001 in
+  float32, 0.04 in float16 and 0.15 in bfloat16 (seen: 0.000004, 0.02 and 0.06; mlx-lm's own move as far
+  there, 0.018 in float16). On a Mac it has not been measured.
   """
 
   alias Bombus.{Error, Model, Native, Tokenizer}

@@ -295,7 +295,7 @@ fn a_model_that_goes_takes_its_threads_along() {
 }
 
 /// Two streams would wait for each other in every layer, and nothing would wait for the second one's end.
-#[cfg(feature = "mlx")]
+#[cfg(all(feature = "mlx", target_os = "linux"))]
 #[test]
 fn a_model_works_in_one_of_mlxs_streams() {
     use bombus::backend::mlx::{Device, Mlx};

@@ -174,19 +174,20 @@ struct Lora {
   }
 
   int in, out, rank;
-  float scale = 0.5f;
+  float scale;
   Array<bf16> a, b;
 };
 
 struct Adapter {
   // `ranks` are those of the pairs in turn.
-  explicit Adapter(std::vector<int> ranks) : words((size_t)LAYERS * LORA_PAIRS * 3) {
+  explicit Adapter(std::vector<int> ranks, float scale = 0.5f) : words((size_t)LAYERS * LORA_PAIRS * 3) {
     const int ins[] = {HIDDEN, HIDDEN, HIDDEN, Q_WIDTH, HIDDEN, HIDDEN, INNER};
     const int outs[] = {Q_WIDTH, KV_WIDTH, KV_WIDTH, HIDDEN, INNER, INNER, HIDDEN};
     for (int i = 0; i < LAYERS * LORA_PAIRS; i++) {
       const int rank = ranks[i % ranks.size()];
       most_rank = std::max(most_rank, rank);
-      const Lora& own = pairs.emplace_back(ins[i % LORA_PAIRS], outs[i % LORA_PAIRS], rank);
+      Lora& own = pairs.emplace_back(ins[i % LORA_PAIRS], outs[i % LORA_PAIRS], rank);
+      own.scale = scale;
       words[i * 3] = rank ? own.a.address() : 0, words[i * 3 + 1] = rank ? own.b.address() : 0;
       words[i * 3 + 2] = rank ? rank | (word)std::bit_cast<unsigned>(own.scale) << 32 : 0;
     }
@@ -451,7 +452,7 @@ struct Test {
   int seeds;
   Difference logits, pages;
   int launches = 0;
-  bool same = true, untouched = true, refused = true;
+  bool same = true, untouched = true, refused = true, apart = true;
 
   // The rows' pages one after another.
   static std::vector<bf16> contents(const std::vector<Row>& rows) {
@@ -517,7 +518,19 @@ struct Test {
     for (size_t row = 0; row < rows.size(); row++) refused &= found[row * VOCAB] == found[row * VOCAB];
   }
 
-  bool good() const { return refused && logits.good() && pages.good() && same && untouched; }
+  // What was no number leaves nothing to the step behind it.
+  void broken_step(std::vector<Row> rows, const Adapter& broken) {
+    const Array<float> before(rows.size() * VOCAB), after(rows.size() * VOCAB);
+    engine.run(rows, false, 0, before);
+    auto others = rows;
+    for (Row& row : others) row.adapter = &broken;
+    engine.run(others, false, 0, after);
+    apart &= after[0] != after[0];
+    engine.run(rows, false, 0, after);
+    apart &= !memcmp(before.data, after.data, before.count * 4);
+  }
+
+  bool good() const { return apart && refused && logits.good() && pages.good() && same && untouched; }
 };
 
 int main(int count, char** arguments) {
@@ -552,10 +565,20 @@ int main(int count, char** arguments) {
   }
   Sequence sequence(1);
   test.lost_step(std::vector<Row>(3, {1, &sequence, nullptr}));
-  printf("%d launches, logits: mean %.1e most %.1e, keys and values: mean %.1e most %.1e%s%s%s%s\n", test.launches,
+  const Adapter broken({8}, 1e38f);
+  for (int rows : {1, 2, 9}) {
+    std::vector<std::unique_ptr<Sequence>> sequences;
+    std::vector<Row> own;
+    for (int row = 0; row < rows; row++) {
+      sequences.push_back(std::make_unique<Sequence>(row));
+      own.push_back({1, sequences[row].get(), &adapters[0]});
+    }
+    test.broken_step(own, broken);
+  }
+  printf("%d launches, logits: mean %.1e most %.1e, keys and values: mean %.1e most %.1e%s%s%s%s%s\n", test.launches,
          test.logits.mean(), test.logits.most(), test.pages.mean(), test.pages.most(),
          test.same ? "" : ", SEEDS DIFFER", test.untouched ? "" : ", WROTE TO OTHER POSITIONS",
-         test.refused ? "" : ", WENT ON WITHOUT A PLAN",
+         test.refused ? "" : ", WENT ON WITHOUT A PLAN", test.apart ? "" : ", A BROKEN STEP IS FELT BEHIND IT",
          test.good() ? "" : ": FAILED");
   return !test.good();
 }

@@ -68,8 +68,8 @@ pub fn rows(x: &Array, range: &Range<usize>) -> Result<Array> {
     index(x, range.start as i32..range.end as i32)
 }
 
-/// `x[place]` in this thread's stream: `try_index` of mlx-rs goes to the process's default stream, whatever
-/// the scope, and the two then wait for each other.
+/// `x[place]` in the scope's stream: `try_index` of mlx-rs goes to this thread's default one, whatever the scope,
+/// and the two then wait for each other.
 pub fn index<I>(x: &Array, place: I) -> Result<Array>
 where
     Array: TryIndexOp<I>,

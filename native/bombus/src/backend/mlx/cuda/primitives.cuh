@@ -15,7 +15,7 @@ __device__ inline unsigned load_acquire(const unsigned* at) {
   return value;
 }
 
-// Where `if` is not a branch, which would keep what stands beside it from being done meanwhile.
+// Under a predicate: a branch would keep what stands beside it from being done meanwhile.
 __device__ inline void add_relaxed_if(bool whether, unsigned long long* at, unsigned long long amount) {
   asm volatile("{\n.reg .pred whether;\nsetp.ne.s32 whether, %2, 0;\n@whether red.relaxed.gpu.global.add.u64 [%0], %1;\n}" ::"l"(at),
                "l"(amount), "r"((int)whether)

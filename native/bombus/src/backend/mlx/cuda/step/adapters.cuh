@@ -120,7 +120,7 @@ template <int N, int PARTS> struct Shares<ONE_ROW, N, PARTS> {
     const unsigned one = __shfl_sync(0xffffffff, x, from), other = __shfl_sync(0xffffffff, x, from + 4);
     const unsigned x0 = __byte_perm(one, other, 0x5410), x1 = __byte_perm(one, other, 0x7632);
     word* to = own_low_rank(at.number + 1, 0) + 2 * tile_column() + tile_row();
-    // Without branches: parts that are not there have no a.
+    // Without branches: parts that are not there have an a of zeros, which is no number times what is none.
     float sums[PARTS][2] = {};
 #pragma unroll
     for (int part = 0; part < PARTS; part++)
@@ -128,7 +128,7 @@ template <int N, int PARTS> struct Shares<ONE_ROW, N, PARTS> {
     // All rows of lanes have the same two: the first adds one, the second the other.
 #pragma unroll
     for (int part = 0; part < PARTS; part++)
-      add_fixed(tile_row() < 2, to + part * MOST_RANK, tile_row() ? sums[part][1] : sums[part][0]);
+      add_fixed(tile_row() < 2 && part < at.next.parts, to + part * MOST_RANK, tile_row() ? sums[part][1] : sums[part][0]);
     if (state().most_rank > 8) share_more(at.number, row, n, x, N == 2);
   }
 };

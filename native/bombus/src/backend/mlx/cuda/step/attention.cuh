@@ -227,24 +227,19 @@ __device__ inline void mix_page(const Team& memory, int page, int seen, const Va
 constexpr int OWN_OUTPUTS = (SHARED * DIM + TEAM - 1) / TEAM;
 __device__ inline int own_output(int i) { return threadIdx.x % TEAM + i * TEAM; }
 
-// a of the next product for them.
+// a of the next product for them, for eight of the rank.
 struct MixedSide {
   Side side;
-  uint4 first[OWN_OUTPUTS];  // for the first eight of the rank
+  uint4 a[OWN_OUTPUTS];
 
-  __device__ uint4 eight(const Task& task, int i, int rank) const {
-    return eight_of(side, task.head * SHARED * DIM + min(own_output(i), SHARED * DIM - 1), rank);
-  }
-  __device__ void ask(const Product& at, const Task& task) {
-    side = adapted() ? shrinker(at, task.row, 0) : Side{};
-#pragma unroll
-    for (int i = 0; i < OWN_OUTPUTS; i++) first[i] = eight(task, i, 0);
+  __device__ void ask(const Task& task, int i, int rank) {
+    a[i] = eight_of(side, task.head * SHARED * DIM + min(own_output(i), SHARED * DIM - 1), rank);
   }
 };
 
 // The output of a row's head of keys, which the team has in its memory, to where the next product finds it; and what it
 // adds to that product's x a^T.
-__device__ inline void set_mixed(const Product& at, Team& memory, const Task& task, const MixedSide& a) {
+__device__ inline void set_mixed(const Product& at, Team& memory, const Task& task, MixedSide& next) {
   team_sync(warp() / TEAM_WARPS, TEAM);
   float x[OWN_OUTPUTS];
 #pragma unroll
@@ -257,10 +252,13 @@ __device__ inline void set_mixed(const Product& at, Team& memory, const Task& ta
   // Not by blocks: whichever joins the splits, the numbers must be the same.
   word* to = low_rank(at.number + 1, task.head % shards(), task.row) + tile_row();
 #pragma unroll 1
-  for (int rank = 0; rank < a.side.rank; rank += 8) {
+  for (int rank = 0; rank < next.side.rank; rank += 8) {
     float sums[8] = {};
 #pragma unroll
-    for (int i = 0; i < OWN_OUTPUTS; i++) add_times(sums, x[i], rank == 0 ? a.first[i] : a.eight(task, i, rank));
+    for (int i = 0; i < OWN_OUTPUTS; i++) {
+      add_times(sums, x[i], next.a[i]);
+      next.ask(task, i, rank + 8);
+    }
     float sum = share_sums(sums);
     sum += __shfl_xor_sync(0xffffffff, sum, 1);
     sum += __shfl_xor_sync(0xffffffff, sum, 2);
@@ -352,10 +350,11 @@ __device__ __noinline__ void attend(int layer) {
       team_sync(team, TEAM);
       mix_page(memory, page, min(older + 1, PAGE), values, found);
     }
-    MixedSide a;
-    a.ask(at, task);
+    MixedSide next = {adapted() ? shrinker(at, task.row, 0) : Side{}};
+#pragma unroll
+    for (int i = 0; i < OWN_OUTPUTS; i++) next.ask(task, i, 0);
     put_down(memory, task, found);
-    if (task.splits == 1 || join(memory, task)) set_mixed(at, memory, task, a);
+    if (task.splits == 1 || join(memory, task)) set_mixed(at, memory, task, next);
   }
   if (!waited) wait_grid();
 }

@@ -1,6 +1,7 @@
 // What becomes of a product's outputs, of which a lane has two of a row (of gate and up one each). `Ahead` is what is
 // needed besides them: `ask` asks for what is there before the product's inputs are, `receive` for what comes with them
-// (for each of the KINDS of outputs), and `ready` makes both ready while the product is made.
+// (for each of the KINDS of outputs), and `ready` makes both ready while the product is made; `received`: whether what
+// comes with the inputs is new.
 
 // The outputs of a lane, and its row.
 struct Outputs {
@@ -43,9 +44,9 @@ template <Form FORM> struct FinishQkv {
     __device__ void receive(const FinishQkv& finish, const Outputs& out) {
       expansion.receive(Product(finish.number), out.row, part_of(out.n[0]));
     }
-    __device__ void ready(const FinishQkv& finish, const Outputs& out, bool) {
+    __device__ void ready(const FinishQkv& finish, const Outputs& out, bool received) {
       const int part = part_of(out.n[0]), start = start_of(part);
-      expansion.ready(Product(finish.number), part);
+      if (received) expansion.ready(Product(finish.number), part);
       added = expansion.added(Product(finish.number), out.row, part, {out.n[0] - start, out.n[1] - start});
     }
   };

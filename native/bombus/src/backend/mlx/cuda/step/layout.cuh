@@ -3,8 +3,8 @@
 // Before this come the model's numbers: HIDDEN, INNER, HEADS, KV_HEADS, DIM, LAYERS, VOCAB, EPS_BITS,
 // THETA_BITS, and TILES: rows are multiplied by 8 * TILES at once.
 
-// The warps of a block: those that multiply, with one tile three that finish products, and those that fetch; 20, since
-// more would have fewer registers.
+// The warps of a block: those that multiply, with one tile three that finish products, and those that fetch. More than
+// 20 would have fewer registers.
 constexpr int WARPS = 16, THREADS = WARPS * 32;
 constexpr int FINISHERS = TILES == 1 ? 3 : 0, COMPUTING = WARPS + FINISHERS;
 constexpr int ALL_THREADS = (COMPUTING + (TILES == 1 ? 1 : 2)) * 32;
@@ -51,13 +51,13 @@ __device__ inline bf16* in_page(word page, int layer, int kind, int head) {
 
 // Where x[row][k] lies, so that a thread reads what it feeds to the tensor cores as 16 bytes: tiles of 8
 // rows, groups of 64, halves, lanes, and 8 numbers in the order 0 4 1 5 2 6 3 7, which is that of the codes
-// that `widened` takes out of a word.
+// that `widened` takes out of a word. The first half of a group's 16 numbers is HALF before the other.
+constexpr unsigned HALF = 32 * 8;
 __device__ inline unsigned placed(unsigned row, unsigned k, unsigned width) {
   const unsigned lane = row % 8 * 4 + k % 64 / 16, i = k % 8;
   const unsigned half = (row / 8 * (width / 64) + k / 64) * 2 + k % 16 / 8;
-  return (half * 32 + lane) * 8 + i % 4 * 2 + i / 4;
+  return half * HALF + lane * 8 + i % 4 * 2 + i / 4;
 }
-constexpr unsigned HALF = 256;  // from k to k + 8, where that is in the other half
 
 constexpr int largest_divisor(int n, int most) {
   return most >= n ? n : n % most == 0 ? most : largest_divisor(n, most - 1);

@@ -144,8 +144,9 @@ template <class D> __device__ Outputs outputs_in(int unit, int from, int first) 
 // the others have, and finish it. What they need besides is asked for before they wait.
 template <class D, class Finish>
 __device__ __noinline__ Progress finish_one_tile(Progress progress, Finish finish) {
-  const int own = warp() - WARPS, stride = rows() == 1 ? FINISHERS : 1;
-  const int b = rows() == 1 ? 0 : own, late = rows() == 1 ? own : 0;
+  const bool alone = rows() == 1;
+  const int own = warp() - WARPS, stride = alone ? FINISHERS : 1;
+  const int b = alone ? 0 : own, late = alone ? own : 0;
   const int step = stride * gridDim.x, units = b < 2 ? D::UNITS : 0;
   typename Finish::Ahead ahead;
   bool begun = false;
@@ -158,7 +159,7 @@ __device__ __noinline__ Progress finish_one_tile(Progress progress, Finish finis
     const bool receives = !begun || Finish::KINDS > 1;
     if (receives) ahead.receive(finish, out);
     if (!begun) {
-      if (D::NORMED) find_factors(b, 2);
+      if (D::NORMED && b < 2) find_factors(b, 2);
       if (own == FINISHERS - 1 && adapted()) ready_adapters(finish.number);
       begun = true;
       if (unit >= units) break;
@@ -171,7 +172,7 @@ __device__ __noinline__ Progress finish_one_tile(Progress progress, Finish finis
 #pragma unroll
     for (int part = 0; part < WARPS; part++) y.x += from[part * 128], y.y += from[part * 128 + 64];
     __syncwarp();
-    if (lane() < (rows() == 1 ? 2 : 1)) arrive(&signals().taken[turn]);
+    if (lane() < (alone ? 2 : 1)) arrive(&signals().taken[turn]);
     finish(out, y, ahead);
   }
   if ((int)blockIdx.x < D::UNITS) progress.units += (D::UNITS - 1 - blockIdx.x) / gridDim.x + 1;
