@@ -46,6 +46,15 @@ fn soon(what: impl Fn() -> bool) {
     }
 }
 
+/// MLX's threads take the name of the one that made them.
+#[cfg(target_os = "linux")]
+fn threads_named(name: &str) -> usize {
+    let named = |task: &std::path::Path| std::fs::read_to_string(task.join("comm"));
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let names = tasks.filter_map(|task| named(&task.ok()?.path()).ok());
+    names.filter(|found| found.trim() == name).count()
+}
+
 fn was_cancelled(event: &Event, prompt_tokens: usize) -> bool {
     let Event::Done { reason: FinishReason::Cancelled, usage } = event else { return false };
     usage.prompt_tokens == prompt_tokens
@@ -274,13 +283,7 @@ fn numbers_that_are_none_are_an_error() {
 #[test]
 fn a_model_that_goes_takes_its_threads_along() {
     on_every_device(|device| {
-        // MLX's threads take the name of the one that made them.
-        let named = |task: &std::path::Path| std::fs::read_to_string(task.join("comm"));
-        let threads = || {
-            let tasks = std::fs::read_dir("/proc/self/task").unwrap();
-            let names = tasks.filter_map(|task| named(&task.ok()?.path()).ok());
-            names.filter(|name| name.trim() == "bombus-engine").count()
-        };
+        let threads = || threads_named("bombus-engine");
         let load = || {
             drop(generate(&load_with(device, Limits::default()), ids_request(&PROMPT, 2)).unwrap())
         };
@@ -321,11 +324,8 @@ fn a_model_works_in_one_of_mlxs_streams() {
                 decoder.forward(&tokens, None, &mut parts.collect::<Vec<_>>(), &[2, 4]).unwrap();
             let samples = decoder.backend.sample(&logits, &[Draw::default(), Draw::default()]);
             decoder.backend.read(&samples.unwrap()).unwrap();
-            // MLX has a thread for each stream of its CPU device, which takes the name of the one that made it.
-            let tasks = std::fs::read_dir("/proc/self/task").unwrap();
-            let names = tasks
-                .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
-            names.filter(|name| name.trim() == NAME).count()
+            // MLX has a thread for each stream of its CPU device.
+            threads_named(NAME)
         })
     };
     let thread = std::thread::Builder::new().name(NAME.into()).spawn(work).unwrap();

@@ -113,8 +113,8 @@ impl<B: Backend> Worker<B> {
 
     /// A backend may compute on threads of its own, which the process must not leave behind.
     fn await_end(&self, in_flight: Option<InFlight<B>>) {
-        _ = in_flight.map(|step| self.decoder.backend.read(&step.samples));
         self.decoder.backend.finish();
+        drop(in_flight);
     }
 
     fn is_idle(&self) -> bool {
