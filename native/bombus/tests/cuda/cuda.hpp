@@ -127,11 +127,10 @@ inline unsigned load_acquire(const unsigned* at) {
   emulator::pause("ld.acquire");
   return *at;
 }
-inline void add_relaxed_if(bool whether, unsigned long long* at, unsigned long long amount) {
-  if (whether) atomicAdd(at, amount);
-}
+inline void add_relaxed(unsigned long long* at, unsigned long long amount) { atomicAdd(at, amount); }
 inline void add_release(unsigned* at, unsigned amount) { atomicAdd(at, amount); }
 inline unsigned fetch_add(unsigned* at, unsigned amount) { return atomicAdd(at, amount); }
+inline void forget(int&) {}
 inline unsigned long long nanoseconds() { return emulator::machine.round; }
 inline void prefetch(const void*) {}
 inline void team_sync(int team, int threads) { emulator::meet_at(team + 1, threads); }
@@ -195,6 +194,10 @@ inline void copy_bulk(void* to, const void* from, unsigned bytes, Barrier* barri
   const unsigned late = emulator::random_below(8) == 0 ? emulator::random_below(200) : emulator::random_below(4);
   emulator::machine.copies.push_back(
       {static_cast<unsigned char*>(to), early ? nullptr : from, bytes, barrier, emulator::machine.round + late});
+}
+
+inline void copy_bulk_once(void* to, const void* from, unsigned bytes, Barrier* barrier) {
+  copy_bulk(to, from, bytes, barrier);
 }
 
 inline void fence_copies() {}

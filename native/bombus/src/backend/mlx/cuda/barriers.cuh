@@ -34,5 +34,15 @@ __device__ inline void copy_bulk(void* to, const void* from, unsigned bytes, Bar
                : "memory");
 }
 
+// What will not be used again soon: the card's cache keeps the rest.
+__device__ inline void copy_bulk_once(void* to, const void* from, unsigned bytes, Barrier* barrier) {
+  asm volatile(
+      "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy;\n}" ::
+          "r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
 // What threads wrote is there for the copy engine.
 __device__ inline void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }

@@ -15,11 +15,8 @@ __device__ inline unsigned load_acquire(const unsigned* at) {
   return value;
 }
 
-// Under a predicate: a branch would keep what stands beside it from being done meanwhile.
-__device__ inline void add_relaxed_if(bool whether, unsigned long long* at, unsigned long long amount) {
-  asm volatile("{\n.reg .pred whether;\nsetp.ne.s32 whether, %2, 0;\n@whether red.relaxed.gpu.global.add.u64 [%0], %1;\n}" ::"l"(at),
-               "l"(amount), "r"((int)whether)
-               : "memory");
+__device__ inline void add_relaxed(unsigned long long* at, unsigned long long amount) {
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(at), "l"(amount) : "memory");
 }
 
 __device__ inline void add_release(unsigned* at, unsigned amount) {
@@ -34,6 +31,9 @@ __device__ inline unsigned fetch_add(unsigned* at, unsigned amount) {
                : "memory");
   return before;
 }
+
+// What follows from a number is found again, instead of being kept in registers.
+__device__ inline void forget(int& number) { asm volatile("" : "+r"(number)); }
 
 // A clock of the whole card.
 __device__ inline unsigned long long nanoseconds() {

@@ -44,7 +44,7 @@ __device__ inline float share_sums(const float (&sums)[8]) {
 }
 
 __device__ inline void add_fixed(bool own, word* to, float sum) {
-  add_relaxed_if(own && sum != 0.f, to, (word)__float2ll_rn(sum * FIXED));
+  if (own && sum != 0.f) add_relaxed(to, (word)__float2ll_rn(sum * FIXED));
 }
 
 // What comes behind the first eight of a rank. x: a lane's outputs, as bfloat16; n: the first.
@@ -68,6 +68,8 @@ __device__ __noinline__ static void share_more(int product, int row, int n, unsi
 // What a warp's outputs, which are inputs of the next product, add to its x a^T: of a lane there are N.
 template <Form FORM, int N, int PARTS> struct Shares {
   uint4 a[PARTS][N];  // for the first eight of the rank
+  word* to;
+  bool more;
 
   // Asks for them, for outputs from n on: that is the lane's own first.
   __device__ void ask(const Product& at, int row, int n) {
@@ -78,11 +80,13 @@ template <Form FORM, int N, int PARTS> struct Shares {
       for (int i = 0; i < N; i++) a[part][i] = eight_of(side, n + i * 8, 0);
     }
   }
-  __device__ void ready() {}
+  __device__ void ready(const Product& at, int row) {
+    to = own_low_rank(at.number + 1, row) + tile_row();
+    more = state().most_rank > 8;
+  }
 
   // x: the lane's outputs, as bfloat16. All lanes come here; those of absent rows have no a.
   __device__ void add(const Product& at, int row, int n, unsigned x) const {
-    word* to = own_low_rank(at.number + 1, row) + tile_row();
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
       if (part >= at.next.parts) break;
@@ -92,12 +96,14 @@ template <Form FORM, int N, int PARTS> struct Shares {
       const float sum = share_sums(sums);
       add_fixed(row < rows(), to + part * MOST_RANK, sum);
     }
-    if (state().most_rank > 8) share_more(at.number, row, n, x, N == 2);
+    if (more) share_more(at.number, row, n, x, N == 2);
   }
 };
 
 template <int N, int PARTS> struct Shares<ONE_ROW, N, PARTS> {
   unsigned a[PARTS][N];
+  word* to;
+  bool adds, more;
 
   __device__ void ask(const Product& at, int, int n) {
 #pragma unroll
@@ -107,11 +113,16 @@ template <int N, int PARTS> struct Shares<ONE_ROW, N, PARTS> {
       for (int i = 0; i < N; i++) a[part][i] = own_two(side, n + i * 8, 0);
     }
   }
-  __device__ void ready() {
+  __device__ void ready(const Product& at, int) {
 #pragma unroll
     for (int part = 0; part < PARTS; part++)
 #pragma unroll
       for (int i = 0; i < N; i++) a[part][i] = transpose(a[part][i]);
+    // All rows of lanes have the same two sums of each part: each row adds one.
+    const int part = tile_row() / 2;
+    to = own_low_rank(at.number + 1, 0) + part * MOST_RANK + 2 * tile_column() + tile_row() % 2;
+    adds = part < PARTS && part < at.next.parts;
+    more = state().most_rank > 8;
   }
 
   __device__ void add(const Product& at, int row, int n, unsigned x) const {
@@ -119,23 +130,23 @@ template <int N, int PARTS> struct Shares<ONE_ROW, N, PARTS> {
     const int from = tile_column() * 8;
     const unsigned one = __shfl_sync(0xffffffff, x, from), other = __shfl_sync(0xffffffff, x, from + 4);
     const unsigned x0 = __byte_perm(one, other, 0x5410), x1 = __byte_perm(one, other, 0x7632);
-    word* to = own_low_rank(at.number + 1, 0) + 2 * tile_column() + tile_row();
-    // Without branches: parts that are not there have an a of zeros, which is no number times what is none.
+    // Parts that are not there have an a of zeros, which is no number times what is none.
     float sums[PARTS][2] = {};
 #pragma unroll
     for (int part = 0; part < PARTS; part++)
       multiply_upper(sums[part], x0, N == 2 ? x1 : 0, a[part][0], N == 2 ? a[part][N - 1] : 0);
-    // All rows of lanes have the same two: the first adds one, the second the other.
+    float own[2] = {sums[0][0], sums[0][1]};
 #pragma unroll
-    for (int part = 0; part < PARTS; part++)
-      add_fixed(tile_row() < 2 && part < at.next.parts, to + part * MOST_RANK, tile_row() ? sums[part][1] : sums[part][0]);
-    if (state().most_rank > 8) share_more(at.number, row, n, x, N == 2);
+    for (int part = 1; part < PARTS; part++)
+      if (tile_row() / 2 == part) own[0] = sums[part][0], own[1] = sums[part][1];
+    add_fixed(adds, to, tile_row() % 2 ? own[1] : own[0]);
+    if (more) share_more(at.number, row, n, x, N == 2);
   }
 };
 
 template <int N, int PARTS> struct Shares<NONE, N, PARTS> {
   __device__ void ask(const Product&, int, int) {}
-  __device__ void ready() {}
+  __device__ void ready(const Product&, int) {}
   __device__ void add(const Product&, int, int, unsigned) const {}
 };
 
@@ -165,7 +176,10 @@ template <Form FORM, int PARTS> struct Expansion {
   // Behind the barrier that x comes with.
   __device__ void receive(const Product& at, int row, int part) {
 #pragma unroll
-    for (int i = 0; i < PARTS; i++) read(x[i], at, row, part + i, 0);
+    for (int i = 0; i < PARTS; i++) {
+      if (TILES == 1) read(x[i], at, row, part + i, 0);
+      else kept_low_rank(part + i, row).to(x[i]);
+    }
   }
   __device__ void ready(const Product&, int) {}
 

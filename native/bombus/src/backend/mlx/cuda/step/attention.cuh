@@ -230,6 +230,7 @@ __device__ inline int own_output(int i) { return threadIdx.x % TEAM + i * TEAM; 
 // a of the next product for them, for eight of the rank.
 struct MixedSide {
   Side side;
+  word* to;  // what of x a^T the lane adds to
   uint4 a[OWN_OUTPUTS];
 
   __device__ void ask(const Task& task, int i, int rank) {
@@ -239,7 +240,7 @@ struct MixedSide {
 
 // The output of a row's head of keys, which the team has in its memory, to where the next product finds it; and what it
 // adds to that product's x a^T.
-__device__ inline void set_mixed(const Product& at, Team& memory, const Task& task, MixedSide& next) {
+__device__ inline void set_mixed(Team& memory, const Task& task, MixedSide& next) {
   team_sync(warp() / TEAM_WARPS, TEAM);
   float x[OWN_OUTPUTS];
 #pragma unroll
@@ -249,8 +250,6 @@ __device__ inline void set_mixed(const Product& at, Team& memory, const Task& ta
     if (k < SHARED * DIM) mixed()[placed(task.row, task.head * SHARED * DIM + k, Q_WIDTH)] = own;
     x[i] = widen(own);
   }
-  // Not by blocks: whichever joins the splits, the numbers must be the same.
-  word* to = low_rank(at.number + 1, task.head % shards(), task.row) + tile_row();
 #pragma unroll 1
   for (int rank = 0; rank < next.side.rank; rank += 8) {
     float sums[8] = {};
@@ -262,7 +261,7 @@ __device__ inline void set_mixed(const Product& at, Team& memory, const Task& ta
     float sum = share_sums(sums);
     sum += __shfl_xor_sync(0xffffffff, sum, 1);
     sum += __shfl_xor_sync(0xffffffff, sum, 2);
-    add_fixed(tile_column() == 0, to + rank, sum);
+    add_fixed(tile_column() == 0, next.to + rank, sum);
   }
 }
 
@@ -350,11 +349,13 @@ __device__ __noinline__ void attend(int layer) {
       team_sync(team, TEAM);
       mix_page(memory, page, min(older + 1, PAGE), values, found);
     }
-    MixedSide next = {adapted() ? shrinker(at, task.row, 0) : Side{}};
+    // Not by blocks: whichever joins the splits, the numbers must be the same.
+    MixedSide next = {adapted() ? shrinker(at, task.row, 0) : Side{},
+                      low_rank(at.number + 1, task.head & shards() - 1, task.row) + tile_row()};
 #pragma unroll
     for (int i = 0; i < OWN_OUTPUTS; i++) next.ask(task, i, 0);
     put_down(memory, task, found);
-    if (task.splits == 1 || join(memory, task)) set_mixed(at, memory, task, next);
+    if (task.splits == 1 || join(memory, task)) set_mixed(memory, task, next);
   }
   if (!waited) wait_grid();
 }

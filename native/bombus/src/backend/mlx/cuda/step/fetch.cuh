@@ -28,12 +28,12 @@ template <class D> __device__ __noinline__ int fetch_stages(Fetched weight, int 
           const int tile = unit * D::HIGH + row / 16;
           const int output = weight.up ? tile * 8 + row % 8 + row % 16 / 8 * weight.up : tile * 16 + row % 16;
           const size_t n = min(output, weight.n - 1);
-          copy_bulk(to + row * D::STRIDE, w.codes + n * (weight.k / 8) + chunk * D::AT_ONCE * 8, D::ROW, full);
+          copy_bulk_once(to + row * D::STRIDE, w.codes + n * (weight.k / 8) + chunk * D::AT_ONCE * 8, D::ROW, full);
         }
         const int tile = 31 - lane();
         if (tile < D::HIGH) {
           const size_t quad = ((size_t)unit * D::HIGH + tile) * quads + chunk * (D::AT_ONCE / 4);
-          copy_bulk(to + D::TALL * D::STRIDE + tile * D::SMALL, w.small + quad * 64, D::SMALL, full);
+          copy_bulk_once(to + D::TALL * D::STRIDE + tile * D::SMALL, w.small + quad * 64, D::SMALL, full);
         }
       }
   return used;

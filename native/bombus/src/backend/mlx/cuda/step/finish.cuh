@@ -1,41 +1,59 @@
 // What becomes of a product's outputs, of which a lane has two of a row (of gate and up one each). `Ahead` is what is
 // needed besides them: `ask` asks for what is there before the product's inputs are, `receive` for what comes with them
-// (for each of the KINDS of outputs), and `ready` makes both ready while the product is made; `received`: whether what
-// comes with the inputs is new.
+// (for each of the KINDS of outputs), and `ready` makes both ready while the product is made, and finds out where the
+// outputs go: all blocks wait for what is done later. `received`: whether what comes with the inputs is new.
 
 // The outputs of a lane, and its row.
 struct Outputs {
   int n[2], row;
+
+  __device__ bool there() const { return row < rows(); }
+};
+
+__device__ inline float factor_of(const Outputs& out) { return out.there() ? factors()[out.row] : 0.f; }
+
+// Where outputs go that are added to what is hidden: the second of a lane is 8 behind the first.
+struct HiddenPlace {
+  bool there;
+  float *x, *square;
+  bf16* next;
+
+  __device__ static HiddenPlace of(const Outputs& out) {
+    return {out.there(), hidden() + (size_t)out.row * HIDDEN + out.n[0],
+            squares() + (size_t)out.row * (HIDDEN / 16) + (unsigned)out.n[0] / 16,
+            normed() + placed(out.row, out.n[0], HIDDEN)};
+  }
 };
 
 // The input of the next product is normed but for a factor of the row, which needs all of it.
 template <class Shares>
-__device__ inline void set_hidden(const Product& at, const Outputs& out, float x0, float x1, bf16 norm0, bf16 norm1,
-                                  const Shares& shares) {
-  const int row = out.row;
+__device__ inline void set_hidden(const Product& at, const Outputs& out, const HiddenPlace& to, float x0, float x1,
+                                  bf16 norm0, bf16 norm1, const Shares& shares) {
   const unsigned both = pack_bf16(x0 * widen(norm0), x1 * widen(norm1));
-  shares.add(at, row, out.n[0], both);
+  shares.add(at, out.row, out.n[0], both);
   float square = x0 * x0 + x1 * x1;
   for (int other = 4; other < 32; other *= 2) square += __shfl_xor_sync(0xffffffff, square, other);
-  if (row >= rows()) return;
-  float* to = hidden() + (size_t)row * HIDDEN;
-  to[out.n[0]] = x0, to[out.n[1]] = x1;
-  bf16* next = normed() + placed(row, out.n[0], HIDDEN);
-  next[0] = (bf16)both, next[HALF] = (bf16)(both >> 16);
-  if (tile_row() == 0) squares()[(size_t)row * (HIDDEN / 16) + (unsigned)out.n[0] / 16] = square;
+  if (!to.there) return;
+  to.x[0] = x0, to.x[8] = x1;
+  to.next[0] = (bf16)both, to.next[HALF] = (bf16)(both >> 16);
+  if (tile_row() == 0) *to.square = square;
 }
 
 // Which of q, k and v outputs are of, 16 of which are of one; and where that begins.
 __device__ inline int part_of(int n) { return n < Q_WIDTH ? 0 : n < Q_WIDTH + KV_WIDTH ? 1 : 2; }
 __device__ inline int start_of(int part) { return part == 0 ? 0 : part == 1 ? Q_WIDTH : Q_WIDTH + KV_WIDTH; }
 
-template <Form FORM> struct FinishQkv {
+template <Form OWN> struct FinishQkv {
+  static constexpr Form FORM = OWN;
   static constexpr int KINDS = 3;
   int number;
 
   struct Ahead {
     Expansion<FORM, 1> expansion;
     float2 added;
+    float factor;
+    bool there;
+    float* to;
 
     __device__ void ask(const FinishQkv& finish, const Outputs& out) {
       const int part = part_of(out.n[0]), start = start_of(part);
@@ -48,20 +66,19 @@ template <Form FORM> struct FinishQkv {
       const int part = part_of(out.n[0]), start = start_of(part);
       if (received) expansion.ready(Product(finish.number), part);
       added = expansion.added(Product(finish.number), out.row, part, {out.n[0] - start, out.n[1] - start});
+      there = out.there(), factor = factor_of(out), to = qkv() + (size_t)out.row * QKV_WIDTH + out.n[0];
     }
   };
 
-  __device__ void operator()(const Outputs& out, float2 y, const Ahead& own) const {
-    const int row = out.row;
-    if (row >= rows()) return;
-    float* to = qkv() + (size_t)row * QKV_WIDTH;
-    const float factor = factors()[row];
-    to[out.n[0]] = factor * (y.x + own.added.x), to[out.n[1]] = factor * (y.y + own.added.y);
+  __device__ void operator()(const Outputs&, float2 y, const Ahead& own) const {
+    if (!own.there) return;
+    own.to[0] = own.factor * (y.x + own.added.x), own.to[8] = own.factor * (y.y + own.added.y);
   }
 };
 
 // Of attention's output, and of the inner layer: they are added to what is hidden.
-template <Form FORM> struct FinishHidden {
+template <Form OWN> struct FinishHidden {
+  static constexpr Form FORM = OWN;
   static constexpr int KINDS = 1;
   int number;
   const bf16* norm;  // of the next phase
@@ -69,9 +86,9 @@ template <Form FORM> struct FinishHidden {
   struct Ahead {
     Expansion<FORM, 1> expansion;
     Shares<FORM, 2, 3> shares;
-    float2 added;
     float x0, x1;
     bf16 norm0, norm1;
+    HiddenPlace to;
 
     __device__ void ask(const FinishHidden& finish, const Outputs& out) {
       expansion.ask(Product(finish.number), out.row, 0, out.n);
@@ -85,19 +102,21 @@ template <Form FORM> struct FinishHidden {
     }
     __device__ void ready(const FinishHidden& finish, const Outputs& out, bool received) {
       if (received) expansion.ready(Product(finish.number), 0);
-      added = expansion.added(Product(finish.number), out.row, 0, out.n);
-      shares.ready();
+      const float2 added = expansion.added(Product(finish.number), out.row, 0, out.n);
+      x0 += added.x, x1 += added.y;
+      shares.ready(Product(finish.number), out.row);
+      to = HiddenPlace::of(out);
     }
   };
 
   __device__ void operator()(const Outputs& out, float2 y, const Ahead& own) const {
-    const float x0 = own.x0 + y.x + own.added.x, x1 = own.x1 + y.y + own.added.y;
-    set_hidden(Product(number), out, x0, x1, own.norm0, own.norm1, own.shares);
+    set_hidden(Product(number), out, own.to, own.x0 + y.x, own.x1 + y.y, own.norm0, own.norm1, own.shares);
   }
 };
 
 // A unit's second outputs are of up, with the same numbers as the gate's.
-template <Form FORM> struct FinishGateUp {
+template <Form OWN> struct FinishGateUp {
+  static constexpr Form FORM = OWN;
   static constexpr int KINDS = 1;
   int number;
 
@@ -105,6 +124,9 @@ template <Form FORM> struct FinishGateUp {
     Expansion<FORM, 2> expansion;
     Shares<FORM, 1, 1> shares;
     float2 added;
+    float factor;
+    bool there;
+    bf16* to;
 
     __device__ void ask(const FinishGateUp& finish, const Outputs& out) {
       expansion.ask(Product(finish.number), out.row, 0, {out.n[0], out.n[0]});
@@ -116,35 +138,38 @@ template <Form FORM> struct FinishGateUp {
     __device__ void ready(const FinishGateUp& finish, const Outputs& out, bool received) {
       if (received) expansion.ready(Product(finish.number), 0);
       added = expansion.added(Product(finish.number), out.row, 0, {out.n[0], out.n[0]});
-      shares.ready();
+      shares.ready(Product(finish.number), out.row);
+      there = out.there(), factor = factor_of(out), to = active() + placed(out.row, out.n[0], INNER);
     }
   };
 
   __device__ void operator()(const Outputs& out, float2 y, const Ahead& own) const {
-    const int row = out.row;
-    const float factor = row < rows() ? factors()[row] : 0.f;
-    const float gate = factor * (y.x + own.added.x), up = factor * (y.y + own.added.y);
+    const float gate = own.factor * (y.x + own.added.x), up = own.factor * (y.y + own.added.y);
     const bf16 x = narrow(gate / (1.f + __expf(-gate)) * up);
-    own.shares.add(Product(number), row, out.n[0], x);
-    if (row < rows()) active()[placed(row, out.n[0], INNER)] = x;
+    own.shares.add(Product(number), out.row, out.n[0], x);
+    if (own.there) *own.to = x;
   }
 };
 
 struct FinishHead {
+  static constexpr Form FORM = NONE;
   static constexpr int KINDS = 1;
   int number;
 
   struct Ahead {
+    float factor;
+    float* to;
+
     __device__ void ask(const FinishHead&, const Outputs&) {}
     __device__ void receive(const FinishHead&, const Outputs&) {}
-    __device__ void ready(const FinishHead&, const Outputs&, bool) {}
+    __device__ void ready(const FinishHead&, const Outputs& out, bool) {
+      factor = factor_of(out), to = state().logits + (size_t)out.row * VOCAB;
+    }
   };
 
-  __device__ void operator()(const Outputs& out, float2 y, const Ahead&) const {
-    const int row = out.row;
-    if (row >= rows()) return;
-    float* to = state().logits + (size_t)row * VOCAB;
-    if (out.n[0] < VOCAB) to[out.n[0]] = factors()[row] * y.x;
-    if (out.n[1] < VOCAB) to[out.n[1]] = factors()[row] * y.y;
+  __device__ void operator()(const Outputs& out, float2 y, const Ahead& own) const {
+    if (!out.there()) return;
+    if (out.n[0] < VOCAB) own.to[out.n[0]] = own.factor * y.x;
+    if (out.n[1] < VOCAB) own.to[out.n[1]] = own.factor * y.y;
   }
 };

@@ -136,9 +136,11 @@ constexpr int STAGE_BYTES = rounded(
     larger(larger(larger(Qkv::STAGE, Output::STAGE), larger(GateUp::STAGE, Down::STAGE)), Head::STAGE), 128);
 // Of inputs, for many rows: some groups of all tiles.
 constexpr int INPUT_STAGES = 3, INPUT_BYTES = TILES == 1 ? 0 : TILES * INPUT_GROUPS * 1024;
-// The warps' sums: with one tile, of several units.
+// The warps' sums, [tiles, 2, lanes] pairs for the rows of a lane: with one tile, of several units, and so that the first
+// of neighbouring warps fall into different banks.
 constexpr int SUMS = TILES == 1 ? 4 : 1;
-constexpr int SUMS_BYTES = SUMS * WARPS * TILES * 128 * 4;
+constexpr int OWN_SUMS = TILES == 1 ? 65 : TILES * 64;
+constexpr int SUMS_BYTES = SUMS * WARPS * OWN_SUMS * sizeof(float2);
 struct Signals {
   Barrier full[STAGES], empty[STAGES], inputs_full[INPUT_STAGES], inputs_empty[INPUT_STAGES], ready, summed[SUMS], taken[SUMS];
 };
@@ -152,7 +154,9 @@ constexpr size_t WORDS = STATE + 128;  // of the table, for a layer and the next
 // followers need [4][MOST_ROWS], and scales [3][MOST_ROWS].
 constexpr size_t PAIRS = WORDS + 2 * 8 * LAYER_WORDS;
 constexpr size_t SCALES = PAIRS + (TILES == 1 ? 2 * ROWS * LORA_PAIRS * sizeof(Pair) : 4 * 8 * MOST_ROWS);
-constexpr size_t FIRST_STAGE = rounded(SCALES + (TILES == 1 ? 0 : 3 * 4 * MOST_ROWS), 128);
+// With more tiles, x a^T of the rows that are multiplied at once, for the first eight of the rank [3][ROWS][8].
+constexpr size_t LOW_RANK_OF_ROWS = rounded(SCALES + (TILES == 1 ? 0 : 3 * 4 * MOST_ROWS), 16);
+constexpr size_t FIRST_STAGE = rounded(LOW_RANK_OF_ROWS + (TILES == 1 ? 0 : 3 * ROWS * 8 * 4), 128);
 constexpr size_t FIRST_INPUTS = FIRST_STAGE + (size_t)STAGES * STAGE_BYTES;
 constexpr size_t ALL_SUMS = FIRST_INPUTS + (size_t)INPUT_STAGES * INPUT_BYTES;
 // There are no inputs nor sums while there is attention.

@@ -18,15 +18,6 @@ __device__ inline Place place_of(int product) {
           kind == 0 ? 3 : kind == 2 ? 2 : 1};
 }
 
-// Inputs and outputs of the layers that pairs are for.
-__device__ inline int inputs_of(int place) {
-  return place == LORA_O ? Q_WIDTH : place == LORA_DOWN ? INNER : HIDDEN;
-}
-__device__ inline int outputs_of(int place) {
-  if (place == LORA_QKV) return Q_WIDTH;
-  return place < LORA_O ? KV_WIDTH : place == LORA_O || place == LORA_DOWN ? HIDDEN : INNER;
-}
-
 // A product and the one behind it, whose inputs it makes (attention makes o's of q, k and v). Before the first is
 // number -1.
 struct Product {
@@ -125,27 +116,27 @@ __device__ inline Side shrinker(const Product& at, int row, int part) {
   return {pair.a, pair.rank};
 }
 
-// Brings a block's share of a side of the pairs of a product into the card's cache: the weights that come all the time
-// would else make them wait. With one tile, by a warp.
-__device__ inline void bring_sides(Place place, bool b) {
-  const int first = blockIdx.x + gridDim.x * lane(), step = gridDim.x * 32;
-#pragma unroll 1
-  for (int i = 0; i < rows() * place.parts; i++) {
-    const int row = i / place.parts, at = place.first + i % place.parts;
-    const Pair pair = kept_pair(row, place.layer, at);
-    // Neighbours often have one adapter.
-    if (row > 0 && kept_pair(row - 1, place.layer, at).a == pair.a) continue;
-    const bf16* from = b ? pair.b : pair.a;
-#pragma unroll 1
-    for (int line = first; line < (b ? outputs_of(at) : inputs_of(at)) * pair.rank / 64; line += step)
-      prefetch(from + (size_t)line * 64);
+// With more tiles, what a product's x a^T is, of a batch of rows and for the first eight of the rank, is read by all
+// threads once for all outputs.
+struct alignas(16) Eight {
+  float numbers[8];
+
+  __device__ void to(float (&x)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = numbers[i];
   }
+};
+__device__ inline Eight& kept_low_rank(int part, int row) {
+  return in_shared<Eight>(LOW_RANK_OF_ROWS)[part * ROWS + row % ROWS];
 }
 
-// What a product's pairs need besides, with one tile: those that come next are brought, b's of the next product and a's
-// of the one behind that (the next layer's pairs are kept while attention is made).
-__device__ __noinline__ static void ready_adapters(int product) {
-  clear_low_rank(product, lane(), 32);
-  bring_sides(place_of(product + 1), true);
-  bring_sides(place_of(product + 2), false);
+__device__ inline void keep_low_rank(const Product& at, int batch) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < at.own.parts * ROWS * 8; i += THREADS) {
+    const int part = i / (ROWS * 8), row = batch * ROWS + i / 8 % ROWS, from = part * MOST_RANK + i % 8;
+    word sum = 0;
+    if (row < rows())
+      for (int shard = 0; shard < SHARDS; shard++) sum += low_rank(at.number, shard, row)[from];
+    kept_low_rank(part, row).numbers[i % 8] = (float)(long long)sum * (scale_of(at.own, row, part) / FIXED);
+  }
 }

@@ -102,6 +102,13 @@ struct Progress {
   int used, inputs_used, units;
 };
 
+// A tile's sums: those of a lane's first row, and of its second.
+__device__ inline void put_sums(float2* to, const float (&sum)[4]) {
+  to[lane()] = make_float2(sum[0], sum[2]), to[32 + lane()] = make_float2(sum[1], sum[3]);
+}
+
+__device__ inline void add(float2& y, float2 x) { y.x += x.x, y.y += x.y; }
+
 // Up to eight rows: the warps share the inputs, and take a stage without waiting for each other.
 template <class D, bool CHUNKED>
 __device__ __noinline__ Progress multiply_one_tile(Progress progress, const bf16* x, int units, int chunks) {
@@ -125,9 +132,7 @@ __device__ __noinline__ Progress multiply_one_tile(Progress progress, const bf16
     }
     const int turn = progress.units % SUMS;
     if (progress.units >= SUMS) wait(&signals().taken[turn], progress.units / SUMS - 1 & 1);
-    float* to = sums() + (turn * WARPS + warp()) * 128 + lane();
-#pragma unroll
-    for (int i = 0; i < 4; i++) to[i * 32] = sum[i];
+    put_sums(sums_of(turn, warp()), sum);
     __syncwarp();
     if (lane() == 0) arrive(&signals().summed[turn]);
   }
@@ -140,42 +145,63 @@ template <class D> __device__ Outputs outputs_in(int unit, int from, int first) 
   return {{D::output(unit, from), D::output(unit, from + 8)}, first + 2 * tile_column()};
 }
 
+// What all warps have of a unit: of one row, by lanes of which four share the warps and all get the sums of the first.
+__device__ inline float2 add_up_row(int turn) {
+  const float2* from = sums_of(turn, tile_column()) + 4 * tile_row();
+  float2 y = make_float2(0.f, 0.f);
+#pragma unroll
+  for (int i = 0; i < WARPS; i += 4) add(y, from[i * OWN_SUMS]);
+#pragma unroll
+  for (int other = 1; other < 4; other *= 2) {
+    y.x += __shfl_xor_sync(0xffffffff, y.x, other);
+    y.y += __shfl_xor_sync(0xffffffff, y.y, other);
+  }
+  return y;
+}
+// Of several: b of them.
+__device__ inline float2 add_up_rows(int turn, int b) {
+  const float2* from = sums_of(turn, 0) + b * 32 + lane();
+  float2 y = make_float2(0.f, 0.f);
+#pragma unroll
+  for (int i = 0; i < WARPS; i++) add(y, from[i * OWN_SUMS]);
+  return y;
+}
+
 // If there is one row, each of the warps for every third unit, else two of them, each for half of the rows, add up what
-// the others have, and finish it. What they need besides is asked for before they wait.
+// the others have, and finish it. What they need besides is asked for before they wait. Whichever is done first, or has
+// nothing to do, clears the sums of x a^T that come next.
 template <class D, class Finish>
 __device__ __noinline__ Progress finish_one_tile(Progress progress, Finish finish) {
-  const bool alone = rows() == 1;
+  const bool alone = Finish::FORM == ONE_ROW || (Finish::FORM == NONE && rows() == 1);
+  const int units = (int)blockIdx.x < D::UNITS ? (D::UNITS - 1 - blockIdx.x) / gridDim.x + 1 : 0;
   const int own = warp() - WARPS, stride = alone ? FINISHERS : 1;
-  const int b = alone ? 0 : own, late = alone ? own : 0;
-  const int step = stride * gridDim.x, units = b < 2 ? D::UNITS : 0;
+  const int b = alone ? 0 : own, end = b < 2 ? units : 0;
   typename Finish::Ahead ahead;
   bool begun = false;
 #pragma unroll 1
-  for (int unit = blockIdx.x + late * gridDim.x, number = progress.units + late; unit < units || !begun;
-       unit += step, number += stride) {
-    const Outputs out = outputs_in<D>(min(unit, D::UNITS - 1), 0, b);
+  for (int i = alone ? own : 0; i < end || !begun; i += stride) {
+    forget(finish.number);
+    const Outputs out = outputs_in<D>(min(blockIdx.x + i * gridDim.x, D::UNITS - 1), 0, b);
     ahead.ask(finish, out);
     if (!begun) wait_inputs_here();
     const bool receives = !begun || Finish::KINDS > 1;
     if (receives) ahead.receive(finish, out);
     if (!begun) {
       if (D::NORMED && b < 2) find_factors(b, 2);
-      if (own == FINISHERS - 1 && adapted()) ready_adapters(finish.number);
       begun = true;
-      if (unit >= units) break;
+      if (i >= end) break;
     }
     ahead.ready(finish, out, receives);
-    const int turn = number % SUMS;
-    wait(&signals().summed[turn], number / SUMS & 1);
-    const float* from = sums() + turn * WARPS * 128 + b * 32 + lane();
-    float2 y = make_float2(0.f, 0.f);
-#pragma unroll
-    for (int part = 0; part < WARPS; part++) y.x += from[part * 128], y.y += from[part * 128 + 64];
+    const int turn = (progress.units + i) % SUMS;
+    wait(&signals().summed[turn], (progress.units + i) / SUMS & 1);
+    const float2 y = alone ? add_up_row(turn) : add_up_rows(turn, b);
     __syncwarp();
     if (lane() < (alone ? 2 : 1)) arrive(&signals().taken[turn]);
     finish(out, y, ahead);
   }
-  if ((int)blockIdx.x < D::UNITS) progress.units += (D::UNITS - 1 - blockIdx.x) / gridDim.x + 1;
+  if (Finish::FORM != NONE && (alone ? (units - own) % stride == 0 : own == FINISHERS - 1))
+    clear_low_rank(finish.number, lane(), 32);
+  progress.units += units;
   return progress;
 }
 
@@ -199,26 +225,27 @@ struct Dense {
   }
 };
 
-// Adds up what the warps have of a unit for a batch of rows, and finishes it. Apart from the rest, whose registers it
-// would take.
+// Once all have put theirs down, adds up what the warps have of a unit for a batch of rows, and finishes it. Apart from
+// the rest, whose registers it would take.
 template <class D, class Finish> __device__ __noinline__ void finish_tiles(int unit, int batch, Finish finish) {
   constexpr int SHARES = WARPS / D::HIGH;
-  const int tiles = min((rows() - batch * ROWS + 7) / 8, TILES);
+  const int tasks = 2 * min((rows() - batch * ROWS + 7) / 8, TILES) * D::HIGH;
+  bool met = false;
 #pragma unroll 1
-  for (int task = warp(); task < 2 * tiles * D::HIGH; task += WARPS) {
+  for (int task = warp(); task < tasks || !met; task += WARPS) {
     const int b = task % 2, high = task / 2 % D::HIGH, tile = task / 2 / D::HIGH;
     const Outputs out = outputs_in<D>(unit, high * 16, batch * ROWS + tile * 8 + b);
     typename Finish::Ahead ahead;
     ahead.ask(finish, out);
+    if (!met) sync();
+    met = true;
+    if (task >= tasks) break;
     ahead.receive(finish, out);
     ahead.ready(finish, out, true);
-    const float* from = sums() + (high * TILES + tile) * 128 + b * 32 + lane();
+    const float2* from = sums_of(0, high) + (tile * 2 + b) * 32 + lane();
     float2 y = make_float2(0.f, 0.f);
 #pragma unroll
-    for (int i = 0; i < SHARES; i++) {
-      y.x += from[i * D::HIGH * TILES * 128];
-      y.y += from[i * D::HIGH * TILES * 128 + 64];
-    }
+    for (int i = 0; i < SHARES; i++) add(y, from[i * D::HIGH * OWN_SUMS]);
     finish(out, y, ahead);
   }
 }
@@ -229,6 +256,7 @@ __device__ __noinline__ Progress multiply_tiles(Progress progress, Finish finish
   constexpr int SHARES = WARPS / D::HIGH, AT_ONCE = D::INPUTS_AT_ONCE;
   const int tall = warp() % D::HIGH, part = warp() / D::HIGH;
   bool begun = false;
+  if (Finish::FORM != NONE && batches() == 1) keep_low_rank(Product(finish.number), 0);
 #pragma unroll 1
   for (int unit = blockIdx.x; unit < D::UNITS; unit += gridDim.x)
 #pragma unroll 1
@@ -269,12 +297,9 @@ __device__ __noinline__ Progress multiply_tiles(Progress progress, Finish finish
         begun = true;
       }
       sync();  // those of the last unit have been used
-      float* own = sums() + warp() * TILES * 128 + lane();
+      if (Finish::FORM != NONE && batches() > 1) keep_low_rank(Product(finish.number), batch);
 #pragma unroll
-      for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) own[tile * 128 + i * 32] = sum[tile][i];
-      sync();
+      for (int tile = 0; tile < TILES; tile++) put_sums(sums_of(0, warp()) + tile * 64, sum[tile]);
       finish_tiles<D>(unit, batch, finish);
     }
   return progress;

@@ -33,7 +33,8 @@ template <Form FORM> __device__ __noinline__ void embed() {
         if (id < 0) id = (int)state().sampled[-1 - id];
         x0 = embedded(weight, id, n), x1 = embedded(weight, id, n + 8);
       }
-      set_hidden(at, out, x0, x1, norm[n], norm[n + 8], shares);
+      shares.ready(at, out.row);
+      set_hidden(at, out, HiddenPlace::of(out), x0, x1, norm[n], norm[n + 8], shares);
     }
 }
 
