@@ -332,7 +332,8 @@ fn a_model_works_in_one_of_mlxs_streams() {
     };
     let thread = std::thread::Builder::new().name(NAME.into()).spawn(work).unwrap();
     let (before, after) = thread.join().unwrap();
-    assert_eq!(before, after, "one stream has a thread");
+    assert!(before > 1, "a stream has a thread");
+    assert_eq!(before, after, "there is one stream");
 }
 
 #[test]

@@ -351,7 +351,7 @@ __device__ __noinline__ void attend(int layer) {
     }
     // Not by blocks: whichever joins the splits, the numbers must be the same.
     MixedSide next = {adapted() ? shrinker(at, task.row, 0) : Side{},
-                      low_rank(at.number + 1, task.head & shards() - 1, task.row) + tile_row()};
+                      low_rank(at.number + 1, task.head & (shards() - 1), task.row) + tile_row()};
 #pragma unroll
     for (int i = 0; i < OWN_OUTPUTS; i++) next.ask(task, i, 0);
     put_down(memory, task, found);

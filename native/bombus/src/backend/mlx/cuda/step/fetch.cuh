@@ -7,7 +7,7 @@ struct Fetched {
 };
 
 // It comes in the order in which the block takes it. It waits for nobody: so it also comes while the blocks wait for
-// each other.
+// each other. (With several batches of rows a unit comes again at once, for which it need not be kept: bench/README.md.)
 template <class D> __device__ __noinline__ int fetch_stages(Fetched weight, int used) {
   const Matrix w = {reinterpret_cast<const unsigned*>(weight.at[0]), reinterpret_cast<const unsigned*>(weight.at[1])};
   const int quads = (weight.k / GROUP + 3) / 4;

@@ -1,7 +1,7 @@
 // What becomes of a product's outputs, of which a lane has two of a row (of gate and up one each). `Ahead` is what is
 // needed besides them: `ask` asks for what is there before the product's inputs are, `receive` for what comes with them
-// (for each of the KINDS of outputs), and `ready` makes both ready while the product is made, and finds out where the
-// outputs go: all blocks wait for what is done later. `received`: whether what comes with the inputs is new.
+// (for each of the KINDS of outputs), and `ready` makes both ready and finds out where the outputs go, with one tile while
+// the product is made: all blocks wait for what is done later. `received`: whether what comes with the inputs is new.
 
 // The outputs of a lane, and its row.
 struct Outputs {
@@ -158,17 +158,18 @@ struct FinishHead {
 
   struct Ahead {
     float factor;
+    bool there;
     float* to;
 
     __device__ void ask(const FinishHead&, const Outputs&) {}
     __device__ void receive(const FinishHead&, const Outputs&) {}
     __device__ void ready(const FinishHead&, const Outputs& out, bool) {
-      factor = factor_of(out), to = state().logits + (size_t)out.row * VOCAB;
+      there = out.there(), factor = factor_of(out), to = state().logits + (size_t)out.row * VOCAB;
     }
   };
 
   __device__ void operator()(const Outputs& out, float2 y, const Ahead& own) const {
-    if (!out.there()) return;
+    if (!own.there) return;
     if (out.n[0] < VOCAB) own.to[out.n[0]] = own.factor * y.x;
     if (out.n[1] < VOCAB) own.to[out.n[1]] = own.factor * y.y;
   }

@@ -34,7 +34,7 @@ enum { HEAD = 0, NORM = 2, EMBEDDING = 3, HEAD_WORDS = 3 };
 enum { LORA_QKV = 0, LORA_O = 3, LORA_GATE_UP = 4, LORA_DOWN = 6, LORA_PAIRS = 7 };
 constexpr int PRODUCTS = 4;  // of a layer
 // The sums of x a^T: products that take turns; places for each row, and for one row alone.
-constexpr int TURNS = 4, SHARDS = 2, SHARDS_OF_ONE = 8;
+constexpr int TURNS = 4, SHARDS = 2, SHARDS_OF_ONE = 8;  // powers of 2
 
 // `plan` has HEADER words: rows (and in the highest 16 bits its number), words for a row, the highest rank of an
 // adapter, where the workspace has room for a copy of it; and for every row: id and position, adapter, pages. The id is

@@ -117,7 +117,7 @@ __device__ inline Side shrinker(const Product& at, int row, int part) {
 }
 
 // With more tiles, what a product's x a^T is, of a batch of rows and for the first eight of the rank, is read by all
-// threads once for all outputs.
+// threads once for all outputs; if there are several batches, once for those of a unit.
 struct alignas(16) Eight {
   float numbers[8];
 

@@ -199,6 +199,7 @@ __device__ __noinline__ Progress finish_one_tile(Progress progress, Finish finis
     if (lane() < (alone ? 2 : 1)) arrive(&signals().taken[turn]);
     finish(out, y, ahead);
   }
+  // Of three that follow each other, one can be divided by three.
   if (Finish::FORM != NONE && (alone ? (units - own) % stride == 0 : own == FINISHERS - 1))
     clear_low_rank(finish.number, lane(), 32);
   progress.units += units;
