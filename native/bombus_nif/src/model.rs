@@ -148,8 +148,9 @@ fn cpu(threads: Option<usize>) -> Device {
 }
 
 #[cfg(not(feature = "mlx"))]
-const NO_MLX: &str = "this build of Bombus has no MLX: on Linux, unpack one of its wheels \
-     (pip download mlx-cuda-13 for an NVIDIA card), name the folder by BOMBUS_MLX_DIR or \
+const NO_MLX: &str = "this build of Bombus has no MLX: on Linux, for an NVIDIA card, install its CUDA \
+     build in a folder (python3 -m pip install --target mlx mlx-cuda-13==0.32.2 \
+     'nvidia-cuda-crt==13.*'), name the folder by BOMBUS_MLX_DIR or \
      `config :bombus, mlx_dir: \"...\"`, and compile again; `device: :cpu` works everywhere";
 
 /// Answers `{reference, {:ok, :ok} | {:error, {reason, message}}}`.

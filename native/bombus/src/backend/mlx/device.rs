@@ -41,8 +41,8 @@ impl Device {
 }
 
 const NO_GPU: &str = "MLX finds no GPU: it needs an Apple Silicon Mac, or an NVIDIA card on Linux \
-     and MLX's CUDA build (pip download mlx-cuda-13, unpacked, named by BOMBUS_MLX_DIR); \
-     `device: :cpu` works everywhere";
+     and MLX's CUDA build in a folder that BOMBUS_MLX_DIR names (python3 -m pip install \
+     --target mlx mlx-cuda-13==0.32.2 'nvidia-cuda-crt==13.*'); `device: :cpu` works everywhere";
 
 /// mlx-c's own error handler ends the process. mlx-rs replaces it on the first operation that
 /// can fail, so one is made before anything else.
