@@ -4,6 +4,10 @@ use std::path::Path;
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// What gets MLX's CUDA build, for messages.
+pub const INSTALL_CUDA_BUILD: &str =
+    "python3 -m pip install --target mlx mlx-cuda-13==0.32.2 'nvidia-cuda-crt==13.*'";
+
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Error {
     #[error("{0}")]
@@ -111,4 +115,13 @@ impl Error {
 pub fn catch<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
         .unwrap_or_else(|payload| Err(Error::panic(payload.as_ref())))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_cuda_build_is_installed_as_the_readme_says() {
+        let readme = include_str!("../../../README.md");
+        assert!(readme.lines().any(|line| line.trim() == super::INSTALL_CUDA_BUILD));
+    }
 }

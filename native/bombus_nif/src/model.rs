@@ -135,8 +135,8 @@ impl DeviceOption {
     #[cfg(not(feature = "mlx"))]
     pub fn device(&self, threads: Option<usize>) -> Result<Device> {
         match self {
-            DeviceOption::Gpu => Err(Error::NoGpu(NO_MLX.into())),
-            DeviceOption::MlxCpu => Err(Error::Unsupported(NO_MLX.into())),
+            DeviceOption::Gpu => Err(Error::NoGpu(no_mlx())),
+            DeviceOption::MlxCpu => Err(Error::Unsupported(no_mlx())),
             DeviceOption::Auto | DeviceOption::Cpu => Ok(cpu(threads)),
         }
     }
@@ -148,10 +148,14 @@ fn cpu(threads: Option<usize>) -> Device {
 }
 
 #[cfg(not(feature = "mlx"))]
-const NO_MLX: &str = "this build of Bombus has no MLX: on Linux, for an NVIDIA card, install its CUDA \
-     build in a folder (python3 -m pip install --target mlx mlx-cuda-13==0.32.2 \
-     'nvidia-cuda-crt==13.*'), name the folder by BOMBUS_MLX_DIR or \
-     `config :bombus, mlx_dir: \"...\"`, and compile again; `device: :cpu` works everywhere";
+fn no_mlx() -> String {
+    let install = bombus::error::INSTALL_CUDA_BUILD;
+    format!(
+        "this build of Bombus has no MLX: on Linux, for an NVIDIA card, install its CUDA build in a \
+         folder ({install}), name the folder by BOMBUS_MLX_DIR or `config :bombus, mlx_dir: \"...\"`, \
+         and compile again; `device: :cpu` works everywhere"
+    )
+}
 
 /// Answers `{reference, {:ok, :ok} | {:error, {reason, message}}}`.
 #[rustler::nif]

@@ -1,6 +1,6 @@
 //! Devices, memory, and MLX's error handler.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, INSTALL_CUDA_BUILD, Result};
 use mlx_rs::{Device as MlxDevice, Stream};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -20,7 +20,7 @@ thread_local! {
 impl Device {
     pub fn stream(self) -> Result<Stream> {
         if self == Device::Gpu && !gpu_available() {
-            return Err(Error::NoGpu(NO_GPU.into()));
+            return Err(Error::NoGpu(no_gpu()));
         }
         STREAMS.with_borrow_mut(|streams| {
             Ok(streams.entry(self).or_insert_with(|| self.make()).clone())
@@ -40,9 +40,13 @@ impl Device {
     }
 }
 
-const NO_GPU: &str = "MLX finds no GPU: it needs an Apple Silicon Mac, or an NVIDIA card on Linux \
-     and MLX's CUDA build in a folder that BOMBUS_MLX_DIR names (python3 -m pip install \
-     --target mlx mlx-cuda-13==0.32.2 'nvidia-cuda-crt==13.*'); `device: :cpu` works everywhere";
+fn no_gpu() -> String {
+    format!(
+        "MLX finds no GPU: it needs an Apple Silicon Mac, or an NVIDIA card on Linux and MLX's CUDA \
+         build in a folder that BOMBUS_MLX_DIR names ({INSTALL_CUDA_BUILD}); `device: :cpu` works \
+         everywhere"
+    )
+}
 
 /// mlx-c's own error handler ends the process. mlx-rs replaces it on the first operation that
 /// can fail, so one is made before anything else.

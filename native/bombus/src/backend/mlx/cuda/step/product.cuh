@@ -107,7 +107,13 @@ __device__ inline void put_sums(float2* to, const float (&sum)[4]) {
   to[lane()] = make_float2(sum[0], sum[2]), to[32 + lane()] = make_float2(sum[1], sum[3]);
 }
 
-__device__ inline void add(float2& y, float2 x) { y.x += x.x, y.y += x.y; }
+// So many pairs, each so far from the last.
+template <int COUNT, int APART> __device__ inline float2 add_up(const float2* from) {
+  float2 y = make_float2(0.f, 0.f);
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) y.x += from[i * APART].x, y.y += from[i * APART].y;
+  return y;
+}
 
 // Up to eight rows: the warps share the inputs, and take a stage without waiting for each other.
 template <class D, bool CHUNKED>
@@ -147,10 +153,7 @@ template <class D> __device__ Outputs outputs_in(int unit, int from, int first) 
 
 // What all warps have of a unit: of one row, by lanes of which four share the warps and all get the sums of the first.
 __device__ inline float2 add_up_row(int turn) {
-  const float2* from = sums_of(turn, tile_column()) + 4 * tile_row();
-  float2 y = make_float2(0.f, 0.f);
-#pragma unroll
-  for (int i = 0; i < WARPS; i += 4) add(y, from[i * OWN_SUMS]);
+  float2 y = add_up<WARPS / 4, 4 * OWN_SUMS>(sums_of(turn, tile_column()) + 4 * tile_row());
 #pragma unroll
   for (int other = 1; other < 4; other *= 2) {
     y.x += __shfl_xor_sync(0xffffffff, y.x, other);
@@ -160,11 +163,7 @@ __device__ inline float2 add_up_row(int turn) {
 }
 // Of several: b of them.
 __device__ inline float2 add_up_rows(int turn, int b) {
-  const float2* from = sums_of(turn, 0) + b * 32 + lane();
-  float2 y = make_float2(0.f, 0.f);
-#pragma unroll
-  for (int i = 0; i < WARPS; i++) add(y, from[i * OWN_SUMS]);
-  return y;
+  return add_up<WARPS, OWN_SUMS>(sums_of(turn, 0) + b * 32 + lane());
 }
 
 // If there is one row, each of the warps for every third unit, else two of them, each for half of the rows, add up what
@@ -244,10 +243,7 @@ template <class D, class Finish> __device__ __noinline__ void finish_tiles(int u
     ahead.receive(finish, out);
     ahead.ready(finish, out, true);
     const float2* from = sums_of(0, high) + (tile * 2 + b) * 32 + lane();
-    float2 y = make_float2(0.f, 0.f);
-#pragma unroll
-    for (int i = 0; i < SHARES; i++) add(y, from[i * D::HIGH * OWN_SUMS]);
-    finish(out, y, ahead);
+    finish(out, add_up<SHARES, D::HIGH * OWN_SUMS>(from), ahead);
   }
 }
 
@@ -309,7 +305,7 @@ __device__ __noinline__ Progress multiply_tiles(Progress progress, Finish finish
 template <class D, class Finish>
 __device__ Progress project_as(Progress progress, const bf16* x, const Finish& finish) {
   if (TILES == 1 && warp() >= WARPS) return finish_one_tile<Finished<D>>(progress, finish);
-  if (TILES > 1 && adapted()) {
+  if (TILES > 1 && Finish::FORM != NONE) {
     keep_sides(Product(finish.number));
     clear_low_rank(finish.number, threadIdx.x, THREADS);
   }
