@@ -1,7 +1,7 @@
 //! The engine of Bombus: quantized decoder-only transformers with LoRA adapters.
 //!
 //! In the order in which data flows; each module may use those above it:
-//! a checkpoint's files (`mapped_file`, `tensor_file`, `config`), where they come from (`hub`),
+//! files that are read whole (`files`), a checkpoint's files (`mapped_file`, `tensor_file`, `config`), where they come from (`hub`),
 //! where its tensors belong (`modules`), text (`tokenizer`), what a token is drawn with
 //! (`sampler`), the operations (`backend`), the transformer over them (`decoder`), adapters
 //! (`adapter`), from files to a decoder (`checkpoint`), one request (`sequence`), which rows go
@@ -16,6 +16,7 @@ pub mod convert;
 pub mod decoder;
 pub mod engine;
 pub mod error;
+pub mod files;
 pub mod gauge;
 pub mod hub;
 pub mod mapped_file;

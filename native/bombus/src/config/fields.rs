@@ -1,6 +1,7 @@
 //! A JSON file's fields, read with errors that name file and field.
 
 use crate::error::{Error, Result};
+use crate::files;
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 
@@ -11,10 +12,8 @@ pub struct Fields {
 
 impl Fields {
     pub fn open(path: &Path) -> Result<Self> {
-        let text = std::fs::read(path).map_err(|error| Error::io(path, &error))?;
-        let map = serde_json::from_slice(&text).map_err(|error| {
-            Error::Config(format!("`{}` is no valid JSON object: {error}", path.display()))
-        })?;
+        let wrong = |problem| Error::Config(format!("not a JSON object: {problem}"));
+        let map = files::json(path, files::FIELDS, wrong)?;
         Ok(Self { path: path.to_owned(), map })
     }
 

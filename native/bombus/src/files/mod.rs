@@ -1,0 +1,98 @@
+//! Small files of a repository, read whole: configurations, tokenizers, templates.
+//!
+//! They come from outside. Only a regular file is read (a FIFO would hold its reader for ever, a
+//! device has no end), and only up to a size, so that no file decides how much memory is taken.
+
+mod json;
+
+use crate::error::{Error, Result};
+use rustix::fs::OFlags;
+use std::fs::{File, OpenOptions};
+use std::io::Read;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+pub use json::{json, parse};
+
+/// Bytes that a `config.json`, an index, or another file of fields may have.
+pub const FIELDS: u64 = 64 << 20;
+
+/// Bytes that a `tokenizer.json` or a file of its vocabulary may have.
+pub const VOCABULARY: u64 = 256 << 20;
+
+/// Bytes that a chat template may have.
+pub const TEMPLATE: u64 = 4 << 20;
+
+/// The bytes of a regular file that has at most `most`.
+pub fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
+    let file = open(path)?;
+    let size = file.metadata().map_err(|error| Error::io(path, &error))?.len();
+    if size > most {
+        return Err(too_large(path, most));
+    }
+    let mut bytes = vec![];
+    let read = file.take(most + 1).read_to_end(&mut bytes);
+    read.map_err(|error| Error::io(path, &error))?;
+    // It may have grown since.
+    if bytes.len() as u64 > most { Err(too_large(path, most)) } else { Ok(bytes) }
+}
+
+/// The text of a regular file that has at most `most` bytes, in UTF-8.
+pub fn read_text(path: &Path, most: u64) -> Result<String> {
+    String::from_utf8(read(path, most)?)
+        .map_err(|_| Error::Io(format!("`{}` is not UTF-8", path.display())))
+}
+
+/// A regular file, open for reading.
+pub fn open(path: &Path) -> Result<File> {
+    // Without NONBLOCK, opening a FIFO waits for its writer.
+    let flags = OFlags::NONBLOCK.bits() as i32;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path);
+    let file = file.map_err(|error| Error::io(path, &error))?;
+    let kind = file.metadata().map_err(|error| Error::io(path, &error))?.file_type();
+    if kind.is_file() {
+        return Ok(file);
+    }
+    let kind = match kind {
+        kind if kind.is_dir() => "a folder",
+        kind if kind.is_fifo() => "a FIFO",
+        kind if kind.is_socket() => "a socket",
+        _ => "a device",
+    };
+    Err(Error::Io(format!("could not read `{}`: expected a file, it is {kind}", path.display())))
+}
+
+fn too_large(path: &Path, most: u64) -> Error {
+    let path = path.display();
+    Error::Io(format!("`{path}` is too large: such a file may have {} MiB", most >> 20))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    fn message(path: &Path) -> String {
+        read(path, 1 << 20).expect_err("an error").to_string()
+    }
+
+    #[test]
+    fn only_regular_files_of_a_bounded_size_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        std::fs::write(path("small"), "text").unwrap();
+        symlink("small", path("link")).unwrap();
+        assert_eq!(read(&path("link"), 4).unwrap(), b"text");
+        assert!(read(&path("link"), 3).unwrap_err().to_string().contains("too large"));
+
+        symlink("/dev/zero", path("device")).unwrap();
+        assert!(message(&path("device")).contains("it is a device"));
+        assert!(message(folder.path()).contains("it is a folder"));
+        let fifo = std::process::Command::new("mkfifo").arg(path("fifo")).status();
+        assert!(fifo.unwrap().success());
+        assert!(message(&path("fifo")).contains("it is a FIFO"));
+        File::create(path("sparse")).unwrap().set_len(16 << 30).unwrap();
+        assert!(message(&path("sparse")).contains("may have 1 MiB"));
+        assert_eq!(read(&path("nothing"), 1).unwrap_err().reason(), "not_found");
+    }
+}
