@@ -5,6 +5,7 @@ defmodule Bombus.Application do
 
   @impl true
   def start(_type, _arguments) do
-    Supervisor.start_link(Bombus.Telemetry.children(), strategy: :one_for_one)
+    children = [Bombus.Serving.Requests | Bombus.Telemetry.children()]
+    Supervisor.start_link(children, strategy: :one_for_one)
   end
 end

@@ -8,6 +8,7 @@ defmodule Bombus.Model do
     * `:quantization` - `%{bits:, group_size:, mode:, overrides:}`, or `nil` for a dense checkpoint;
       `:overrides` maps module paths to `%{bits:, group_size:}`, or to `nil` where one is dense
     * `:device` - `:cpu`, `:gpu` or `{:mlx, :cpu}`
+    * `:max_batch_size` - how many sequences run together
     * `:generation_config` - the repository's `generation_config.json`
 
   The struct is a handle. The weights live on the model's own thread, and are freed once no process
@@ -19,12 +20,13 @@ defmodule Bombus.Model do
           spec: map(),
           quantization: map() | nil,
           device: :cpu | :gpu | {:mlx, :cpu},
+          max_batch_size: pos_integer(),
           generation_config: map(),
           ref: reference()
         }
 
   @derive {Inspect, only: [:name, :spec, :quantization, :device]}
-  @enforce_keys [:ref, :name, :spec, :quantization, :device, :generation_config]
+  @enforce_keys [:ref, :name, :spec, :quantization, :device, :max_batch_size, :generation_config]
   defstruct @enforce_keys
 
   @doc false
@@ -35,6 +37,7 @@ defmodule Bombus.Model do
       spec: Map.take(native, [:family, :layers, :context, :hidden_size, :vocab_size]),
       quantization: native.quantization && quantization(native.quantization),
       device: if(native.device == :mlx_cpu, do: {:mlx, :cpu}, else: native.device),
+      max_batch_size: native.max_batch_size,
       generation_config: JSON.decode!(native.generation_config)
     }
   end

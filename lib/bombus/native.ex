@@ -17,6 +17,8 @@ defmodule Bombus.Native do
   def load_adapter(_path, _scale, _reference), do: nif()
   def load_tokenizer(_path, _reference), do: nif()
   def generate(_model, _tokenizer, _adapter, _group, _prompt, _options, _reference), do: nif()
+  # What cancels a generation without keeping it; `cancel` takes both.
+  def canceller(_generation), do: nif()
   def cancel(_generation), do: nif()
   def score(_model, _ids, _adapter, _reference), do: nif()
   def memory_info, do: nif()
@@ -25,6 +27,10 @@ defmodule Bombus.Native do
   def new_group(_limits), do: nif()
   def group_size(_group), do: nif()
   def close_group(_group), do: nif()
+
+  # Whether an adapter fits a model; {running, waiting} requests of a model.
+  def check_adapter(_model, _adapter, _reference), do: nif()
+  def requests(_model), do: nif()
 
   # {reference, step} to a process after every step of a model.
   def watch(_model, _pid, _reference), do: nif()

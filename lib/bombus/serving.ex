@@ -111,7 +111,18 @@ defmodule Bombus.Serving do
   """
 
   alias Bombus.{Error, Model, Native, Tokenizer}
-  alias Bombus.Serving.{Input, Loader, Options, Request, Server}
+
+  alias Bombus.Serving.{
+    Batch,
+    Client,
+    Deadline,
+    Input,
+    Loader,
+    Options,
+    Request,
+    Requests,
+    Server
+  }
 
   @type t :: %__MODULE__{
           model: Model.t(),
@@ -123,6 +134,12 @@ defmodule Bombus.Serving do
         }
   @type input :: String.t() | map()
   @type result :: %{results: [map()]}
+  @type status :: %{
+          state: :loading | :ready | {:failed, Error.t()},
+          progress: Bombus.Hub.progress() | nil,
+          batch: non_neg_integer(),
+          queue: non_neg_integer()
+        }
 
   @derive {Inspect, only: [:model, :tokenizer]}
   @enforce_keys [:model, :tokenizer, :options, :limits]
@@ -189,8 +206,9 @@ defmodule Bombus.Serving do
     do: stream_with(serving, Input.normalize!(input, serving), nil)
 
   def stream(name, input) do
-    case Server.checkout(name) do
+    case Client.checkout(name, timeout(input)) do
       {:ok, serving, server} -> stream_with(serving, Input.normalize!(input, serving), server)
+      :cancelled -> []
       {:error, error} -> raise error
     end
   end
@@ -205,11 +223,85 @@ defmodule Bombus.Serving do
   end
 
   def batched_run(name, input) do
-    case Server.checkout(name) do
-      {:ok, serving, server} -> run_with(serving, input, server)
-      {:error, error} when is_list(input) -> Enum.map(input, fn _one -> {:error, error} end)
+    begun = Deadline.now()
+
+    case Client.checkout(name, timeout(input)) do
+      {:ok, serving, server} -> run_with(serving, input, server, begun)
+      :cancelled -> each(input, Request.cancelled(true))
+      {:error, error} -> each(input, {:error, error})
+    end
+  end
+
+  defp each(inputs, answer) when is_list(inputs), do: Enum.map(inputs, fn _input -> answer end)
+  defp each(_input, answer), do: answer
+
+  # How long a model that loads is waited for; of a list, for the input that waits longest.
+  defp timeout(inputs) when is_list(inputs),
+    do: inputs |> Enum.map(&timeout/1) |> Enum.max_by(&(&1 || 0), fn -> nil end)
+
+  defp timeout(%{timeout: timeout}), do: Options.timeout!(timeout)
+  defp timeout(_input), do: nil
+
+  @doc """
+  Whether a named serving can answer, for health checks: a map of
+
+    * `:state` - `:loading`, `:ready`, or `{:failed, error}` where its model cannot be loaded, or its
+      files have changed
+    * `:progress` - of a download while it is loading, `t:Bombus.Hub.progress/0`; else `nil`
+    * `:batch` - how many requests run in the model's batch
+    * `:queue` - how many more wait; while it is loading, how many callers wait for that
+
+  It answers at once, also while the model loads. Where there is no serving of this name, the answer is
+  `{:error, %Bombus.Error{reason: :not_running}}`, and `:no_connection` where its node is not
+  connected.
+
+  ## Examples
+
+      # in a health check
+      case Bombus.Serving.status(MyLLM) do
+        %{state: :ready} -> send_resp(conn, 200, "ready")
+        %{state: :loading} -> send_resp(conn, 503, "loading")
+        %{state: {:failed, error}} -> send_resp(conn, 503, Exception.message(error))
+        {:error, error} -> send_resp(conn, 503, Exception.message(error))
+      end
+  """
+  @spec status(GenServer.server()) :: status() | {:error, Error.t()}
+  def status(name), do: Client.status(name)
+
+  @doc """
+  Waits until a named serving has loaded its model: `:ok`, or an error, of which `:loading` says that
+  it still loads after `timeout` milliseconds (60 s by default; `:infinity` waits as long as it takes).
+
+      :ok = Bombus.Serving.await_ready(MyLLM, 120_000)
+  """
+  @spec await_ready(GenServer.server(), timeout()) :: :ok | {:error, Error.t()}
+  def await_ready(name, timeout \\ 60_000) do
+    case Client.checkout(name, Options.timeout!(timeout)) do
+      {:ok, _serving, _server} -> :ok
+      :cancelled -> Error.error(:loading, "the wait was cancelled")
       {:error, error} -> {:error, error}
     end
+  end
+
+  @doc """
+  Cancels all requests that a process has running: a task, or whoever reads a stream, also on another
+  node.
+
+  `run/2` and `batched_run/2` then return what there is so far, with `finish_reason: :cancelled`; a
+  stream ends there. Of a list, inputs that have not begun are cancelled too. A process without
+  requests is left alone. Always `:ok`.
+
+      task = Task.async(fn -> Bombus.Serving.batched_run(MyLLM, "Write a novel") end)
+      Bombus.Serving.cancel(task)
+      %{results: [%{finish_reason: :cancelled}]} = Task.await(task)
+  """
+  @spec cancel(pid() | Task.t()) :: :ok
+  def cancel(pid) when is_pid(pid), do: Requests.cancel(pid)
+  def cancel(%Task{pid: pid}) when is_pid(pid), do: Requests.cancel(pid)
+
+  def cancel(other) do
+    raise ArgumentError,
+          "expected the process (a pid or a task) whose requests are to end, got: #{inspect(other)}"
   end
 
   @doc """
@@ -272,7 +364,9 @@ defmodule Bombus.Serving do
           "expected a tokenizer made by Bombus.load_tokenizer/1, or nil, got: #{inspect(other)}"
   end
 
-  defp run_with(serving, inputs, server) when is_list(inputs) do
+  defp run_with(serving, input, server, begun \\ Deadline.now())
+
+  defp run_with(serving, inputs, server, begun) when is_list(inputs) do
     # All inputs are checked before the first one starts.
     inputs = Enum.map(inputs, &Input.normalize!(&1, serving))
 
@@ -280,17 +374,20 @@ defmodule Bombus.Serving do
       raise ArgumentError, "expected a single input, since a list cannot be streamed"
     end
 
-    inputs
-    |> Enum.map(&Request.start(serving, &1, server))
-    |> Enum.map(&collect/1)
+    Batch.run(serving, Enum.map(inputs, &{&1, deadline(&1, begun)}), server)
   end
 
-  defp run_with(serving, input, server) do
+  defp run_with(serving, input, server, begun) do
     case Input.normalize!(input, serving) do
-      {_prompt, %{stream: true}} = input -> stream_with(serving, input, server)
-      input -> serving |> Request.start(input, server) |> collect()
+      {_prompt, %{stream: true}} = input ->
+        stream_with(serving, input, server)
+
+      input ->
+        serving |> Request.start(input, server, deadline(input, begun)) |> collect()
     end
   end
+
+  defp deadline({_prompt, options}, begun), do: Deadline.new(options.timeout, begun)
 
   defp collect({:ok, request}), do: unwrap(Request.collect(request))
   defp collect({:error, error}), do: {:error, error}
@@ -303,7 +400,10 @@ defmodule Bombus.Serving do
   defp raise_errors(result), do: result
 
   defp stream_with(serving, {_prompt, options} = input, server) do
-    fn -> {Error.unwrap!(Request.start(serving, input, server)), []} end
+    # Its time begins when it is first asked.
+    start = fn -> Request.start(serving, input, server, deadline(input, Deadline.now())) end
+
+    fn -> {Error.unwrap!(start.()), []} end
     |> Stream.resource(&next(&1, options), &halt/1)
     # Raised behind the resource: a request that has ended must not be cancelled.
     |> Stream.map(fn

@@ -271,12 +271,33 @@ defmodule Bombus.ServingTest do
 
   test "a full queue answers at once" do
     {serving, input} = endless(max_batch_size: 1, max_queue: 2)
-    results = Serving.run(serving, List.duplicate(input, 8))
+    tasks = for _ <- 1..8, do: Task.async(fn -> Serving.run(serving, input) end)
+    results = Task.await_many(tasks, 60_000)
     {refused, answered} = Enum.split_with(results, &match?({:error, _}, &1))
     assert [{:error, %Error{reason: :overloaded}} | _] = refused
     assert [first | _] = answered
     assert Enum.all?(answered, &(ids(&1) == ids(first)))
     assert %{results: [_one]} = Serving.run(serving, input)
+  end
+
+  test "a list longer than the queue is answered, in its order" do
+    for options <- [[max_batch_size: 1, max_queue: 1], [max_batch_size: 2, max_queue: 1]] do
+      {serving, input} = endless(options)
+      inputs = for n <- 1..9, do: %{input | token_ids: [n, n + 1]} |> Map.put(:max_new_tokens, n)
+      alone = Enum.map(inputs, &run(serving, &1))
+      assert run(serving, inputs) == alone
+      assert Enum.map(alone, &length(ids(&1))) == Enum.to_list(1..9)
+      # The errors of some are theirs.
+      long = %{token_ids: List.duplicate(1, 600)}
+
+      assert [first, {:error, %Error{reason: :prompt_too_long}}, last] =
+               run(serving, [hd(inputs), long, List.last(inputs)])
+
+      assert [first, last] == [hd(alone), List.last(alone)]
+    end
+
+    assert Serving.run(elem(endless(), 0), []) == []
+    assert free?()
   end
 
   test "many processes generate at once", %{serving: serving} do
@@ -314,9 +335,9 @@ defmodule Bombus.ServingTest do
       assert_soon(fn -> Bombus.memory_info().sequences == 3 end)
       stop_supervised!(Stopping)
       ends = Task.await_many(tasks)
-      assert :stopped in ends and Enum.all?(ends, &(&1 in [:stopped, :gone]))
+      assert :stopped in ends and Enum.all?(ends, &(&1 in [:stopped, :not_running]))
       assert_soon(&free?/0)
-      assert catch_exit(Serving.batched_run(Stopping, input))
+      assert {:error, %Error{reason: :not_running}} = Serving.batched_run(Stopping, input)
     end
 
     # Again and again: one may be over before it is seen.
@@ -325,8 +346,6 @@ defmodule Bombus.ServingTest do
         {:error, %Error{reason: reason}} -> reason
         %{results: [_]} -> until_stopped(name, input)
       end
-    catch
-      :exit, _reason -> :gone
     end
 
     test "several live side by side, and come back after a crash", context do

@@ -3,7 +3,7 @@ defmodule Bombus.Serving.Loader do
   # From the options of a child to its serving: a serving, or a model (loaded here where it is a
   # source) with what belongs to it.
 
-  alias Bombus.{Adapter, Model, Serving, Source, Tokenizer}
+  alias Bombus.{Adapter, Error, Model, Native, Serving, Source, Tokenizer}
   alias Bombus.Serving.Options
 
   @own [:name, :drain]
@@ -56,12 +56,37 @@ defmodule Bombus.Serving.Loader do
     end)
   end
 
-  @spec serving(keyword()) :: {:ok, Serving.t()} | {:error, Bombus.Error.t()}
-  def serving(options) do
+  @doc "Whether there is nothing to be loaded."
+  def given?(options) do
+    options[:serving] != nil or
+      (match?(%Model{}, options[:model]) and
+         (options[:tokenizer] == nil or match?(%Tokenizer{}, options[:tokenizer])) and
+         (options[:adapter] == nil or match?(%Adapter{}, options[:adapter])))
+  end
+
+  @doc "The serving, where there is nothing to be loaded, or an error; else nil."
+  @spec given(keyword()) :: {:ok, Serving.t()} | {:error, Error.t()} | nil
+  def given(options), do: if(given?(options), do: serving(options, nil))
+
+  @doc "Loads what is to be loaded. `on_progress` hears of downloads."
+  @spec serving(keyword(), nil | (Bombus.Hub.progress() -> term())) ::
+          {:ok, Serving.t()} | {:error, Error.t()}
+  def serving(options, on_progress) do
+    with {:ok, serving} <- made(options, on_progress),
+         :ok <- check_adapter(serving.model, serving.options.adapter),
+         do: {:ok, serving}
+  rescue
+    # What only shows beside the files. A mistake in the options has been raised before.
+    error in ArgumentError -> Error.error(:bad_request, Exception.message(error))
+  end
+
+  defp made(options, on_progress) do
+    told = &tell_both(&1, on_progress)
+
     with nil <- options[:serving],
-         {:ok, model} <- model(options[:model], Keyword.take(options, @load)),
-         {:ok, tokenizer} <- tokenizer(Keyword.get(options, :tokenizer, options[:model])),
-         {:ok, adapter} <- adapter(options[:adapter]) do
+         {:ok, model} <- model(options[:model], Keyword.take(options, @load), told),
+         {:ok, tokenizer} <- tokenizer(Keyword.get(options, :tokenizer, options[:model]), told),
+         {:ok, adapter} <- adapter(options[:adapter], told) do
       # A model that was loaded here has its limits already.
       limits = if match?(%Model{}, options[:model]), do: @limits, else: []
       own = Keyword.take(options, Options.keys() ++ limits)
@@ -72,16 +97,31 @@ defmodule Bombus.Serving.Loader do
     end
   end
 
-  defp model(%Model{} = model, _options), do: {:ok, model}
-  defp model(source, options), do: Bombus.load_model(source, options)
+  defp model(%Model{} = model, _options, _told), do: {:ok, model}
+  defp model(source, options, told), do: Bombus.load_model(source, options ++ told.(source))
 
-  defp tokenizer(nil), do: {:ok, nil}
-  defp tokenizer(%Tokenizer{} = tokenizer), do: {:ok, tokenizer}
-  defp tokenizer(source), do: Bombus.load_tokenizer(source)
+  defp tokenizer(nil, _told), do: {:ok, nil}
+  defp tokenizer(%Tokenizer{} = tokenizer, _told), do: {:ok, tokenizer}
+  defp tokenizer(source, told), do: Bombus.load_tokenizer(source, told.(source))
 
-  defp adapter(nil), do: {:ok, nil}
-  defp adapter(%Adapter{} = adapter), do: {:ok, adapter}
-  defp adapter(source), do: Bombus.load_adapter(source)
+  defp adapter(nil, _told), do: {:ok, nil}
+  defp adapter(%Adapter{} = adapter, _told), do: {:ok, adapter}
+  defp adapter(source, told), do: Bombus.load_adapter(source, told.(source))
+
+  # A source may have a function of its own, which that of the call would take the place of.
+  defp tell_both({:hf, _id, [_ | _] = options}, on_progress) do
+    case options[:on_progress] do
+      own when is_function(own, 1) -> [on_progress: &{on_progress.(&1), own.(&1)}]
+      _none -> [on_progress: on_progress]
+    end
+  end
+
+  defp tell_both(_source, on_progress), do: [on_progress: on_progress]
+
+  defp check_adapter(_model, nil), do: :ok
+
+  defp check_adapter(model, adapter),
+    do: Native.await(&Native.check_adapter(model.ref, adapter.ref, &1))
 
   defp drain!(:infinity), do: :ok
   defp drain!(drain) when is_integer(drain) and drain >= 0, do: :ok

@@ -22,6 +22,7 @@ defmodule Bombus.Serving.Options do
     adapter: nil,
     chat_template: true,
     template_options: %{},
+    timeout: nil,
     stream: false,
     stream_done: false,
     compile: []
@@ -65,6 +66,9 @@ defmodule Bombus.Serving.Options do
       stop: options.stop
     }
   end
+
+  @doc "A timeout that was given beside a request, before its serving is known."
+  def timeout!(value), do: check!(:timeout, value)
 
   # nil is above all numbers.
   defp max_context(one, other), do: min(one, other)
@@ -157,6 +161,9 @@ defmodule Bombus.Serving.Options do
   defp valid?(:seed, nil), do: true
   defp valid?(:seed, value), do: is_integer(value) and value in 0..0xFFFFFFFFFFFFFFFF
   defp valid?(:chat_template, value), do: is_boolean(value)
+  # What a timer of the BEAM takes.
+  defp valid?(:timeout, value) when value in [nil, :infinity], do: true
+  defp valid?(:timeout, value), do: is_integer(value) and value in 0..0xFFFFFFFF
   defp valid?(:stream, value), do: is_boolean(value)
   defp valid?(:stream_done, value), do: is_boolean(value)
 
@@ -188,6 +195,7 @@ defmodule Bombus.Serving.Options do
   defp expected(:seed), do: "a whole number in 0..2**64-1, or nil"
   defp expected(:stop), do: "a string or a list of strings, none of them empty"
   defp expected(:compile), do: "[batch_size: n, sequence_length: n]"
+  defp expected(:timeout), do: "milliseconds, :infinity or nil"
   defp expected(:template_options), do: "a map or a keyword list"
   defp expected(_flag), do: "true or false"
 end

@@ -4,70 +4,101 @@ defmodule Bombus.Serving.Remote do
   # of those owns the request, and hands them on to the caller.
 
   alias Bombus.{Error, Native}
-  alias Bombus.Serving.Request
+  alias Bombus.Serving.{Client, Deadline, Request}
 
-  @doc "In the caller: a request whose `generation` is the process that owns it."
-  def start(serving, input, server) do
-    reference = make_ref()
+  @doc """
+  In the caller: a request whose `generation` is the process that owns it. Its reference is an alias
+  of the caller's, so that nothing comes any more once the caller has gone on to other things.
+  """
+  def start(serving, input, server, deadline) do
+    reference = :erlang.alias()
+    arguments = [input, server, self(), reference, Deadline.left(deadline)]
 
-    with {:ok, owner} <- GenServer.call(server, {:start, input, reference}, :infinity) do
-      {:ok,
-       %Request{
-         reference: reference,
-         generation: owner,
-         monitor: Process.monitor(owner),
-         tokenizer?: serving.tokenizer != nil
-       }}
-    end
-  catch
-    :exit, _reason -> Error.error(:stopped, "the serving stopped, or its node is gone")
+    {owner, monitor} =
+      :erlang.spawn_opt(node(server), __MODULE__, :own, arguments, [:monitor])
+
+    %Request{
+      reference: reference,
+      generation: owner,
+      monitor: monitor,
+      tokenizer?: serving.tokenizer != nil,
+      deadline: deadline
+    }
   end
 
   @doc "In the caller: the end comes as for any other."
   def cancel(owner, reference), do: send(owner, {:cancel, reference})
 
-  @doc "On the serving's node: answers `from` when the request is in the queue."
-  def own(serving, input, server, {caller, _tag} = from, reference) do
+  @doc "In the caller: nothing comes any more."
+  def forget(%Request{reference: reference, monitor: monitor}) do
+    :erlang.unalias(reference)
+    Process.demonitor(monitor, [:flush])
+    flush(reference)
+  end
+
+  defp flush(reference) do
+    receive do
+      {^reference, _event} -> flush(reference)
+    after
+      0 -> :ok
+    end
+  end
+
+  @doc "In the caller: what the end of the owner says, where no event has come before."
+  def lost(%Request{generation: owner}, reason) do
+    case reason do
+      :noconnection ->
+        Client.no_connection(node(owner))
+
+      {:undef, _stack} ->
+        Error.error(:unsupported, "#{node(owner)} has another version of Bombus")
+
+      _other ->
+        Error.error(:stopped, "the request has ended on #{node(owner)}")
+    end
+  end
+
+  @doc "On the serving's node: hands on what the engine says, and the errors of a start."
+  def own(input, server, caller, reference, timeout) do
     monitor = Process.monitor(caller)
 
-    case start_here(serving, input, server) do
-      {:ok, request} ->
-        GenServer.reply(from, {:ok, self()})
-        hand_on(request, caller, monitor, reference)
-
-      {:error, error} ->
-        GenServer.reply(from, {:error, error})
+    case start_here(input, server, timeout) do
+      {:ok, request} -> hand_on(request, monitor, reference)
+      {:error, error} -> send(reference, {reference, {:error, error}})
     end
   end
 
   # Whoever waits for the answer does not see this process end.
-  defp start_here(serving, input, server) do
-    Request.start(serving, input, server)
+  defp start_here(input, server, timeout) do
+    deadline = Deadline.new(timeout)
+
+    with {:ok, serving, server} <- Client.checkout(server, timeout),
+         do: Request.start(serving, input, server, deadline)
   rescue
-    error in ArgumentError ->
+    error ->
       Error.error(
         :bad_request,
         "this cannot run on #{node()}: #{Exception.message(error)} (an adapter must have been loaded there)"
       )
   end
 
-  defp hand_on(%{reference: own, monitor: server} = request, caller, monitor, reference) do
+  defp hand_on(%{reference: own, monitor: server} = request, caller, reference) do
     receive do
       {^own, event} ->
         event = Request.received(request, event)
-        send(caller, {reference, event})
-        if match?({:chunk, _, _, _}, event), do: hand_on(request, caller, monitor, reference)
+        send(reference, {reference, event})
+        if match?({:chunk, _, _, _}, event), do: hand_on(request, caller, reference)
 
       {:cancel, ^reference} ->
         Native.cancel(request.generation)
-        hand_on(request, caller, monitor, reference)
+        hand_on(request, caller, reference)
 
-      {:DOWN, ^monitor, :process, _pid, _reason} ->
+      {:DOWN, ^caller, :process, _pid, _reason} ->
         Request.cancel(request)
 
       {:DOWN, ^server, :process, _pid, _reason} ->
         Request.cancel(request)
-        send(caller, {reference, Error.error(:stopped, "the serving stopped")})
+        send(reference, {reference, Error.error(:stopped, "the serving has stopped")})
     end
   end
 end

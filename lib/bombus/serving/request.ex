@@ -3,42 +3,54 @@ defmodule Bombus.Serving.Request do
   # A request in the engine, owned by the process that started it: its events are messages to it.
 
   alias Bombus.{Error, Native, Serving, Telemetry}
-  alias Bombus.Serving.{Options, Remote}
+  alias Bombus.Serving.{Deadline, Options, Remote, Requests, Server}
 
   @enforce_keys [:reference, :generation, :monitor, :tokenizer?]
-  defstruct [:telemetry | @enforce_keys]
+  defstruct [:telemetry, :server, :model, deadline: :infinity] ++ @enforce_keys
+
+  # Another node says that the time is over; where it does not say anything, it is over so much later.
+  @grace 500
+
+  # How long the end of a request on another node is waited for that was cancelled.
+  @patience 5_000
 
   @doc """
   Starts a request. Where `server` is a process, its end is the request's; where that is on another
   node, the request runs there.
   """
-  def start(%Serving{} = serving, input, server) when node(server) != node() do
-    Remote.start(serving, input, server)
+  def start(%Serving{} = serving, input, server, deadline) when node(server) != node() do
+    request = Remote.start(serving, input, server, deadline)
+    Requests.add(request.reference, {:remote, request.generation})
+    {:ok, request}
   end
 
-  def start(%Serving{} = serving, {prompt, options}, server) do
+  def start(%Serving{} = serving, {prompt, options}, server, deadline) do
     reference = make_ref()
     metadata = metadata(serving, options, reference)
     begun = Telemetry.start([:bombus, :generation], metadata)
-    started = native(serving, prompt, options, reference)
+    started = native(serving, prompt, options, reference, deadline)
 
     case started |> Error.from_native() |> told({begun, metadata}) do
       {:error, error} ->
         {:error, error}
 
       {:ok, generation} ->
+        Requests.add(reference, {:local, Native.canceller(generation)})
+
         {:ok,
          %__MODULE__{
            reference: reference,
            generation: generation,
            monitor: server && Process.monitor(server),
            tokenizer?: serving.tokenizer != nil,
-           telemetry: {begun, metadata}
+           telemetry: {begun, metadata},
+           server: server,
+           model: serving.model.ref
          }}
     end
   end
 
-  defp native(serving, prompt, options, reference) do
+  defp native(serving, prompt, options, reference, _deadline) do
     tokenizer = serving.tokenizer && serving.tokenizer.ref
     adapter = options.adapter && options.adapter.ref
     options = Options.to_native(options)
@@ -59,41 +71,84 @@ defmodule Bombus.Serving.Request do
   """
   def next(%__MODULE__{reference: reference, monitor: monitor} = request) do
     receive do
-      {^reference, event} ->
-        received(request, event)
-
-      {:DOWN, ^monitor, :process, _pid, _reason} ->
-        cancel(request)
-        Error.error(:stopped, "the serving stopped")
+      {^reference, event} -> received(request, event)
+      {:DOWN, ^monitor, :process, _pid, reason} -> down(request, reason)
+    after
+      patience(request) -> overdue(request)
     end
   end
+
+  @doc "How long to wait for the next event: the engine here always says when the time is over."
+  def patience(%__MODULE__{deadline: :infinity}), do: :infinity
+  def patience(%__MODULE__{deadline: deadline}), do: Deadline.left(deadline + @grace)
 
   @doc "What a message of the engine says."
   def received(_request, {:chunk, _id, _text, _logprobs} = chunk), do: chunk
 
   def received(request, event) do
-    demonitor(request)
-    event |> Error.from_native() |> told(request.telemetry)
+    ended(request)
+    event = Error.from_native(event)
+
+    # The model's files have changed: the serving can load them again.
+    with {:error, %Error{reason: :io} = error} <- event,
+         server when is_pid(server) <- request.server,
+         do: Server.report(server, request.model, error)
+
+    told(event, request.telemetry)
+  end
+
+  @doc "What the end of the monitored process says: the serving's, or the owner's on another node."
+  def down(%__MODULE__{generation: owner} = request, reason) when is_pid(owner) do
+    ended(request)
+    Remote.lost(request, reason)
+  end
+
+  def down(request, _reason) do
+    cancel(request)
+    Error.error(:stopped, "the serving has stopped")
+  end
+
+  @doc "The other node has said nothing until the end of the time."
+  def overdue(%__MODULE__{generation: owner} = request) do
+    Remote.cancel(owner, request.reference)
+    ended(request)
+    Deadline.error()
   end
 
   @doc "Frees the sequence, and waits until the engine has said so."
-  def cancel(%__MODULE__{generation: generation} = request) do
-    if is_pid(generation),
-      do: Remote.cancel(generation, request.reference),
-      else: Native.cancel(generation)
+  def cancel(%__MODULE__{generation: owner} = request) when is_pid(owner) do
+    Remote.cancel(owner, request.reference)
+    drain(request, @patience)
+    ended(request)
+  end
 
-    request |> drain() |> told(request.telemetry)
-    demonitor(request)
+  def cancel(request) do
+    Native.cancel(request.generation)
+    request |> drain(:infinity) |> told(request.telemetry)
+    ended(request)
   end
 
   # Every request has exactly one end, also where it was cancelled. Only that of another node may
   # get lost, with the node.
-  defp drain(%{reference: reference, generation: generation, monitor: monitor} = request) do
+  defp drain(%{reference: reference, monitor: monitor} = request, patience) do
     receive do
-      {^reference, {:chunk, _id, _text, _logprobs}} -> drain(request)
+      {^reference, {:chunk, _id, _text, _logprobs}} -> drain(request, patience)
       {^reference, event} -> Error.from_native(event)
-      {:DOWN, ^monitor, :process, ^generation, _reason} -> :lost
+      {:DOWN, ^monitor, :process, _pid, _reason} when patience != :infinity -> :lost
+    after
+      patience -> :lost
     end
+  end
+
+  # Nothing of it comes any more, and nobody can cancel it.
+  defp ended(%__MODULE__{generation: owner} = request) when is_pid(owner) do
+    Requests.remove(request.reference)
+    Remote.forget(request)
+  end
+
+  defp ended(%__MODULE__{monitor: monitor} = request) do
+    Requests.remove(request.reference)
+    if monitor, do: Process.demonitor(monitor, [:flush])
   end
 
   @doc "All events to the end, as a result."
@@ -105,6 +160,14 @@ defmodule Bombus.Serving.Request do
       {:done, reason, usage} -> {:ok, result(request, chunks, reason, usage)}
       {:error, error} -> {:error, error}
     end
+  end
+
+  @doc "The result of a request that was cancelled before it began."
+  def cancelled(tokenizer?) do
+    summary = %{input: 0, cached: 0, output: 0, padding: 0}
+    text = if tokenizer?, do: ""
+    entry = %{text: text, token_ids: [], finish_reason: :cancelled, token_summary: summary}
+    %{results: [entry]}
   end
 
   @doc "Bumblebee's result, with more. `chunks`: the last first"
@@ -134,9 +197,6 @@ defmodule Bombus.Serving.Request do
     top = for {id, logprob} <- top, do: %{token_id: id, logprob: logprob}
     %{token_id: id, logprob: chosen, top: top}
   end
-
-  defp demonitor(%{monitor: nil}), do: :ok
-  defp demonitor(%{monitor: monitor}), do: Process.demonitor(monitor, [:flush])
 
   defp metadata(serving, options, reference) do
     %{

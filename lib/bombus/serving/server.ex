@@ -1,80 +1,215 @@
 defmodule Bombus.Serving.Server do
   @moduledoc false
-  # A named process that holds a serving. Requests do not pass through it: it hands the serving
-  # out, and its end is theirs. Those of other nodes are owned by processes that it starts.
+  # A named process that holds a serving. Another process loads the model, so that this one always
+  # answers. Requests do not pass through it: it hands the serving out, and its end is theirs.
 
   use GenServer
 
+  require Logger
+
   alias Bombus.{Error, Native}
-  alias Bombus.Serving.{Loader, Remote}
+  alias Bombus.Serving.Loader
 
   # How often it looks whether the last request has ended.
   @nap 5
 
+  # How long callers wait while the model loads, where nobody says.
+  @patience 60_000
+
+  # Before a load that has failed is tried again: doubled each time.
+  @first_pause 1_000
+  @longest_pause 60_000
+
+  defstruct [:options, :state, :serving, :loader, :progress, :ready_at, failures: 0, waiting: %{}]
+
   def start_link(options), do: GenServer.start_link(__MODULE__, options, name: options[:name])
 
-  @doc """
-  The serving, and the process whose end is that of its requests; an error where it is stopping.
-  Waits while it loads its model.
-  """
-  def checkout(name) do
-    GenServer.call(name, :checkout, :infinity)
-  end
+  @doc "A request has found that the model's files are no longer what was loaded."
+  def report(server, model, %Error{} = error), do: send(server, {:broken, model, error})
 
   @impl true
   def init(options) do
     Process.flag(:trap_exit, true)
+    state = %__MODULE__{options: options, state: :loading}
 
-    case Loader.serving(options) do
-      {:ok, serving} ->
-        # A group of its own, whose requests it can count.
-        group = Native.new_group(serving.limits)
-        serving = %{serving | group: group, name: options[:name]}
-        {:ok, %{serving: serving, drain: Keyword.get(options, :drain, 0)}}
-
-      {:error, error} ->
-        {:stop, error}
+    case Loader.given(options) do
+      nil -> {:ok, state, {:continue, :load}}
+      {:ok, serving} -> {:ok, ready(state, serving)}
+      {:error, error} -> {:stop, error}
     end
   end
 
   @impl true
-  def handle_call(:checkout, _from, state), do: {:reply, {:ok, state.serving, self()}, state}
+  def handle_continue(:load, state), do: {:noreply, load(state)}
 
-  def handle_call({:start, input, reference}, from, %{serving: serving} = state) do
-    server = self()
-    spawn(fn -> Remote.own(serving, input, server, from, reference) end)
-    {:noreply, state}
+  @impl true
+  def handle_call({:checkout, timeout}, from, state) do
+    case state.state do
+      :ready -> {:reply, {:ok, state.serving, self()}, state}
+      :loading -> {:noreply, wait(state, from, timeout)}
+      {:failed, error} -> {:reply, {:error, error}, state}
+    end
+  end
+
+  def handle_call(:status, _from, state), do: {:reply, status(state), state}
+
+  def handle_call(_other, _from, state) do
+    {:reply, Error.error(:unsupported, "another version of Bombus runs on #{node()}"), state}
   end
 
   @impl true
+  def handle_info(:load, %{state: {:failed, _error}} = state), do: {:noreply, load(state)}
+
+  def handle_info({:progress, loader, progress}, %{loader: loader} = state),
+    do: {:noreply, %{state | progress: progress}}
+
+  def handle_info({:loaded, loader, answer}, %{loader: loader} = state) do
+    case answer do
+      {:ok, serving} -> {:noreply, ready(state, serving)}
+      {:error, error} -> {:noreply, failed(state, error)}
+    end
+  end
+
+  def handle_info({:EXIT, loader, reason}, %{loader: loader} = state) do
+    {:error, error} = Error.error(:stopped, "what loaded the model has ended: #{inspect(reason)}")
+    {:noreply, failed(state, error)}
+  end
+
+  def handle_info({:broken, model, error}, %{serving: %{model: %{ref: model}}} = state) do
+    Native.close_group(state.serving.group)
+    {:noreply, broken(%{state | serving: nil}, error)}
+  end
+
+  def handle_info({:give_up, monitor}, state) do
+    {:error, error} = Error.error(:loading, "#{name(state)} still loads its model")
+    {:noreply, answer(state, [monitor], {:error, error})}
+  end
+
+  def handle_info({:cancel, pid}, state) do
+    theirs = for {monitor, {^pid, _tag}} <- state.waiting, do: monitor
+    {:noreply, answer(state, theirs, :cancelled)}
+  end
+
+  def handle_info({:DOWN, monitor, :process, _pid, _reason}, state),
+    do: {:noreply, %{state | waiting: Map.delete(state.waiting, monitor)}}
+
   def handle_info(_other, state), do: {:noreply, state}
+
+  @impl true
+  def terminate(_reason, state) do
+    if state.loader, do: Process.exit(state.loader, :kill)
+    answer(state, Map.keys(state.waiting), stopping())
+    if state.serving, do: drain(state.serving.group, Keyword.get(state.options, :drain, 0))
+  end
+
+  defp load(%{options: options} = state) do
+    server = self()
+
+    loader =
+      spawn_link(fn ->
+        tell = &send(server, {:progress, self(), &1})
+        send(server, {:loaded, self(), Loader.serving(options, tell)})
+      end)
+
+    %{state | state: :loading, loader: loader, progress: nil}
+  end
+
+  defp ready(state, serving) do
+    # A group of its own, whose requests it can count.
+    group = Native.new_group(serving.limits)
+    serving = %{serving | group: group, name: state.options[:name]}
+
+    %{state | state: :ready, serving: serving, loader: nil, progress: nil, ready_at: now()}
+    |> answer(Map.keys(state.waiting), {:ok, serving, self()})
+  end
+
+  # Nothing ends by it: a supervisor would try again at once, and soon give up.
+  defp failed(state, error) do
+    pause = min(@first_pause * 2 ** min(state.failures, 10), @longest_pause)
+
+    Logger.error(
+      "#{name(state)} could not load its model: #{Exception.message(error)}. " <>
+        "It tries again in #{div(pause, 1000)} s"
+    )
+
+    Process.send_after(self(), :load, pause)
+
+    %{state | state: {:failed, error}, loader: nil, progress: nil, failures: state.failures + 1}
+    |> answer(Map.keys(state.waiting), {:error, error})
+  end
+
+  # The next pause is the first again after a time without a fault.
+  defp broken(state, error) do
+    steady? = now() - state.ready_at > @longest_pause
+    failures = if steady?, do: 0, else: state.failures
+
+    cond do
+      Loader.given?(state.options) ->
+        Logger.error("#{name(state)} cannot go on: #{Exception.message(error)}")
+        %{state | state: {:failed, error}}
+
+      failures == 0 ->
+        Logger.warning("#{name(state)} loads its model again: #{Exception.message(error)}")
+        # The old model's memory, before there is a new one.
+        :erlang.garbage_collect()
+        load(%{state | failures: 1})
+
+      true ->
+        failed(%{state | failures: failures}, error)
+    end
+  end
+
+  defp wait(state, {caller, _tag} = from, timeout) do
+    monitor = Process.monitor(caller)
+    timeout = timeout || state.options[:timeout] || @patience
+    if timeout != :infinity, do: Process.send_after(self(), {:give_up, monitor}, timeout)
+    %{state | waiting: Map.put(state.waiting, monitor, from)}
+  end
+
+  defp answer(state, monitors, answer) do
+    {told, waiting} = Map.split(state.waiting, monitors)
+
+    for {monitor, from} <- told do
+      Process.demonitor(monitor, [:flush])
+      GenServer.reply(from, answer)
+    end
+
+    %{state | waiting: waiting}
+  end
+
+  defp status(%{serving: nil} = state) do
+    %{state: state.state, progress: state.progress, batch: 0, queue: map_size(state.waiting)}
+  end
+
+  defp status(%{serving: serving} = state) do
+    {batch, queue} = Native.requests(serving.model.ref)
+    %{state: state.state, progress: nil, batch: batch, queue: queue}
+  end
 
   # Nobody new comes in, and those who are there may end. What has not ended by then is cancelled
   # by the end of this process.
-  @impl true
-  def terminate(_reason, %{serving: serving, drain: drain}) do
-    Native.close_group(serving.group)
-
-    until =
-      if drain == :infinity, do: :infinity, else: System.monotonic_time(:millisecond) + drain
-
-    drain(serving.group, until)
+  defp drain(group, drain) do
+    Native.close_group(group)
+    drain_until(group, if(drain == :infinity, do: :infinity, else: now() + drain))
   end
 
   # An atom is above all numbers.
-  defp drain(group, until) do
-    if Native.group_size(group) > 0 and System.monotonic_time(:millisecond) < until do
+  defp drain_until(group, until) do
+    if Native.group_size(group) > 0 and now() < until do
       refuse()
-      drain(group, until)
+      drain_until(group, until)
     end
   end
 
   defp refuse do
     receive do
-      {:"$gen_call", from, _call} ->
-        GenServer.reply(from, Error.error(:stopped, "the serving is stopping"))
+      {:"$gen_call", from, _call} -> GenServer.reply(from, stopping())
     after
       @nap -> :ok
     end
   end
+
+  defp stopping, do: Error.error(:stopped, "the serving is stopping")
+  defp name(state), do: "the serving #{inspect(state.options[:name])}"
+  defp now, do: System.monotonic_time(:millisecond)
 end

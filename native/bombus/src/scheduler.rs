@@ -94,6 +94,11 @@ impl Scheduler {
         self.waiting.len()
     }
 
+    /// How many sequences run together.
+    pub fn batch_size(&self) -> usize {
+        self.running.len()
+    }
+
     /// A running sequence; none where it has been removed meanwhile.
     pub fn running(&mut self, id: u64) -> Option<&mut Sequence> {
         self.running.iter_mut().find(|sequence| sequence.id == id)

@@ -10,11 +10,13 @@ use bombus::error::Result;
 use bombus::sampler::{Logprobs, Sampling};
 use bombus::sequence::FinishReason;
 use rustler::{
-    Encoder, Env, LocalPid, Monitor, NifMap, NifTaggedEnum, Resource, ResourceArc, Term,
+    Encoder, Env, LocalPid, Monitor, NifMap, NifTaggedEnum, NifUntaggedEnum, Resource, ResourceArc,
+    Term,
 };
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-pub struct GenerationHandle(Generation);
+pub struct GenerationHandle(Arc<Generation>);
 
 #[rustler::resource_impl]
 impl Resource for GenerationHandle {
@@ -26,8 +28,20 @@ impl Resource for GenerationHandle {
     }
 }
 
+/// Cancels a request without keeping it: its end is that of the other handle.
+pub struct Canceller(Weak<Generation>);
+
+#[rustler::resource_impl]
+impl Resource for Canceller {}
+
+#[derive(NifUntaggedEnum)]
+enum Cancellable {
+    Generation(ResourceArc<GenerationHandle>),
+    Canceller(ResourceArc<Canceller>),
+}
+
 mod atoms {
-    rustler::atoms! { chunk, done, scores, error, stop, length, cancelled }
+    rustler::atoms! { ok, chunk, done, scores, error, stop, length, cancelled }
 }
 
 #[derive(NifTaggedEnum)]
@@ -127,7 +141,7 @@ fn events(env: Env, reference: Term) -> impl FnMut(Event) -> bool + Send + 'stat
 /// A handle of the request, which ends with its caller.
 fn monitored(env: Env, started: Result<Generation>) -> Term {
     let handle = started.map(|generation| {
-        let handle = ResourceArc::new(GenerationHandle(generation));
+        let handle = ResourceArc::new(GenerationHandle(Arc::new(generation)));
         env.monitor(&handle, &env.pid());
         handle
     });
@@ -135,9 +149,33 @@ fn monitored(env: Env, started: Result<Generation>) -> Term {
 }
 
 #[rustler::nif]
-fn cancel(handle: ResourceArc<GenerationHandle>) -> rustler::Atom {
-    handle.0.cancel();
-    rustler::types::atom::ok()
+fn canceller(handle: ResourceArc<GenerationHandle>) -> ResourceArc<Canceller> {
+    ResourceArc::new(Canceller(Arc::downgrade(&handle.0)))
+}
+
+#[rustler::nif]
+fn cancel(request: Cancellable) -> rustler::Atom {
+    match request {
+        Cancellable::Generation(handle) => handle.0.cancel(),
+        Cancellable::Canceller(handle) => {
+            if let Some(generation) = handle.0.upgrade() {
+                generation.cancel();
+            }
+        }
+    }
+    atoms::ok()
+}
+
+/// `{:ok, :ok}` at once, then one message: `{reference, :ok}` or `{reference, {:error, {reason, message}}}`.
+#[rustler::nif]
+fn check_adapter<'a>(
+    env: Env<'a>,
+    model: ResourceArc<ModelHandle>,
+    adapter: ResourceArc<AdapterHandle>,
+    reference: Term<'a>,
+) -> Term<'a> {
+    let sink = Sink::new(events(env, reference));
+    result_term(env, &model.0.fit(adapter.0.clone(), sink).map(|()| atoms::ok()))
 }
 
 fn term<'a>(env: Env<'a>, event: &Event) -> Term<'a> {
@@ -147,6 +185,7 @@ fn term<'a>(env: Env<'a>, event: &Event) -> Term<'a> {
         }
         // The engine answers with finite numbers only: another would be no term.
         Event::Scores(log_probs) => (atoms::scores(), log_probs).encode(env),
+        Event::Fits => atoms::ok().encode(env),
         Event::Failed(error) => (atoms::error(), error_term(env, error)).encode(env),
         Event::Done { reason, usage } => {
             let reason = match reason {

@@ -84,6 +84,7 @@ struct Spec {
     quantization: Option<QuantizationSpec>,
     /// The device that was taken.
     device: DeviceOption,
+    max_batch_size: usize,
     /// `generation_config.json`
     generation_config: String,
 }
@@ -113,8 +114,9 @@ fn load_model<'a>(
         let layout =
             options.quantization.map(|(bits, group_size)| Quantization { group_size, bits });
         let limits = options.limits.of_model(device);
+        let max_batch_size = limits.max_batch_size;
         let engine = Engine::load_quantized(&PathBuf::from(path), layout, device, limits)?;
-        let spec = spec(&engine, device);
+        let spec = spec(&engine, device, max_batch_size);
         Ok((ResourceArc::new(ModelHandle(engine)), spec))
     });
     result_term(env, &started.map(|()| rustler::types::atom::ok()))
@@ -172,6 +174,12 @@ fn save_model<'a>(
     result_term(env, &started.map(|()| rustler::types::atom::ok()))
 }
 
+/// How many requests run together, and how many more wait.
+#[rustler::nif]
+fn requests(model: ResourceArc<ModelHandle>) -> (usize, usize) {
+    model.0.requests()
+}
+
 /// A step, as Elixir hears of it; the duration in nanoseconds.
 #[derive(NifMap)]
 struct StepTerm {
@@ -217,7 +225,7 @@ fn fail_next_step(model: ResourceArc<ModelHandle>, fault: FaultOption) -> Atom {
     rustler::types::atom::ok()
 }
 
-fn spec(engine: &Engine, device: Device) -> Spec {
+fn spec(engine: &Engine, device: Device, max_batch_size: usize) -> Spec {
     let config = engine.config();
     Spec {
         family: config.model_type.clone(),
@@ -233,6 +241,7 @@ fn spec(engine: &Engine, device: Device) -> Spec {
             #[cfg(feature = "mlx")]
             Device::Mlx(mlx::Device::Cpu) => DeviceOption::MlxCpu,
         },
+        max_batch_size,
         generation_config: serde_json::Value::Object(config.generation.clone()).to_string(),
     }
 }

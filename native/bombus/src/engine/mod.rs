@@ -36,7 +36,7 @@ use crate::sequence::Task;
 use crate::tokenizer::TextStream;
 use queue::{Place, Queue};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Once, Weak};
 use std::time::Instant;
@@ -81,6 +81,11 @@ enum Command {
         sink: Sink,
         places: Vec<Place>,
     },
+    /// Whether an adapter fits the model.
+    Fit {
+        adapter: Arc<Adapter>,
+        sink: Sink,
+    },
     Cancel {
         id: u64,
     },
@@ -116,7 +121,7 @@ impl Command {
     fn discard(self) {
         match self {
             Command::Generate(order, _) => order.sink.discard(),
-            Command::Score { sink, .. } => sink.discard(),
+            Command::Score { sink, .. } | Command::Fit { sink, .. } => sink.discard(),
             _ => {}
         }
     }
@@ -126,6 +131,8 @@ impl Command {
 struct Inbox {
     receiver: Receiver<Command>,
     commands: Weak<Sender<Command>>,
+    /// How many sequences run together, for those who ask.
+    batch_size: Arc<AtomicUsize>,
 }
 
 /// The engine's thread ends when no handle holds this any more.
@@ -137,6 +144,7 @@ pub struct Engine {
     commands: Commands,
     encoder: Sender<Job>,
     queue: Queue,
+    batch_size: Arc<AtomicUsize>,
     next_id: AtomicU64,
     config: Arc<Config>,
     context: usize,
@@ -166,15 +174,18 @@ impl Engine {
         let encoder = encoder()?;
         let (commands, receiver) = mpsc::channel();
         let commands = Arc::new(commands);
+        let batch_size = Arc::<AtomicUsize>::default();
         let (ready, loaded) = mpsc::channel();
         threads::run({
             let (folder, config) = (folder.to_owned(), config.clone());
-            let inbox = Inbox { receiver, commands: Arc::downgrade(&commands) };
+            let (commands, batch_size) = (Arc::downgrade(&commands), batch_size.clone());
+            let inbox = Inbox { receiver, commands, batch_size };
             move || serve((&folder, layout), &config, device, limits, &ready, inbox)
         })?;
         loaded.recv().map_err(|_| Error::Stopped)??;
         let source = (folder.to_owned(), layout);
-        Ok(Self { commands, encoder, queue, next_id: AtomicU64::new(0), config, context, source })
+        let next_id = AtomicU64::new(0);
+        Ok(Self { commands, encoder, queue, batch_size, next_id, config, context, source })
     }
 
     /// Writes the checkpoint that was loaded to another folder, quantized where loading did that.
@@ -251,6 +262,17 @@ impl Engine {
         let id = generation.id;
         self.send(Command::Score { id, ids, adapter, sink, places })?;
         Ok(generation)
+    }
+
+    /// Binds an adapter, to see whether it fits the model. The sink gets one end: `Fits` or `Failed`.
+    pub fn fit(&self, adapter: Arc<Adapter>, sink: Sink) -> Result<()> {
+        self.send(Command::Fit { adapter, sink })
+    }
+
+    /// How many requests run together, and how many more wait.
+    pub fn requests(&self) -> (usize, usize) {
+        let running = self.batch_size.load(Relaxed);
+        (running, self.queue.taken().saturating_sub(running))
     }
 
     fn send(&self, command: Command) -> Result<()> {

@@ -22,6 +22,11 @@ impl Queue {
         Self { taken: Arc::default(), max }
     }
 
+    /// How many requests run or wait.
+    pub fn taken(&self) -> usize {
+        self.taken.load(Relaxed)
+    }
+
     /// An error at once where all places are taken.
     pub fn place(&self) -> Result<Place> {
         let one_more = |taken| (taken < self.max).then_some(taken + 1);

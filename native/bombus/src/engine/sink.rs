@@ -14,6 +14,8 @@ pub enum Event {
     Done { reason: FinishReason, usage: Usage },
     /// The end of a request for scores: ln p of every token but the first.
     Scores(Vec<f32>),
+    /// The end of a question whether an adapter fits: it does.
+    Fits,
     /// The end of a request that was not answered.
     Failed(Error),
 }

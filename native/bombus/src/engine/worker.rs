@@ -149,6 +149,10 @@ impl<B: Backend> Worker<B> {
                 let score = Score { id, ids, adapter, cache, log_probs, sink, share, places };
                 self.scores.push_back(score);
             }
+            Command::Fit { adapter, sink } => {
+                let fits = catch(|| self.bind(Some(&adapter)));
+                sink.end(fits.map_or_else(Event::Failed, |_| Event::Fits));
+            }
             Command::Cancel { id } => {
                 self.finish(id, Ok(FinishReason::Cancelled));
                 self.scores.retain(|score| score.id != id);
@@ -263,6 +267,7 @@ impl<B: Backend> Worker<B> {
                 self.finish(id, Err(error));
             }
         }
+        self.inbox.batch_size.store(self.scheduler.batch_size(), Relaxed);
         let chunks = self.scheduler.step();
         if chunks.is_empty() {
             return None;
@@ -379,6 +384,7 @@ impl<B: Backend> Worker<B> {
     }
 
     fn count(&mut self) {
+        self.inbox.batch_size.store(self.scheduler.batch_size(), Relaxed);
         let sequences = self.live.values().map(|live| &live.cache);
         let caches = sequences.chain(self.scores.iter().map(|score| &score.cache));
         let pages = caches.flat_map(|cache| self.decoder.pages(cache));
