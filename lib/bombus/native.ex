@@ -17,6 +17,8 @@ defmodule Bombus.Native do
   def load_adapter(_path, _scale, _reference), do: nif()
   def load_tokenizer(_path, _reference), do: nif()
   def generate(_model, _tokenizer, _adapter, _group, _prompt, _options, _reference), do: nif()
+  # Of a request with a window: so many of its chunks are read.
+  def acknowledge(_generation, _chunks), do: nif()
   # What cancels a generation without keeping it; `cancel` takes both.
   def canceller(_generation), do: nif()
   def cancel(_generation), do: nif()

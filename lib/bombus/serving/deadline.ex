@@ -17,5 +17,9 @@ defmodule Bombus.Serving.Deadline do
   def left(:infinity), do: :infinity
   def left(deadline), do: max(deadline - now(), 0)
 
+  @doc "The milliseconds that are left as the engine takes them; nil is no limit."
+  def timeout(:infinity), do: nil
+  def timeout(deadline), do: left(deadline)
+
   def error, do: Error.error(:timeout, "the request took longer than its :timeout")
 end

@@ -10,9 +10,9 @@ defmodule Bombus.Serving.Remote do
   In the caller: a request whose `generation` is the process that owns it. Its reference is an alias
   of the caller's, so that nothing comes any more once the caller has gone on to other things.
   """
-  def start(serving, input, server, deadline) do
+  def start(serving, input, server, deadline, window) do
     reference = :erlang.alias()
-    arguments = [input, server, self(), reference, Deadline.left(deadline)]
+    arguments = [input, server, self(), reference, Deadline.left(deadline), window]
 
     {owner, monitor} =
       :erlang.spawn_opt(node(server), __MODULE__, :own, arguments, [:monitor])
@@ -21,6 +21,7 @@ defmodule Bombus.Serving.Remote do
       reference: reference,
       generation: owner,
       monitor: monitor,
+      window: window,
       tokenizer?: serving.tokenizer != nil,
       deadline: deadline
     }
@@ -28,6 +29,9 @@ defmodule Bombus.Serving.Remote do
 
   @doc "In the caller: the end comes as for any other."
   def cancel(owner, reference), do: send(owner, {:cancel, reference})
+
+  @doc "In the caller, of a request with a window: one more chunk is read."
+  def acknowledge(owner, reference), do: send(owner, {:acknowledge, reference})
 
   @doc "In the caller: nothing comes any more."
   def forget(%Request{reference: reference, monitor: monitor}) do
@@ -59,21 +63,21 @@ defmodule Bombus.Serving.Remote do
   end
 
   @doc "On the serving's node: hands on what the engine says, and the errors of a start."
-  def own(input, server, caller, reference, timeout) do
+  def own(input, server, caller, reference, timeout, window) do
     monitor = Process.monitor(caller)
 
-    case start_here(input, server, timeout) do
+    case start_here(input, server, timeout, window) do
       {:ok, request} -> hand_on(request, monitor, reference)
       {:error, error} -> send(reference, {reference, {:error, error}})
     end
   end
 
   # Whoever waits for the answer does not see this process end.
-  defp start_here(input, server, timeout) do
+  defp start_here(input, server, timeout, window) do
     deadline = Deadline.new(timeout)
 
     with {:ok, serving, server} <- Client.checkout(server, timeout),
-         do: Request.start(serving, input, server, deadline)
+         do: Request.start(serving, input, server, deadline, window)
   rescue
     error ->
       Error.error(
@@ -85,9 +89,14 @@ defmodule Bombus.Serving.Remote do
   defp hand_on(%{reference: own, monitor: server} = request, caller, reference) do
     receive do
       {^own, event} ->
-        event = Request.received(request, event)
+        # Read is what the caller has read.
+        event = Request.received(%{request | window: nil}, event)
         send(reference, {reference, event})
         if match?({:chunk, _, _, _}, event), do: hand_on(request, caller, reference)
+
+      {:acknowledge, ^reference} ->
+        Native.acknowledge(request.generation, 1)
+        hand_on(request, caller, reference)
 
       {:cancel, ^reference} ->
         Native.cancel(request.generation)

@@ -6,7 +6,7 @@ defmodule Bombus.Serving.Request do
   alias Bombus.Serving.{Deadline, Options, Remote, Requests, Server}
 
   @enforce_keys [:reference, :generation, :monitor, :tokenizer?]
-  defstruct [:telemetry, :server, :model, deadline: :infinity] ++ @enforce_keys
+  defstruct [:telemetry, :server, :model, :window, deadline: :infinity] ++ @enforce_keys
 
   # Another node says that the time is over; where it does not say anything, it is over so much later.
   @grace 500
@@ -16,19 +16,23 @@ defmodule Bombus.Serving.Request do
 
   @doc """
   Starts a request. Where `server` is a process, its end is the request's; where that is on another
-  node, the request runs there.
+  node, the request runs there. With a `window`, so many chunks may lie unread in the mailbox: what
+  comes then is joined to one, and in the end the sequence waits for its reader.
   """
-  def start(%Serving{} = serving, input, server, deadline) when node(server) != node() do
-    request = Remote.start(serving, input, server, deadline)
+  def start(serving, input, server, deadline, window \\ nil)
+
+  def start(%Serving{} = serving, input, server, deadline, window) when node(server) != node() do
+    request = Remote.start(serving, input, server, deadline, window)
     Requests.add(request.reference, {:remote, request.generation})
     {:ok, request}
   end
 
-  def start(%Serving{} = serving, {prompt, options}, server, deadline) do
+  def start(%Serving{} = serving, {prompt, options}, server, deadline, window) do
     reference = make_ref()
     metadata = metadata(serving, options, reference)
     begun = Telemetry.start([:bombus, :generation], metadata)
-    started = native(serving, prompt, options, reference, deadline)
+    limits = %{timeout: Deadline.timeout(deadline), window: window}
+    started = native(serving, prompt, options, limits, reference)
 
     case started |> Error.from_native() |> told({begun, metadata}) do
       {:error, error} ->
@@ -43,6 +47,7 @@ defmodule Bombus.Serving.Request do
            generation: generation,
            monitor: server && Process.monitor(server),
            tokenizer?: serving.tokenizer != nil,
+           window: window,
            telemetry: {begun, metadata},
            server: server,
            model: serving.model.ref
@@ -50,10 +55,10 @@ defmodule Bombus.Serving.Request do
     end
   end
 
-  defp native(serving, prompt, options, reference, _deadline) do
+  defp native(serving, prompt, options, limits, reference) do
     tokenizer = serving.tokenizer && serving.tokenizer.ref
     adapter = options.adapter && options.adapter.ref
-    options = Options.to_native(options)
+    options = Map.merge(Options.to_native(options), limits)
 
     Native.generate(
       serving.model.ref,
@@ -83,7 +88,10 @@ defmodule Bombus.Serving.Request do
   def patience(%__MODULE__{deadline: deadline}), do: Deadline.left(deadline + @grace)
 
   @doc "What a message of the engine says."
-  def received(_request, {:chunk, _id, _text, _logprobs} = chunk), do: chunk
+  def received(request, {:chunk, _ids, _text, _logprobs} = chunk) do
+    if request.window, do: acknowledge(request)
+    chunk
+  end
 
   def received(request, event) do
     ended(request)
@@ -96,6 +104,11 @@ defmodule Bombus.Serving.Request do
 
     told(event, request.telemetry)
   end
+
+  defp acknowledge(%{generation: owner, reference: reference}) when is_pid(owner),
+    do: Remote.acknowledge(owner, reference)
+
+  defp acknowledge(%{generation: generation}), do: Native.acknowledge(generation, 1)
 
   @doc "What the end of the monitored process says: the serving's, or the owner's on another node."
   def down(%__MODULE__{generation: owner} = request, reason) when is_pid(owner) do
