@@ -25,91 +25,57 @@ defmodule Bombus do
   raises `ArgumentError`. Every `load_x` has a `load_x!`, which raises both.
   """
 
-  alias Bombus.{Adapter, Error, Hub, Model, Native, Source, Telemetry, Tokenizer}
+  alias Bombus.{Adapter, Error, Hub, Model, Native, Options, Source, Telemetry, Tokenizer}
 
   @type source :: Source.t()
 
-  @limits [:max_batch_size, :max_queue, :prefill_chunk, :max_context, :prefix_cache]
-  @load_model_options [:device, :backend, :threads, :quantization, :on_progress] ++ @limits
+  @type adapter_option ::
+          {:scale, number() | nil} | {:on_progress, (Hub.progress() -> term()) | nil}
+
+  @load_tokenizer [on_progress: Hub.Options.on_progress()]
+  # The engine computes in float32.
+  @load_adapter [
+    scale: [
+      type: {:number, -3.4e38, 3.4e38},
+      expected: "a number within float32",
+      doc: "takes the place of what `adapter_config.json` says, for every module"
+    ],
+    on_progress: Hub.Options.on_progress()
+  ]
+  @score [
+    adapter: [type: {:handle, Adapter}, doc: "an adapter to score with", by_default: "none"]
+  ]
 
   @doc """
   Loads a model: a folder with `config.json` and safetensors in MLX's format.
 
   ## Options
 
-    * `:device` - what the model runs on:
-        * `:auto` (default) - the GPU where MLX finds one, else the CPU
-        * `:gpu` - MLX on Metal or CUDA, or `{:error, %Bombus.Error{reason: :no_gpu}}`
-        * `:cpu` - Bombus's own kernels for CPUs, on the mapped file. Activations are float32; where
-          they meet quantized weights they are written in 16 bits a number (24 in a float32
-          checkpoint) with a scale for every group, more exact than bfloat16; keys and values are
-          kept in float16 (float32 in a float32 checkpoint)
-        * `{:mlx, :cpu}` - MLX's CPU device, for comparison, where MLX is built in
-    * `:threads` - of `:cpu`: how many threads work on a step, 1 to 1024, the physical cores by
-      default. All models share one pool, and take turns at it step by step
-    * `:backend` - as in Bumblebee: a module or `{module, device: device}`; only the device counts
-    * `:quantization` - `:int2` to `:int6`, `:int8`, or `[bits: 4, group_size: 64]` (64 is the default
-      group). A dense checkpoint is quantized while it is loaded, as `mlx_lm.convert` does it: layer by layer,
-      through a file in the system's folder for temporary files, where there must be room for the result.
-      One that is quantized already must agree, or the answer is
-      `{:error, %Bombus.Error{reason: :quantization_mismatch}}`
-    * `:max_batch_size` - how many sequences run together, 32 by default
-    * `:max_queue` - how many more requests may wait, 1024 by default; beyond that they are answered
-      with `{:error, %Bombus.Error{reason: :overloaded}}`
-    * `:prefill_chunk` - how many prompt tokens go into one step, beside a token of every sequence
-      that is being generated: what a long prompt holds the others up for. 64 by default
-      on `:cpu`, which is no slower there than more, 2048 on an NVIDIA card, else 512
-    * `:max_context` - how many tokens a sequence may have, prompt and all; what the model was made
-      for is the most, and the default
-    * `:prefix_cache` - how many bytes of keys and values of finished sequences are kept, 1 GiB by
-      default, 0 for none. A request whose tokens begin as those did, with the same adapter, computes
-      only the rest: the next turn of a conversation, the same instructions for another visitor. What
-      was used longest ago goes first
-
+  #{Options.docs(Model.Options.schema())}
   ## Examples
 
       {:ok, model} = Bombus.load_model({:local, "models/Qwen3-8B-MLX-4bit"}, device: :gpu)
       model.quantization
       #=> %{bits: 4, group_size: 64, mode: :affine, overrides: %{}}
   """
-  @spec load_model(source(), keyword()) :: {:ok, Model.t()} | {:error, Error.t()}
+  @spec load_model(source(), [Model.option()]) :: {:ok, Model.t()} | {:error, Error.t()}
   def load_model(source, options \\ []) do
-    options = options!(options, @load_model_options)
-    wanted = quantization!(options[:quantization])
-    on_progress = Hub.Options.on_progress!(options[:on_progress])
-
-    native = %{
-      device: device!(options),
-      threads: options[:threads] && positive!(options, :threads, 1024),
-      quantization: wanted && {wanted.bits, wanted[:group_size] || 64},
-      limits: limits!(options)
-    }
+    options = Options.validate!(options, Model.Options.schema(), "Bombus.load_model/2")
 
     Telemetry.load(:model, source, fn ->
-      with {:ok, path} <- Source.resolve(source, :model, on_progress),
+      with {:ok, path} <- Source.resolve(source, :model, options[:on_progress]),
+           native = Model.Options.native(options),
            {:ok, loaded} <- Native.await(&Native.load_model(path, native, &1)),
-           {:ok, model} <-
-             check_quantization(Model.from_native(loaded, Source.name(source)), wanted) do
+           model = Model.from_native(loaded, Source.name(source)),
+           :ok <- check_quantization(model, options[:quantization]) do
         Telemetry.watch(model)
         {:ok, model}
       end
     end)
   end
 
-  @doc false
-  # Of the names in `@limits`; what is not given is nil.
-  def limits!(options) do
-    Map.new(@limits, fn
-      :prefix_cache ->
-        {:prefix_cache, options[:prefix_cache] && limit!(options, :prefix_cache, 0)}
-
-      key ->
-        {key, options[key] && positive!(options, key)}
-    end)
-  end
-
   @doc "As `load_model/2`, but returns the model or raises."
-  @spec load_model!(source(), keyword()) :: Model.t()
+  @spec load_model!(source(), [Model.option()]) :: Model.t()
   def load_model!(source, options \\ []), do: Error.unwrap!(load_model(source, options))
 
   @doc """
@@ -124,18 +90,16 @@ defmodule Bombus do
       :ok = Bombus.save_model(model, "models/Qwen3-0.6B-4bit")
   """
   @spec save_model(Model.t(), Path.t()) :: :ok | {:error, Error.t()}
-  def save_model(%Model{} = model, path) when is_binary(path) do
+  def save_model(model, path) do
+    model = Options.handle!(model, Model)
+
+    unless Options.path?(path) do
+      raise ArgumentError, "expected the path of a folder, got: #{Options.show(path)}"
+    end
+
     with {:ok, _saved} <- Native.await(&Native.save_model(model.ref, Path.expand(path), &1)) do
       :ok
     end
-  end
-
-  def save_model(%Model{}, path) do
-    raise ArgumentError, "expected the path of a folder, got: #{inspect(path)}"
-  end
-
-  def save_model(other, _path) do
-    raise ArgumentError, "expected a model made by Bombus.load_model/2, got: #{inspect(other)}"
   end
 
   @doc """
@@ -153,45 +117,45 @@ defmodule Bombus do
 
   ## Options
 
-    * `:scale` - takes the place of what `adapter_config.json` says, for every module
-
+  #{Options.docs(@load_adapter)}
   ## Examples
 
       {:ok, adapter} = Bombus.load_adapter({:local, "adapters/my-posts"}, scale: 20.0)
   """
-  @spec load_adapter(source(), keyword()) :: {:ok, Adapter.t()} | {:error, Error.t()}
+  @spec load_adapter(source(), [adapter_option()]) :: {:ok, Adapter.t()} | {:error, Error.t()}
   def load_adapter(source, options \\ []) do
-    options = options!(options, [:scale, :on_progress])
-    scale = scale!(options[:scale])
-    on_progress = Hub.Options.on_progress!(options[:on_progress])
+    options = Options.validate!(options, @load_adapter, "Bombus.load_adapter/2")
+    scale = options[:scale] && options[:scale] * 1.0
 
     Telemetry.load(:adapter, source, fn ->
-      with {:ok, path} <- Source.resolve(source, :adapter, on_progress),
+      with {:ok, path} <- Source.resolve(source, :adapter, options[:on_progress]),
            {:ok, loaded} <- Native.await(&Native.load_adapter(path, scale, &1)) do
-        {ref, rank, scale} = loaded
-        {:ok, %Adapter{ref: ref, rank: rank, scale: scale}}
+        {:ok, Adapter.from_native(loaded, Source.name(source))}
       end
     end)
   end
 
   @doc "As `load_adapter/2`, but returns the adapter or raises."
-  @spec load_adapter!(source(), keyword()) :: Adapter.t()
+  @spec load_adapter!(source(), [adapter_option()]) :: Adapter.t()
   def load_adapter!(source, options \\ []), do: Error.unwrap!(load_adapter(source, options))
 
   @doc """
   Loads a tokenizer: a folder with `tokenizer.json`, and the chat template beside it.
 
+  ## Options
+
+  #{Options.docs(@load_tokenizer)}
   ## Examples
 
       {:ok, tokenizer} = Bombus.load_tokenizer({:local, "models/Qwen3-8B-MLX-4bit"})
   """
-  @spec load_tokenizer(source(), keyword()) :: {:ok, Tokenizer.t()} | {:error, Error.t()}
+  @spec load_tokenizer(source(), on_progress: (Hub.progress() -> term()) | nil) ::
+          {:ok, Tokenizer.t()} | {:error, Error.t()}
   def load_tokenizer(source, options \\ []) do
-    options = options!(options, [:on_progress])
-    on_progress = Hub.Options.on_progress!(options[:on_progress])
+    options = Options.validate!(options, @load_tokenizer, "Bombus.load_tokenizer/2")
 
     Telemetry.load(:tokenizer, source, fn ->
-      with {:ok, path} <- Source.resolve(source, :tokenizer, on_progress),
+      with {:ok, path} <- Source.resolve(source, :tokenizer, options[:on_progress]),
            {:ok, loaded} <- Native.await(&Native.load_tokenizer(path, &1)) do
         {ref, vocab_size, chat_template?} = loaded
         {:ok, %Tokenizer{ref: ref, vocab_size: vocab_size, chat_template?: chat_template?}}
@@ -200,7 +164,7 @@ defmodule Bombus do
   end
 
   @doc "As `load_tokenizer/2`, but returns the tokenizer or raises."
-  @spec load_tokenizer!(source(), keyword()) :: Tokenizer.t()
+  @spec load_tokenizer!(source(), on_progress: (Hub.progress() -> term()) | nil) :: Tokenizer.t()
   def load_tokenizer!(source, options \\ []), do: Error.unwrap!(load_tokenizer(source, options))
 
   @doc """
@@ -210,25 +174,20 @@ defmodule Bombus do
 
   ## Options
 
-    * `:adapter` - an adapter to score with; none by default
-
+  #{Options.docs(@score)}
   ## Examples
 
       {:ok, logprobs} = Bombus.score(model, [1, 15, 27], adapter: adapter)
   """
-  @spec score(Model.t(), [non_neg_integer()], keyword()) :: {:ok, [float()]} | {:error, Error.t()}
-  def score(model, token_ids, options \\ [])
-
-  def score(%Model{} = model, token_ids, options) do
-    options = options!(options, [:adapter])
-    Bombus.Serving.Input.token_ids!(token_ids, model)
-    adapter = Bombus.Serving.Options.adapter!(options[:adapter])
-    score = &Native.score(model.ref, token_ids, adapter && adapter.ref, &1)
+  @spec score(Model.t(), [non_neg_integer()], adapter: Adapter.t() | nil) ::
+          {:ok, [float()]} | {:error, Error.t()}
+  def score(model, token_ids, options \\ []) do
+    model = Options.handle!(model, Model)
+    options = Options.validate!(options, @score, "Bombus.score/3")
+    Model.token_ids!(model, token_ids)
+    adapter = options[:adapter] && options[:adapter].ref
+    score = &Native.score(model.ref, token_ids, adapter, &1)
     with {:scores, log_probs} <- Native.await(score, &Native.cancel/1), do: {:ok, log_probs}
-  end
-
-  def score(other, _token_ids, _options) do
-    raise ArgumentError, "expected a model made by Bombus.load_model/2, got: #{inspect(other)}"
   end
 
   @doc """
@@ -244,103 +203,11 @@ defmodule Bombus do
   @spec memory_info() :: %{atom() => non_neg_integer()}
   def memory_info, do: Native.memory_info() |> Error.from_native() |> Error.unwrap!()
 
-  @of_sources [:revision, :cache_dir, :auth_token, :offline, :subdir]
+  defp check_quantization(_model, nil), do: :ok
 
-  @doc false
-  def options!(options, known) do
-    unless Keyword.keyword?(options) do
-      raise ArgumentError, "expected the options to be a keyword list, got: #{inspect(options)}"
-    end
-
-    # A value may be a token.
-    case Enum.filter(Keyword.keys(options) -- known, &(&1 in @of_sources)) do
-      [] ->
-        Keyword.validate!(options, known)
-
-      misplaced ->
-        raise ArgumentError,
-              "expected #{inspect(misplaced)} in the source: {:hf, \"owner/name\", options}"
-    end
-  end
-
-  @doc false
-  def device!(options) do
-    case options[:device] || backend_device!(options[:backend]) do
-      device when device in [:auto, :gpu, :cpu] ->
-        device
-
-      {:mlx, :cpu} ->
-        :mlx_cpu
-
-      other ->
-        raise ArgumentError,
-              "expected :device to be :auto, :gpu, :cpu or {:mlx, :cpu}, got: #{inspect(other)}"
-    end
-  end
-
-  defp backend_device!(module) when is_atom(module), do: :auto
-
-  defp backend_device!(backend) do
-    with {module, options} when is_atom(module) <- backend,
-         true <- Keyword.keyword?(options) do
-      Keyword.get(options, :device, :auto)
-    else
-      _other ->
-        raise ArgumentError,
-              "expected :backend to be a module or {module, device: device}, " <>
-                "got: #{inspect(backend)}"
-    end
-  end
-
-  defp positive!(options, key, most \\ 0x7FFFFFFF), do: limit!(options, key, 1, most)
-
-  defp limit!(options, key, least, most \\ 0x7FFFFFFFFFFF) do
-    case Keyword.fetch!(options, key) do
-      value when is_integer(value) and value in least..most//1 ->
-        value
-
-      other ->
-        raise ArgumentError,
-              "expected #{inspect(key)} to be a whole number in #{least}..#{most}, " <>
-                "got: #{inspect(other)}"
-    end
-  end
-
-  # The engine computes in float32.
-  @largest 3.4e38
-
-  defp scale!(nil), do: nil
-  defp scale!(scale) when is_number(scale) and abs(scale) <= @largest, do: scale * 1.0
-
-  defp scale!(other) do
-    raise ArgumentError, "expected :scale to be a number within float32, got: #{inspect(other)}"
-  end
-
-  @bits %{int2: 2, int3: 3, int4: 4, int5: 5, int6: 6, int8: 8}
-
-  # -> the bits, and the group size where that is given
-  defp quantization!(nil), do: nil
-  defp quantization!(name) when is_map_key(@bits, name), do: %{bits: @bits[name]}
-
-  defp quantization!(options) do
-    with true <-
-           Keyword.keyword?(options) and Keyword.keys(options) -- [:bits, :group_size] == [],
-         %{bits: bits} = wanted when bits in [2, 3, 4, 5, 6, 8] <- Map.new(options),
-         true <- Map.get(wanted, :group_size, 64) in [32, 64, 128] do
-      wanted
-    else
-      _other ->
-        raise ArgumentError,
-              "expected :quantization to be one of #{inspect(Map.keys(@bits))}, or bits: (2 to 6, 8) and " <>
-                "group_size: (32, 64, 128), got: #{inspect(options)}"
-    end
-  end
-
-  defp check_quantization(model, nil), do: {:ok, model}
-
-  defp check_quantization(%{quantization: quantization} = model, wanted) do
+  defp check_quantization(%{quantization: quantization}, wanted) do
     if Map.take(quantization, Map.keys(wanted)) == wanted do
-      {:ok, model}
+      :ok
     else
       Error.error(
         :quantization_mismatch,

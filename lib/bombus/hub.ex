@@ -7,19 +7,7 @@ defmodule Bombus.Hub do
 
   A source is `{:hf, id}` or `{:hf, id, options}`:
 
-    * `:revision` - a branch, a tag or a commit's hash, `"main"` by default. With a hash the Hub is
-      not even asked where all is in the cache
-    * `:subdir` - the folder within the repository
-    * `:auth_token` - for what is private or gated; `false` for none. By default `HF_TOKEN`, else what
-      `hf auth login` has left. It is sent to the endpoint alone, never to the hosts that files
-      come from, and it is not shown in logs, errors or `inspect`
-    * `:cache_dir` - the cache's folder. By default `HF_HUB_CACHE`, else `hub` in `HF_HOME`, else
-      `~/.cache/huggingface/hub`
-    * `:offline` - `true`: only what is in the cache. By default as `HF_HUB_OFFLINE` says
-    * `:on_progress` - a function that is called with a `t:progress/0` about ten times a second, in the
-      calling process. Without one there is a bar where the standard error is a terminal
-      (not where `HF_HUB_DISABLE_PROGRESS_BARS` is `1`)
-
+  #{Bombus.Options.docs(Bombus.Hub.Options.schema())}
   `HF_ENDPOINT` names another Hub, or a mirror. Proxies are those of `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY`.
 
   ## The cache
@@ -70,7 +58,24 @@ defmodule Bombus.Hub do
 
   @type kind :: :model | :tokenizer | :adapter | :any
 
+  @typedoc "An option of a source."
+  @type option ::
+          {:revision, String.t() | nil}
+          | {:subdir, String.t() | nil}
+          | {:auth_token, String.t() | false | nil}
+          | {:cache_dir, Path.t() | nil}
+          | {:offline, boolean() | nil}
+          | {:on_progress, (progress() -> term()) | nil}
+
   @kinds [:model, :tokenizer, :adapter, :any]
+  @kind [
+    kind: [
+      type: {:in, @kinds},
+      default: :any,
+      doc:
+        "`:model`, `:tokenizer`, `:adapter`, or `:any`: the model and its tokenizer, or the adapter"
+    ]
+  ]
 
   @doc """
   Downloads what is needed of a repository, and returns the folder.
@@ -79,18 +84,15 @@ defmodule Bombus.Hub do
 
   Those of a source, and
 
-    * `:kind` - `:model`, `:tokenizer`, `:adapter`, or `:any` (default): the model and its tokenizer, or
-      the adapter
-
+  #{Bombus.Options.docs(@kind)}
   ## Examples
 
       {:ok, folder} = Bombus.Hub.download("mlx-community/Qwen3-0.6B-4bit")
   """
-  @spec download(id(), keyword()) :: {:ok, Path.t()} | {:error, Error.t()}
+  @spec download(id(), [option() | {:kind, kind()}]) :: {:ok, Path.t()} | {:error, Error.t()}
   def download(id, options \\ []) do
-    Options.check!(id, options, [:kind])
-    {kind, options} = Keyword.pop(options, :kind, :any)
-    fetch(id, options, kind!(kind))
+    {kind, options} = id |> Options.validate!(options, @kind) |> Keyword.pop!(:kind)
+    fetch(id, options, kind)
   end
 
   @doc """
@@ -102,20 +104,20 @@ defmodule Bombus.Hub do
       Bombus.Hub.cached?({:hf, "mlx-community/Qwen3-0.6B-4bit"})
       Bombus.Hub.cached?("mlx-community/Qwen3-0.6B-4bit", :tokenizer)
   """
-  @spec cached?(id() | {:hf, id()} | {:hf, id(), keyword()}, kind()) :: boolean()
+  @spec cached?(id() | {:hf, id()} | {:hf, id(), [option()]}, kind()) :: boolean()
   def cached?(source, kind \\ :any)
   def cached?({:hf, id}, kind), do: cached?({:hf, id, []}, kind)
   def cached?(id, kind) when is_binary(id), do: cached?({:hf, id, []}, kind)
 
   def cached?({:hf, id, options}, kind) do
     wanted = Options.wanted!(id, options)
-    kind = kind!(kind)
+    kind = Bombus.Options.value!(:kind, kind, @kind[:kind])
     match?({:ok, _folder}, Native.await(&Native.cached(wanted, kind, &1)))
   end
 
   def cached?(other, _kind) do
     raise ArgumentError,
-          "expected {:hf, \"owner/name\"}, got: #{inspect(Bombus.Source.hide_token(other))}"
+          "expected {:hf, \"owner/name\"}, got: #{Bombus.Options.show(other)}"
   end
 
   @doc false
@@ -163,11 +165,5 @@ defmodule Bombus.Hub do
     after
       0 -> :ok
     end
-  end
-
-  defp kind!(kind) when kind in @kinds, do: kind
-
-  defp kind!(other) do
-    raise ArgumentError, "expected :kind to be one of #{inspect(@kinds)}, got: #{inspect(other)}"
   end
 end

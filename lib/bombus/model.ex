@@ -15,15 +15,41 @@ defmodule Bombus.Model do
   holds the struct and nothing is being generated with it.
   """
 
+  alias Bombus.Options
+
   @type t :: %__MODULE__{
           name: String.t(),
-          spec: map(),
-          quantization: map() | nil,
+          spec: %{
+            family: String.t(),
+            layers: pos_integer(),
+            context: pos_integer(),
+            hidden_size: pos_integer(),
+            vocab_size: pos_integer()
+          },
+          quantization:
+            %{bits: pos_integer(), group_size: pos_integer(), mode: atom(), overrides: map()}
+            | nil,
           device: :cpu | :gpu | {:mlx, :cpu},
           max_batch_size: pos_integer(),
           generation_config: map(),
           ref: reference()
         }
+
+  @typedoc "An option of `Bombus.load_model/2`."
+  @type option ::
+          {:device, :auto | :gpu | :cpu | {:mlx, :cpu} | nil}
+          | {:backend, module() | {module(), keyword()} | nil}
+          | {:threads, 1..1024 | nil}
+          | {:quantization, quantization() | nil}
+          | {:max_batch_size, pos_integer() | nil}
+          | {:max_queue, pos_integer() | nil}
+          | {:prefill_chunk, pos_integer() | nil}
+          | {:max_context, pos_integer() | nil}
+          | {:prefix_cache, non_neg_integer() | nil}
+          | {:on_progress, (Bombus.Hub.progress() -> term()) | nil}
+
+  @type quantization ::
+          :int2 | :int3 | :int4 | :int5 | :int6 | :int8 | [bits: 2..8, group_size: 32 | 64 | 128]
 
   @derive {Inspect, only: [:name, :spec, :quantization, :device]}
   @enforce_keys [:ref, :name, :spec, :quantization, :device, :max_batch_size, :generation_config]
@@ -40,6 +66,23 @@ defmodule Bombus.Model do
       max_batch_size: native.max_batch_size,
       generation_config: JSON.decode!(native.generation_config)
     }
+  end
+
+  @doc false
+  # Raises where the ids are no token ids of the model.
+  def token_ids!(%__MODULE__{spec: %{vocab_size: vocab_size}}, ids) do
+    unless ids != [] and Options.proper_list?(ids) do
+      raise ArgumentError, "expected a list of at least one token id, got: #{Options.show(ids)}"
+    end
+
+    case Enum.find(ids, :none, &(not (is_integer(&1) and &1 in 0..(vocab_size - 1)))) do
+      :none ->
+        ids
+
+      wrong ->
+        raise ArgumentError,
+              "expected token ids in 0..#{vocab_size - 1}, got: #{Options.show(wrong)}"
+    end
   end
 
   defp quantization(quantization) do

@@ -39,7 +39,7 @@ defmodule Bombus.Quantization do
   What does not fit together raises `ArgumentError`, what goes wrong at run time `Bombus.Error`.
   """
 
-  alias Bombus.{Error, Native, Safetensors, Tensor}
+  alias Bombus.{Device, Error, Native, Options, Safetensors, Tensor}
 
   # Asked for when they are used: the package works without Nx.
   @compile {:no_warn_undefined, [Nx]}
@@ -198,13 +198,14 @@ defmodule Bombus.Quantization do
 
   @modes [mxfp4: {32, 4}, mxfp8: {32, 8}, nvfp4: {16, 4}]
 
+  @options [mode: [default: :affine, doc: "MLX's mode"]] ++ Device.schema()
+
   defp options!(options, group_size, bits) do
-    options = Keyword.validate!(options, [:device, :backend, mode: :affine])
-    {mode, device} = Keyword.pop!(options, :mode)
-    layout!(mode, group_size, bits)
+    options = Options.validate!(options, @options, "Bombus.Quantization")
+    layout!(options[:mode], group_size, bits)
     # No model is here, whose device it could be.
-    device = if device == [], do: :cpu, else: Bombus.device!(device)
-    %{device: device, mode: mode, group_size: group_size, bits: bits, transpose: true}
+    device = Device.native(options, :cpu)
+    %{device: device, mode: options[:mode], group_size: group_size, bits: bits, transpose: true}
   end
 
   defp layout!(:affine, group_size, bits) do

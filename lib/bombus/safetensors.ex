@@ -20,7 +20,7 @@ defmodule Bombus.Safetensors do
   for what is no such file.
   """
 
-  alias Bombus.{Error, Native, Tensor}
+  alias Bombus.{Error, Native, Options, Tensor}
 
   @types %{
     "BOOL" => {:bool, 8},
@@ -48,6 +48,16 @@ defmodule Bombus.Safetensors do
   }
   @dtypes Map.new(@types, fn {dtype, type} -> {type, dtype} end)
 
+  @as [
+    as: [
+      type: {:in, [:bombus, :nx]},
+      default: :bombus,
+      doc: "`:nx` for tensors of Nx, which are copied; `:bombus` for `Bombus.Tensor`"
+    ]
+  ]
+  @read [only: [type: {:list, :string}, doc: "a list of names", by_default: "all"]] ++ @as
+  @write [metadata: [type: {:custom, {__MODULE__, :check_metadata}}, doc: "a map of strings"]]
+
   @type tensor :: Tensor.t() | struct()
 
   @doc """
@@ -55,13 +65,12 @@ defmodule Bombus.Safetensors do
 
   ## Options
 
-    * `:only` - a list of names
-    * `:as` - `:nx` for tensors of Nx, which are copied; `:bombus` (default) for `Bombus.Tensor`
+  #{Options.docs(@read)}
   """
   @spec read(Path.t(), keyword()) :: {:ok, %{String.t() => tensor()}} | {:error, Error.t()}
   def read(path, options \\ []) do
-    options = Keyword.validate!(options, [:only, as: :bombus])
-    as = as!(options[:as])
+    options = Options.validate!(options, @read, "Bombus.Safetensors.read/2")
+    as = as(options[:as])
 
     with {:ok, {files, entries, _metadata}} <- open(path) do
       known = Map.new(entries, fn {name, dtype, shape} -> {name, {dtype, shape}} end)
@@ -95,7 +104,7 @@ defmodule Bombus.Safetensors do
   @doc "One tensor; `:as` is that of `read/2`. A name that is not there is `:not_found`."
   @spec read_tensor(Path.t(), String.t(), keyword()) :: {:ok, tensor()} | {:error, Error.t()}
   def read_tensor(path, name, options \\ []) when is_binary(name) do
-    options = Keyword.validate!(options, as: :bombus)
+    options = Options.validate!(options, @as, "Bombus.Safetensors.read_tensor/3")
 
     with {:ok, tensors} <- read(path, only: [name], as: options[:as]) do
       {:ok, tensors[name]}
@@ -107,11 +116,11 @@ defmodule Bombus.Safetensors do
 
   ## Options
 
-    * `:metadata` - a map of strings
+  #{Options.docs(@write)}
   """
   @spec write(Path.t(), %{String.t() => tensor()}, keyword()) :: :ok | {:error, Error.t()}
   def write(path, tensors, options \\ []) do
-    options = Keyword.validate!(options, metadata: nil)
+    options = Options.validate!(options, @write, "Bombus.Safetensors.write/3")
     entries = Enum.map(tensors, &entry!/1)
     names = Enum.map(entries, &elem(&1, 0))
 
@@ -120,7 +129,7 @@ defmodule Bombus.Safetensors do
             "expected different names, none of them \"__metadata__\", got: #{inspect(names)}"
     end
 
-    metadata = metadata!(options[:metadata])
+    metadata = options[:metadata]
 
     with {:ok, _written} <-
            Native.await(&Native.write_tensors(Path.expand(path), entries, metadata, &1)) do
@@ -166,22 +175,13 @@ defmodule Bombus.Safetensors do
     raise ArgumentError, "expected tensors by their names, got: #{inspect(other)}"
   end
 
-  defp metadata!(nil), do: nil
-
-  defp metadata!(metadata) do
+  @doc false
+  def check_metadata(metadata) do
     if is_map(metadata) and Enum.all?(metadata, fn {k, v} -> is_binary(k) and is_binary(v) end),
-      do: metadata,
-      else:
-        raise(
-          ArgumentError,
-          "expected :metadata to be a map of strings, got: #{inspect(metadata)}"
-        )
+      do: {:ok, metadata},
+      else: {:error, "a map of strings"}
   end
 
-  defp as!(:bombus), do: & &1
-  defp as!(:nx), do: &Tensor.to_nx/1
-
-  defp as!(other) do
-    raise ArgumentError, "expected :as to be :bombus or :nx, got: #{inspect(other)}"
-  end
+  defp as(:bombus), do: & &1
+  defp as(:nx), do: &Tensor.to_nx/1
 end

@@ -48,31 +48,7 @@ defmodule Bombus.Serving do
 
   For a serving, and for each request in its map:
 
-    * `:max_new_tokens` - 256 by default; the context of the model is a limit too
-    * `:min_new_tokens` - the model's own end of a text does not come before there are so many; a
-      stop string may. 0 by default
-    * `:max_context` - how many tokens prompt and text may have together, within the model's context
-    * `:temperature` - 0 is greedy
-    * `:top_k` - only the k most probable tokens; 0 is all
-    * `:top_p` - only the most probable tokens that make up this share, in 0.0..1.0
-    * `:min_p` - only tokens with at least this share of the highest probability, in 0.0..1.0
-    * `:repetition_penalty` - divides the positive logits of tokens that were there before, and
-      multiplies the negative ones; 1.0 is none
-    * `:presence_penalty` - taken from the logits of tokens that were generated before; 0.0 is none
-    * `:frequency_penalty` - the same, once for each time; 0.0 is none
-    * `:logit_bias` - `%{token_id => number}`: added to the logits of these tokens; -1.0e6 bans one
-    * `:logprobs` - a whole number n in 0..100: the result says for every token how probable the model
-      found it, and which n it found most probable
-    * `:seed` - a whole number in 0..2**64-1: the same seed draws the same text; random by default
-    * `:stop` - a string or a list of strings that end the text, and are not part of it; needs a tokenizer
-    * `:adapter` - made by `Bombus.load_adapter/2`; `nil` is none
-    * `:chat_template` - `false` completes a string as it stands
-    * `:template_options` - what the chat template takes, such as `%{enable_thinking: false}`
-    * `:stream` - `true` makes `run/2` and `batched_run/2` return a stream
-    * `:stream_done` - `true` ends a stream with `{:done, result}`
-    * `:compile` - as in Bumblebee, `[batch_size: n, sequence_length: n]`: `:sequence_length` bounds
-      prompt and text together, beside the model's context; nothing is compiled
-
+  #{Bombus.Options.docs(Bombus.Serving.Options.schema())}
   For a serving alone:
 
     * `:max_batch_size`, `:max_queue`, `:prefill_chunk` - as in `Bombus.load_model/2`, for the requests
@@ -83,7 +59,13 @@ defmodule Bombus.Serving do
   `generation_config.json`; its temperature, top_p, top_k and min_p count where it says `do_sample`.
   Otherwise generation is greedy.
 
-  A wrong input or option raises `ArgumentError`.
+  ## Errors
+
+  What the caller's code got wrong raises `ArgumentError`: an unknown option, a value out of range, an
+  input that is none, a token id outside the vocabulary. What a visitor may have typed does not:
+  an empty text, one that is not UTF-8, or one that is too long is `{:error, %Bombus.Error{}}` with
+  `:bad_request` or `:prompt_too_long`, in a list of inputs in its place, and raised by a stream. So
+  is all that happens at run time.
 
   ## Results
 
@@ -132,8 +114,31 @@ defmodule Bombus.Serving do
           group: reference() | nil,
           name: term()
         }
-  @type input :: String.t() | map()
-  @type result :: %{results: [map()]}
+  @typedoc """
+  A string, or a map with one of `:text`, `:messages` and `:token_ids`, and options beside it; names
+  may be strings.
+  """
+  @type input :: String.t() | %{optional(atom() | String.t()) => term()}
+
+  @type result :: %{
+          results: [
+            %{
+              required(:text) => String.t() | nil,
+              required(:token_ids) => [non_neg_integer()],
+              required(:finish_reason) => :stop | :length | :cancelled,
+              required(:token_summary) => %{
+                input: non_neg_integer(),
+                cached: non_neg_integer(),
+                output: non_neg_integer(),
+                padding: 0
+              },
+              optional(:logprobs) => [
+                %{token_id: non_neg_integer(), logprob: float(), top: [map()]}
+              ]
+            }
+          ]
+        }
+
   @type status :: %{
           state: :loading | :ready | {:failed, Error.t()},
           progress: Bombus.Hub.progress() | nil,
@@ -141,11 +146,8 @@ defmodule Bombus.Serving do
           queue: non_neg_integer()
         }
 
-  @derive {Inspect, only: [:model, :tokenizer]}
   @enforce_keys [:model, :tokenizer, :options, :limits]
   defstruct [:group, :name | @enforce_keys]
-
-  @limits [:max_batch_size, :max_queue, :prefill_chunk]
 
   @doc """
   A serving of a model, with the options of all its requests.
@@ -154,31 +156,22 @@ defmodule Bombus.Serving do
   plain data.
   """
   @spec new(Model.t(), Tokenizer.t() | nil, keyword()) :: t()
-  def new(model, tokenizer, options \\ [])
-
-  def new(%Model{} = model, tokenizer, options) when is_list(options) do
-    unless Keyword.keyword?(options) do
-      raise ArgumentError, "expected the options to be a keyword list, got: #{inspect(options)}"
-    end
-
-    {limits, options} = Enum.split_with(options, &match?({key, _value} when key in @limits, &1))
-    limits = Bombus.limits!(limits)
+  def new(model, tokenizer, options \\ []) do
+    model = Bombus.Options.handle!(model, Model)
+    table = Model.Options.limits() ++ Options.schema()
+    options = Bombus.Options.given!(options, table, "Bombus.Serving.new/3")
+    {limits, options} = Keyword.split(options, Keyword.keys(Model.Options.limits()))
+    Input.adapter!(options[:adapter], model)
+    narrower? = Enum.any?(limits, fn {_key, limit} -> limit end)
+    limits = Model.Options.native_limits(limits)
 
     %__MODULE__{
       model: model,
       tokenizer: tokenizer!(tokenizer, model),
       options: Options.new!(options, model),
       limits: limits,
-      group: if(Enum.any?(limits, fn {_key, limit} -> limit end), do: Native.new_group(limits))
+      group: if(narrower?, do: Native.new_group(limits))
     }
-  end
-
-  def new(%Model{}, _tokenizer, other) do
-    raise ArgumentError, "expected the options to be a keyword list, got: #{inspect(other)}"
-  end
-
-  def new(other, _tokenizer, _options) do
-    raise ArgumentError, "expected a model made by Bombus.load_model/2, got: #{inspect(other)}"
   end
 
   @doc """
@@ -203,7 +196,7 @@ defmodule Bombus.Serving do
   """
   @spec stream(t() | GenServer.server(), input()) :: Enumerable.t()
   def stream(%__MODULE__{} = serving, input),
-    do: stream_with(serving, Input.normalize!(input, serving), nil)
+    do: stream_with(serving!(serving, "stream/2"), Input.normalize!(input, serving), nil)
 
   def stream(name, input) do
     case Client.checkout(name, timeout(input)) do
@@ -237,9 +230,10 @@ defmodule Bombus.Serving do
 
   # How long a model that loads is waited for; of a list, for the input that waits longest.
   defp timeout(inputs) when is_list(inputs),
-    do: inputs |> Enum.map(&timeout/1) |> Enum.max_by(&(&1 || 0), fn -> nil end)
+    do: inputs |> Input.list!() |> Enum.map(&timeout/1) |> Enum.max_by(&(&1 || 0), fn -> nil end)
 
   defp timeout(%{timeout: timeout}), do: Options.timeout!(timeout)
+  defp timeout(%{"timeout" => timeout}), do: Options.timeout!(timeout)
   defp timeout(_input), do: nil
 
   @doc """
@@ -309,16 +303,9 @@ defmodule Bombus.Serving do
 
   ## Options
 
-    * `:name` - the name to call it by, any that a `GenServer` takes; required
-    * `:serving` - made by `new/3`, or
-    * `:model` - a model, or the source of one, which is loaded when the process starts. With it go
-      the options of `new/3`, and:
-        * `:tokenizer` - a tokenizer, a source, or `nil`; the source of the model by default, required
-          beside a model that is loaded
-        * `:adapter` - an adapter, or a source
-        * those of `Bombus.load_model/2`, where the model is a source: they are the model's
-    * `:drain` - how many milliseconds requests may go on when the process is told to stop, or
-      `:infinity`; meanwhile new ones are refused. 0 by default: all are cancelled
+  #{Bombus.Options.docs(Bombus.Serving.Loader.schema())}
+  With a model go the options of `new/3`, whose `:adapter` may be a source, and with the source of a
+  model those of `Bombus.load_model/2`.
   """
   @spec child_spec(keyword()) :: Supervisor.child_spec()
   def child_spec(options) do
@@ -340,7 +327,10 @@ defmodule Bombus.Serving do
     Server.start_link(options)
   end
 
-  defp serving!(%__MODULE__{} = serving, _other_function), do: serving
+  defp serving!(%__MODULE__{model: model} = serving, _other_function) do
+    _here = Bombus.Options.handle!(model, Model)
+    serving
+  end
 
   defp serving!(other, function) do
     raise ArgumentError,
@@ -350,7 +340,9 @@ defmodule Bombus.Serving do
 
   defp tokenizer!(nil, _model), do: nil
 
-  defp tokenizer!(%Tokenizer{vocab_size: size} = tokenizer, %{spec: %{vocab_size: vocab_size}}) do
+  defp tokenizer!(tokenizer, %{spec: %{vocab_size: vocab_size}}) do
+    %{vocab_size: size} = Bombus.Options.handle!(tokenizer, Tokenizer)
+
     if size > vocab_size do
       raise ArgumentError,
             "expected the model's own tokenizer: this one has #{size} tokens, the model #{vocab_size}"
@@ -359,33 +351,46 @@ defmodule Bombus.Serving do
     tokenizer
   end
 
-  defp tokenizer!(other, _model) do
-    raise ArgumentError,
-          "expected a tokenizer made by Bombus.load_tokenizer/1, or nil, got: #{inspect(other)}"
-  end
-
   defp run_with(serving, input, server, begun \\ Deadline.now())
 
   defp run_with(serving, inputs, server, begun) when is_list(inputs) do
     # All inputs are checked before the first one starts.
-    inputs = Enum.map(inputs, &Input.normalize!(&1, serving))
+    normalized = inputs |> Input.list!() |> Enum.map(&Input.normalize!(&1, serving))
 
-    if Enum.any?(inputs, fn {_prompt, options} -> options.stream end) do
+    if Enum.any?(inputs, &Input.stream?(&1, serving)) do
       raise ArgumentError, "expected a single input, since a list cannot be streamed"
     end
 
-    Batch.run(serving, Enum.map(inputs, &{&1, deadline(&1, begun)}), server)
+    answers(normalized, fn inputs ->
+      Batch.run(serving, Enum.map(inputs, &{&1, deadline(&1, begun)}), server)
+    end)
   end
 
   defp run_with(serving, input, server, begun) do
-    case Input.normalize!(input, serving) do
-      {_prompt, %{stream: true}} = input ->
-        stream_with(serving, input, server)
+    normalized = Input.normalize!(input, serving)
 
-      input ->
-        serving |> Request.start(input, server, deadline(input, begun)) |> collect()
-    end
+    if Input.stream?(input, serving),
+      do: stream_with(serving, normalized, server),
+      else: serving |> start(normalized, server, begun) |> collect()
   end
+
+  # Of a list, in the order of its inputs; those that are errors run nowhere.
+  defp answers(normalized, run) do
+    results = run.(for {:ok, input} <- normalized, do: input)
+
+    {answers, []} =
+      Enum.map_reduce(normalized, results, fn
+        {:ok, _input}, [result | results] -> {result, results}
+        {:error, error}, results -> {{:error, error}, results}
+      end)
+
+    answers
+  end
+
+  defp start(serving, {:ok, input}, server, begun),
+    do: Request.start(serving, input, server, deadline(input, begun))
+
+  defp start(_serving, {:error, error}, _server, _begun), do: {:error, error}
 
   defp deadline({_prompt, options}, begun), do: Deadline.new(options.timeout, begun)
 
@@ -399,11 +404,11 @@ defmodule Bombus.Serving do
   defp raise_errors({:error, error}), do: raise(error)
   defp raise_errors(result), do: result
 
-  defp stream_with(serving, {_prompt, options} = input, server) do
-    # Its time begins when it is first asked.
-    start = fn -> Request.start(serving, input, server, deadline(input, Deadline.now())) end
+  defp stream_with(serving, input, server) do
+    options = with {:ok, {_prompt, options}} <- input, do: options
 
-    fn -> {Error.unwrap!(start.()), []} end
+    # Its time begins when it is first asked.
+    fn -> {Error.unwrap!(start(serving, input, server, Deadline.now())), []} end
     |> Stream.resource(&next(&1, options), &halt/1)
     # Raised behind the resource: a request that has ended must not be cancelled.
     |> Stream.map(fn
@@ -437,4 +442,19 @@ defmodule Bombus.Serving do
 
   defp halt(:done), do: :ok
   defp halt({request, _chunks}), do: Request.cancel(request)
+
+  defimpl Inspect do
+    import Inspect.Algebra
+
+    # The options that are not the defaults.
+    def inspect(serving, options) do
+      shown =
+        [model: serving.model, tokenizer: serving.tokenizer, name: serving.name] ++
+          Bombus.Serving.Options.changed(serving.options) ++
+          for({key, limit} <- serving.limits, limit, do: {key, limit})
+
+      shown = for {key, value} <- shown, value != nil, do: {key, value}
+      concat(["#Bombus.Serving<", to_doc(shown, options), ">"])
+    end
+  end
 end

@@ -2,14 +2,14 @@ defmodule Bombus.Source do
   @moduledoc false
   # Where a model, a tokenizer or an adapter comes from.
 
-  alias Bombus.{Error, Hub}
+  alias Bombus.{Error, Hub, Options}
 
   @type t ::
           :demo
           | {:demo, String.t()}
           | {:local, Path.t()}
           | {:hf, String.t()}
-          | {:hf, String.t(), keyword()}
+          | {:hf, String.t(), [Hub.option()]}
           | Path.t()
 
   @doc "The folder of a source, with what is needed for this kind of thing."
@@ -40,18 +40,8 @@ defmodule Bombus.Source do
   def resolve(other, _kind, _on_progress) do
     raise ArgumentError,
           "expected a source: {:local, path}, {:hf, \"owner/name\"}, :demo, {:demo, name} or a " <>
-            "folder as a string, got: #{inspect(hide_token(other))}"
+            "folder as a string, got: #{Options.show(other)}"
   end
-
-  @doc "A source as it may be logged; also what is none, but may have a token in it."
-  def hide_token({:auth_token, token}), do: {:auth_token, Hub.Token.wrap(token)}
-
-  def hide_token(tuple) when is_tuple(tuple),
-    do: tuple |> Tuple.to_list() |> hide_token() |> List.to_tuple()
-
-  def hide_token([head | tail]), do: [hide_token(head) | hide_token(tail)]
-  def hide_token(map) when is_non_struct_map(map), do: Map.new(map, &hide_token/1)
-  def hide_token(other), do: other
 
   @doc """
   What a word in a command means: `demo`, a folder or file where there is one, else a Hub id where it
@@ -72,7 +62,7 @@ defmodule Bombus.Source do
   def name({:hf, id, _options}) when is_binary(id), do: id
   def name({_kind, name}) when is_binary(name), do: name
   def name(name) when is_binary(name), do: name
-  def name(other), do: inspect(hide_token(other))
+  def name(other), do: Options.show(other)
 
   # An adapter may be one of a folder's files of tensors: a checkpoint of a training.
   defp local(path, :adapter), do: if(File.regular?(path), do: {:ok, path}, else: folder(path))

@@ -17,7 +17,7 @@ defmodule Bombus.Text do
   a `:batch_size` of 1 by `Nx.Serving.process_options/2`; a larger one only adds its `:batch_timeout`.
   """
 
-  alias Bombus.{Model, Serving, Tokenizer}
+  alias Bombus.{Model, Options, Serving, Tokenizer}
 
   # Asked for when a serving is made: the package works without Nx.
   @compile {:no_warn_undefined, [Nx, Nx.Batch, Nx.Serving]}
@@ -44,7 +44,10 @@ defmodule Bombus.Text do
       raise "Bombus.Text needs Nx: add {:nx, \"~> 0.10\"} to your dependencies, or use Bombus.Serving"
     end
 
-    serving = Serving.new(model, tokenizer, Keyword.delete(options, :defn_options))
+    options = Options.pairs!(options, "Bombus.Text.generation/3")
+
+    serving =
+      Serving.new(model, tokenizer, Keyword.drop(options, [:defn_options, :preallocate_params]))
 
     # No computation of Nx's: one number goes through, and the client asks the engine.
     nx =
@@ -73,11 +76,12 @@ defmodule Bombus.Text do
   end
 
   # What the caller wrote is checked before anything goes through the serving.
+  # What a visitor typed wrongly is answered by the run.
   defp checked!(inputs, serving) when is_list(inputs),
-    do: Enum.map(inputs, &checked!(&1, serving))
+    do: inputs |> Serving.Input.list!() |> Enum.map(&checked!(&1, serving))
 
   defp checked!(input, serving) do
-    Serving.Input.normalize!(input, serving)
+    _checked = Serving.Input.normalize!(input, serving)
     input
   end
 

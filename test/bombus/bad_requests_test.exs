@@ -56,33 +56,104 @@ defmodule Bombus.BadRequestsTest do
     assert Fixtures.plain(Serving.run(context.serving, "Hello")) == context.before
   end
 
+  # What a visitor typed is data: an error, in its place, and nobody else's.
   for {name, input} <- [
         {"an empty prompt", ""},
         {"an empty :text", %{text: ""}},
         {"no messages", %{messages: []}},
-        {"messages that are none", %{messages: ["hello"]}},
-        {"a message without content", %{messages: [%{role: "user"}]}},
-        {"no token ids", %{token_ids: []}},
-        {"a negative token id", %{token_ids: [1, -1]}},
-        {"a token id outside the vocabulary", %{token_ids: [1, 999_999]}},
-        {"a token id that is no number", %{token_ids: [1, :two]}},
         {"invalid UTF-8", <<"caf", 0xE9>>},
-        {"invalid UTF-8 in a message", %{messages: [%{role: "user", content: <<0xFF>>}]}},
-        {"a token id that is nil", %{token_ids: [1, nil]}},
-        {"a message with what is not JSON", %{messages: [%{role: "user", content: "a", x: {1}}]}},
-        {"text that is no string", %{text: 5}},
-        {"nothing to begin with", %{temperature: 0.5}},
-        {"two things to begin with", %{text: "a", token_ids: [1]}},
-        {"something else", 42}
+        {"invalid UTF-8 under a string", %{"text" => <<"caf", 0xE9>>}},
+        {"invalid UTF-8 in a message", %{messages: [%{role: "user", content: <<0xFF>>}]}}
+      ] do
+    test "#{name} is an error, not a raise", %{serving: serving} = context do
+      input = unquote(Macro.escape(input))
+      assert {:error, %Error{reason: :bad_request} = error} = Serving.run(serving, input)
+      assert [one, {:error, ^error}] = Serving.run(serving, ["Hello", input])
+      assert Fixtures.plain(one) == context.before
+      stream = Serving.stream(serving, input)
+      assert_raise Error, error.message, fn -> Enum.to_list(stream) end
+      stream = Serving.run(serving, %{text: "", stream: true})
+      assert_raise Error, fn -> Enum.to_list(stream) end
+      assert_raise Error, fn -> Serving.run!(serving, input) end
+      assert_still_answers(context)
+    end
+  end
+
+  test "a text of spaces is one", %{serving: serving} do
+    assert %{results: [_one]} = Serving.run(serving, "  \n ")
+    assert %{results: [_one]} = Serving.run(serving, %{text: " ", chat_template: false})
+  end
+
+  for {name, input, words} <- [
+        {"messages that are none", %{messages: ["hello"]}, "expected a message"},
+        {"messages that end in one", %{messages: [%{role: "user", content: "a"} | 1]}, "a list"},
+        {"a message without content", %{messages: [%{role: "user"}]}, "expected a message"},
+        {"no token ids", %{token_ids: []}, "at least one"},
+        {"a negative token id", %{token_ids: [1, -1]}, "got: -1"},
+        {"a token id outside the vocabulary", %{token_ids: [1, 999_999]}, "got: 999999"},
+        {"a token id that is no number", %{token_ids: [1, :two]}, "got: :two"},
+        {"a token id that is nil", %{token_ids: [1, nil]}, "got: nil"},
+        {"token ids that end in one", %{token_ids: [1 | 2]}, "a list"},
+        {"a message with what is not JSON", %{messages: [%{role: "user", content: "a", x: {1}}]},
+         "expected a message"},
+        {"text that is no string", %{text: 5}, "expected :text to be a string, got: 5"},
+        {"text that is a charlist", %{text: ~c"Hi"}, "a charlist: write a string"},
+        {"nothing to begin with", %{temperature: 0.5}, "exactly one of"},
+        {"two things to begin with", %{text: "a", token_ids: [1]}, "exactly one of"},
+        {"a name twice", %{:text => "a", "text" => "b"}, "every name once"},
+        {"something else", 42, "got: 42"},
+        {"a name that is none", %{"text" => "a", "tmeperature" => 1},
+         "did you mean :temperature?"},
+        {"another API's name", %{:text => "a", "max_tokens" => 1},
+         "did you mean :max_new_tokens?"},
+        {"a number for a name", %{1 => "a", text: "a"}, "unknown option 1"},
+        {"more that must come than may", %{text: "a", min_new_tokens: 9, max_new_tokens: 8},
+         "expected :min_new_tokens to be at most :max_new_tokens, which is 8, got: 9"},
+        {"a bias list that is none", %{text: "a", logit_bias: [{1, 2.0} | 3]}, ":logit_bias"},
+        {"stop strings that are none", %{text: "a", stop: ["a" | "b"]}, ":stop"}
       ] do
     test "#{name}", %{serving: serving} = context do
       input = unquote(Macro.escape(input))
-      assert_raise ArgumentError, fn -> Serving.run(serving, input) end
-      assert_raise ArgumentError, fn -> Serving.run(serving, ["Hello", input]) end
-      assert_raise ArgumentError, fn -> Serving.stream(serving, input) end
+      words = unquote(words)
+
+      for run <- [
+            fn -> Serving.run(serving, input) end,
+            fn -> Serving.run(serving, ["Hello", input]) end,
+            fn -> Serving.stream(serving, input) end
+          ] do
+        assert Exception.message(assert_raise(ArgumentError, run)) =~ words
+      end
+
       assert_still_answers(context)
       assert Process.info(self(), :messages) == {:messages, []}
     end
+  end
+
+  test "lists that are none of inputs", %{serving: serving} do
+    for {inputs, words} <- [
+          {~c"Write a post", "a charlist: write a string"},
+          {[1, 15, 27], "for token ids write %{token_ids: ids}"},
+          {[text: "x"], "a keyword list: write %{text: ...}"},
+          {["a" | "b"], "got: [\"a\" | \"b\"]"}
+        ] do
+      raised = assert_raise ArgumentError, fn -> Serving.run(serving, inputs) end
+      assert raised.message =~ words
+      assert_raise ArgumentError, fn -> Serving.stream(serving, inputs) end
+    end
+
+    assert Serving.run(serving, []) == []
+
+    assert_raise ArgumentError, ~r/cannot be streamed/, fn ->
+      Serving.run(serving, [%{text: "a", stream: true}])
+    end
+  end
+
+  test "names may be strings, as they come out of JSON", context do
+    input = JSON.decode!(~s({"text": "Hello", "max_new_tokens": 2}))
+    assert %{results: [%{token_ids: ids}]} = Serving.run(context.serving, input)
+    assert length(ids) == 2
+    messages = %{"messages" => [%{"role" => "user", "content" => "Hello"}]}
+    assert Fixtures.plain(Serving.run(context.serving, messages)) == context.before
   end
 
   test "a prompt longer than the context", %{serving: serving, model: model} do
@@ -137,14 +208,14 @@ defmodule Bombus.BadRequestsTest do
     assert_raise ArgumentError, ~r/a tokenizer made by/, fn -> Serving.new(model, :demo) end
     assert_raise ArgumentError, ~r/a model made by/, fn -> Bombus.score(:demo, [1]) end
     assert_raise ArgumentError, ~r/expected a source/, fn -> Bombus.load_model(:dmeo) end
-    assert_raise ArgumentError, ~r/unknown keys \[:devise\]/, fn -> load(devise: :gpu) end
+    assert_raise ArgumentError, ~r/:devise, did you mean :device\?/, fn -> load(devise: :gpu) end
     assert_raise ArgumentError, ~r/:device/, fn -> load(device: :tpu) end
     assert_raise ArgumentError, ~r/:threads/, fn -> load(threads: 0) end
     assert_raise ArgumentError, ~r/:threads/, fn -> load(threads: 2.5) end
     assert_raise ArgumentError, ~r/:device/, fn -> load(backend: {EXLA, device: :tpu}) end
     assert_raise ArgumentError, ~r/:backend/, fn -> load(backend: {EXLA, :cpu}) end
     assert_raise ArgumentError, ~r/:backend/, fn -> load(backend: "EXLA") end
-    assert_raise ArgumentError, ~r/unknown keys/, fn -> Bombus.load_tokenizer(:demo, a: 1) end
+    assert_raise ArgumentError, ~r/unknown option/, fn -> Bombus.load_tokenizer(:demo, a: 1) end
     assert_raise ArgumentError, ~r/keyword list/, fn -> Bombus.load_model(:demo, :cpu) end
     assert_raise ArgumentError, ~r/keyword list/, fn -> Serving.new(model, nil, %{seed: 1}) end
     assert_raise ArgumentError, ~r/a serving made by/, fn -> Serving.run(model, "Hello") end

@@ -366,13 +366,14 @@ defmodule Bombus.ServingTest do
 
       for {wrong, words} <- [
             {[nmae: X, serving: serving], ":name"},
-            {[mdoel: :demo] ++ options, "unknown keys \\[:mdoel\\]"},
+            {[mdoel: :demo] ++ options, "unknown option :mdoel, did you mean :model"},
             {[model: :demo] ++ options, "both"},
-            {[temperature: 1] ++ options, "unknown keys"},
+            {[temperature: 1] ++ options, "unknown option :temperature"},
             {[serving: :demo, name: X], "made by"},
             {[drain: -1] ++ options, ":drain"},
             {[model: serving.model, name: X], ":tokenizer"},
-            {[model: serving.model, tokenizer: nil, device: :cpu, name: X], "unknown keys"}
+            {[model: serving.model, tokenizer: nil, device: :cpu, name: X],
+             "unknown option :device"}
           ] do
         assert_raise ArgumentError, Regex.compile!(words), fn -> Serving.child_spec(wrong) end
       end

@@ -3,44 +3,91 @@ defmodule Bombus.Hub.Options do
   # What a source's options and the environment say together, as in huggingface_hub's constants.py.
 
   alias Bombus.Hub.Token
-  alias Bombus.Native
+  alias Bombus.{Native, Options}
 
-  @known [:revision, :cache_dir, :auth_token, :offline, :subdir, :on_progress]
+  @on_progress [
+    type: {:function, 1},
+    doc: """
+    a function that is called with a `t:Bombus.Hub.progress/0` about ten times a second while files
+    come from the Hub, in the calling process
+    """,
+    by_default: """
+    a bar where the standard error is a terminal (not where `HF_HUB_DISABLE_PROGRESS_BARS` is `1`)
+    """
+  ]
 
-  @doc "Raises for what is no id, or no option; a value is not shown where it may be a token."
-  def check!(id, options, more \\ []) do
+  @path {:custom, {__MODULE__, :check_path}}
+
+  @schema [
+    revision: [
+      type: @path,
+      expected: "a branch, a tag or a commit's hash",
+      by_default: ~s(`"main"`),
+      doc: """
+      a branch, a tag or a commit's hash. With a hash the Hub is
+      not even asked where all is in the cache
+      """
+    ],
+    subdir: [
+      type: {:custom, {__MODULE__, :check_subdir}},
+      expected: "a folder within the repository",
+      doc: "the folder within the repository"
+    ],
+    auth_token: [
+      type: {:custom, {__MODULE__, :check_token}},
+      by_default: "`HF_TOKEN`, else what `hf auth login` has left",
+      doc: """
+      for what is private or gated; `false` for none. It is sent to the endpoint alone, never to the
+      hosts that files come from, and it is not shown in logs, errors or `inspect`
+      """
+    ],
+    cache_dir: [
+      type: :path,
+      by_default: "`HF_HUB_CACHE`, else `hub` in `HF_HOME`, else `~/.cache/huggingface/hub`",
+      doc: "the cache's folder"
+    ],
+    offline: [
+      type: :boolean,
+      by_default: "as `HF_HUB_OFFLINE` says",
+      doc: "`true`: only what is in the cache"
+    ],
+    on_progress: @on_progress
+  ]
+
+  @doc "The options of a source."
+  def schema, do: @schema
+
+  @doc "An entry for the tables of those that take a source."
+  def on_progress, do: @on_progress
+
+  @doc "Raises for what is no id, or no option; -> the options with defaults"
+  def validate!(id, options, more \\ []) do
+    id!(id)
+    what = if more == [], do: "{:hf, #{inspect(id)}, options}", else: "Bombus.Hub.download/2"
+    Options.validate!(options, @schema ++ more, what)
+  end
+
+  @doc "Raises for what is no id."
+  def id!(id) do
     unless is_binary(id) and valid_id?(id) do
-      raise ArgumentError, "expected a Hub id like \"owner/name\", got: #{inspect(id)}"
+      raise ArgumentError, "expected a Hub id like \"owner/name\", got: #{Options.show(id)}"
     end
 
-    unless Keyword.keyword?(options) do
-      raise ArgumentError, "expected the options of #{inspect(id)} to be a keyword list"
-    end
-
-    case Keyword.keys(options) -- (@known ++ more) do
-      [] ->
-        :ok
-
-      unknown ->
-        raise ArgumentError,
-              "unknown options #{inspect(unknown)} of {:hf, #{inspect(id)}, options}, " <>
-                "the known ones are #{inspect(@known ++ more)}"
-    end
+    id
   end
 
   @doc "What the NIF takes."
   def wanted!(id, options) do
-    check!(id, options)
-    on_progress!(options[:on_progress])
+    options = validate!(id, options)
 
     %{
       id: id,
-      revision: revision!(options[:revision] || "main"),
-      subdir: options[:subdir] && subdir!(options[:subdir]),
+      revision: options[:revision] || "main",
+      subdir: options[:subdir],
       endpoint: endpoint(),
       cache: cache(options[:cache_dir]),
       token: with(token when is_binary(token) <- token(options), do: Native.hide_token(token)),
-      offline: offline!(options[:offline]),
+      offline: offline(options[:offline]),
       # In milliseconds, before a second attempt. Not for users: tests have no time.
       pause: Application.get_env(:bombus, :hub_pause, 400)
     }
@@ -51,32 +98,29 @@ defmodule Bombus.Hub.Options do
     id =~ ~r{\A[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?\z} and not (id =~ ~r/--|\.\./)
   end
 
-  defp revision!(revision), do: path!(revision, :revision, "a branch, a tag or a commit's hash")
+  @doc false
+  def check_subdir(subdir) when is_binary(subdir), do: subdir |> String.trim("/") |> check_path()
+  def check_subdir(_other), do: :error
 
-  defp subdir!(subdir) when is_binary(subdir),
-    do: subdir |> String.trim("/") |> path!(:subdir, "a folder within the repository")
-
-  defp subdir!(other), do: path!(other, :subdir, "a folder within the repository")
-
+  @doc false
   # It becomes a part of a path in the cache.
-  defp path!(value, key, expected) do
-    valid? =
-      is_binary(value) and String.printable?(value) and not String.contains?(value, "\\") and
+  def check_path(value) do
+    plain? =
+      is_binary(value) and byte_size(value) <= 1024 and String.printable?(value) and
+        not String.contains?(value, "\\") and
         Enum.all?(String.split(value, "/"), &(&1 not in ["", ".", ".."]))
 
-    if valid?,
-      do: value,
-      else:
-        raise(ArgumentError, "expected #{inspect(key)} to be #{expected}, got: #{inspect(value)}")
+    if plain?, do: {:ok, value}, else: :error
   end
 
-  @doc "Raises where it is no function of one argument, nor nil."
-  def on_progress!(nil), do: nil
-  def on_progress!(fun) when is_function(fun, 1), do: fun
+  @doc false
+  def check_token(false), do: {:ok, false}
+  def check_token(%Token{value: value}) when is_binary(value), do: {:ok, Token.wrap(value)}
+  def check_token(value) when is_binary(value), do: {:ok, Token.wrap(value)}
 
-  def on_progress!(other) do
-    raise ArgumentError,
-          "expected :on_progress to be a function of one argument, got: #{inspect(other)}"
+  # The value may be one that is only wrapped in something: it is not shown.
+  def check_token(_other) do
+    raise ArgumentError, "expected :auth_token to be a string, or false for none"
   end
 
   defp endpoint do
@@ -84,17 +128,13 @@ defmodule Bombus.Hub.Options do
     endpoint |> String.trim_trailing("/") |> utf8!("HF_ENDPOINT", "a URL")
   end
 
-  defp cache(nil) do
+  @doc "The cache's folder."
+  def cache(nil) do
     path = path("HF_HUB_CACHE") || path("HUGGINGFACE_HUB_CACHE") || Path.join(home(), "hub")
     utf8!(path, "HF_HUB_CACHE or HF_HOME", "a path")
   end
 
-  defp cache(path) when is_binary(path),
-    do: path |> Path.expand() |> utf8!(":cache_dir", "a path")
-
-  defp cache(other) do
-    raise ArgumentError, "expected :cache_dir to be a path, got: #{inspect(other)}"
-  end
+  def cache(path), do: Path.expand(path)
 
   defp utf8!(value, name, expected) do
     if String.valid?(value),
@@ -116,11 +156,10 @@ defmodule Bombus.Hub.Options do
   end
 
   defp token(options) do
-    case Token.wrap(options[:auth_token]) do
+    case options[:auth_token] do
       nil -> if flag("HF_HUB_DISABLE_IMPLICIT_TOKEN"), do: nil, else: own_token()
       false -> nil
-      %Token{value: value} when is_binary(value) -> clean!(value)
-      _other -> raise ArgumentError, "expected :auth_token to be a string, or false for none"
+      %Token{value: value} -> clean!(value)
     end
   end
 
@@ -148,12 +187,8 @@ defmodule Bombus.Hub.Options do
     end
   end
 
-  defp offline!(nil), do: flag("HF_HUB_OFFLINE") or flag("TRANSFORMERS_OFFLINE")
-  defp offline!(offline) when is_boolean(offline), do: offline
-
-  defp offline!(other) do
-    raise ArgumentError, "expected :offline to be true or false, got: #{inspect(other)}"
-  end
+  defp offline(nil), do: flag("HF_HUB_OFFLINE") or flag("TRANSFORMERS_OFFLINE")
+  defp offline(offline), do: offline
 
   @doc "Whether an environment variable says yes."
   def flag(name), do: String.upcase(env(name) || "") in ~w(1 ON YES TRUE)

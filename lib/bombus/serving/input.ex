@@ -3,60 +3,91 @@ defmodule Bombus.Serving.Input do
   # What a request begins with: a string, or a map with :text, :messages or :token_ids and the
   # request's options beside it.
 
-  alias Bombus.{Model, Serving, Tokenizer}
+  alias Bombus.{Error, Model, Serving, Tokenizer}
   alias Bombus.Serving.Options
 
-  @prompts [:text, :messages, :token_ids]
+  @typedoc "What the NIF takes for a prompt, and the request's options."
+  @type t :: {tuple(), map()}
 
-  @doc "An input as `{prompt, options}` for the NIF."
+  @prompts [
+    text: [doc: "a user's message, or a text to be completed"],
+    messages: [doc: "a conversation"],
+    token_ids: [doc: "token ids as they are"]
+  ]
+
+  @doc """
+  An input as `{prompt, options}` for the NIF, or the error of a text that is none. Raises for what
+  the caller's code got wrong.
+  """
+  @spec normalize!(term(), Serving.t()) :: {:ok, t()} | {:error, Error.t()}
   def normalize!(text, %Serving{} = serving) when is_binary(text) do
     normalize!(%{text: text}, serving)
   end
 
-  def normalize!(%{} = input, %Serving{} = serving) when not is_struct(input) do
-    {prompt, options} = Map.split(input, @prompts)
+  def normalize!(input, %Serving{} = serving) when is_non_struct_map(input) do
+    {prompt, options} = input |> named!() |> Map.split(Keyword.keys(@prompts))
     options = Options.merge!(serving.options, options)
     check_options!(options, serving)
 
     case Map.to_list(prompt) do
-      [one] -> {prompt!(one, options, serving), options}
+      [one] -> with {:ok, prompt} <- prompt!(one, options, serving), do: {:ok, {prompt, options}}
       _none_or_several -> raise ArgumentError, expected(input)
     end
   end
 
-  def normalize!(other, _serving), do: raise(ArgumentError, expected(other))
+  def normalize!(other, _serving), do: raise(ArgumentError, expected(other) <> hint(other))
+
+  @doc "Whether the answer to an input that was checked is a stream."
+  @spec stream?(Serving.input(), Serving.t()) :: boolean()
+  def stream?(%{"stream" => stream?}, _serving), do: stream?
+  def stream?(%{stream: stream?}, _serving), do: stream?
+  def stream?(_input, serving), do: serving.options.stream
+
+  # Names may be strings, as in a map that was JSON.
+  defp named!(input) do
+    names = Map.new(@prompts ++ Options.schema(), fn {key, _entry} -> {to_string(key), key} end)
+    named = Map.new(input, fn {key, value} -> {Map.get(names, key, key), value} end)
+    Bombus.Options.known!(Map.keys(named), @prompts ++ Options.schema(), "an input")
+
+    if map_size(named) < map_size(input) do
+      raise ArgumentError, "expected every name once, as an atom or a string, got: #{show(input)}"
+    end
+
+    named
+  end
 
   # What only shows beside a model and a tokenizer.
-  defp check_options!(%{stop: [_ | _] = stop}, %{tokenizer: nil}) do
+  defp check_options!(options, serving) do
+    stop!(options, serving)
+    biases!(options, serving)
+    adapter!(options.adapter, serving.model)
+  end
+
+  defp stop!(%{stop: [_ | _] = stop}, %{tokenizer: nil}) do
     raise ArgumentError,
-          "a serving without a tokenizer has no text for :stop, got: #{inspect(stop)}"
+          "a serving without a tokenizer has no text for :stop, got: #{show(stop)}"
   end
 
-  defp check_options!(%{logit_bias: biases}, _serving) when biases == %{}, do: :ok
+  defp stop!(_options, _serving), do: :ok
 
-  defp check_options!(%{logit_bias: biases}, serving) do
-    token_ids!(Map.keys(biases), serving.model)
-    :ok
-  end
+  defp biases!(%{logit_bias: biases}, _serving) when biases == %{}, do: :ok
 
-  @doc "Raises where the ids are no token ids of the model."
-  def token_ids!([_ | _] = ids, %Model{spec: %{vocab_size: vocab_size}}) do
-    case Enum.reject(ids, &(is_integer(&1) and &1 >= 0 and &1 < vocab_size)) do
-      [] ->
-        ids
+  defp biases!(%{logit_bias: biases}, serving),
+    do: Model.token_ids!(serving.model, Map.keys(biases))
 
-      [wrong | _] ->
-        raise ArgumentError,
-              "expected token ids in 0..#{vocab_size - 1}, got: #{inspect(wrong)}"
-    end
-  end
+  @doc "Raises where an adapter is on another node than the model."
+  @spec adapter!(Bombus.Adapter.t() | nil, Model.t()) :: :ok
+  def adapter!(nil, _model), do: :ok
+  def adapter!(%{ref: own}, %{ref: model}) when node(own) == node(model), do: :ok
 
-  def token_ids!(other, _model) do
-    raise ArgumentError, "expected a list of at least one token id, got: #{inspect(other)}"
+  def adapter!(%{ref: own}, %{ref: model}) do
+    raise ArgumentError,
+          "expected an adapter of the model's node: the model is on #{inspect(node(model))}, " <>
+            "the adapter was loaded on #{inspect(node(own))}"
   end
 
   defp prompt!({:token_ids, ids}, _options, serving) do
-    {:ids, token_ids!(ids, serving.model)}
+    {:ok, {:ids, Model.token_ids!(serving.model, ids)}}
   end
 
   defp prompt!({kind, _value}, _options, %{tokenizer: nil}) do
@@ -65,12 +96,10 @@ defmodule Bombus.Serving.Input do
   end
 
   defp prompt!({:text, text}, options, serving) do
-    text = text!(text)
-
-    if options.chat_template and serving.tokenizer.chat_template? do
-      chat([%{role: "user", content: text}], options)
-    else
-      {:text, text}
+    with {:ok, text} <- text(text) do
+      if options.chat_template and serving.tokenizer.chat_template?,
+        do: chat([%{role: "user", content: text}], options),
+        else: {:ok, {:text, text}}
     end
   end
 
@@ -79,11 +108,11 @@ defmodule Bombus.Serving.Input do
       raise ArgumentError, "expected :text, since :messages need a chat template"
     end
 
-    chat(messages!(messages), options)
+    with {:ok, messages} <- messages(messages), do: chat(messages, options)
   end
 
   defp chat(messages, options) do
-    {:chat, json!(messages), JSON.encode!(options.template_options)}
+    {:ok, {:chat, json!(messages), JSON.encode!(options.template_options)}}
   end
 
   defp json!(messages) do
@@ -92,26 +121,35 @@ defmodule Bombus.Serving.Input do
     _error -> bad_message!(messages)
   end
 
-  defp text!(text) do
-    cond do
-      not is_binary(text) ->
-        raise ArgumentError, "expected :text to be a string, got: #{inspect(text)}"
+  # A visitor may have typed it.
+  defp text(""), do: Error.error(:bad_request, "expected a text that is not empty")
 
-      text == "" ->
-        raise ArgumentError, "expected :text not to be empty"
-
-      not String.valid?(text) ->
-        raise ArgumentError, "expected :text to be valid UTF-8, got: #{inspect(text)}"
-
-      true ->
-        text
-    end
+  defp text(text) when is_binary(text) do
+    if String.valid?(text), do: {:ok, text}, else: bad_text(text)
   end
 
-  defp messages!([_ | _] = messages), do: Enum.map(messages, &message!/1)
+  defp text(other) do
+    raise ArgumentError, "expected :text to be a string, got: #{show(other)}" <> charlist(other)
+  end
 
-  defp messages!(other) do
-    raise ArgumentError, "expected :messages to be a list of messages, got: #{inspect(other)}"
+  defp bad_text(text) do
+    Error.error(:bad_request, "expected a text in UTF-8, got: #{show(text)}")
+  end
+
+  defp messages([]), do: Error.error(:bad_request, "expected at least one message, got none")
+
+  defp messages(messages) do
+    unless Bombus.Options.proper_list?(messages) do
+      raise ArgumentError, "expected :messages to be a list of messages, got: #{show(messages)}"
+    end
+
+    messages = Enum.map(messages, &message!/1)
+    texts = Enum.flat_map(messages, &[&1["role"], &1["content"]])
+
+    case Enum.find(texts, &(not String.valid?(&1))) do
+      nil -> {:ok, messages}
+      text -> bad_text(text)
+    end
   end
 
   defp message!(%{} = message) when not is_struct(message) do
@@ -119,9 +157,7 @@ defmodule Bombus.Serving.Input do
 
     case message do
       %{"role" => role, "content" => content} when is_binary(role) and is_binary(content) ->
-        if String.valid?(role) and String.valid?(content),
-          do: message,
-          else: bad_message!(message)
+        message
 
       _other ->
         bad_message!(message)
@@ -132,13 +168,36 @@ defmodule Bombus.Serving.Input do
 
   defp bad_message!(message) do
     raise ArgumentError,
-          "expected a message to be %{role: \"user\", content: \"...\"}, strings in valid UTF-8, got: " <>
-            inspect(message)
+          "expected a message to be %{role: \"user\", content: \"...\"}, got: #{show(message)}"
   end
 
   defp expected(input) do
     "expected an input to be a string, or a map with exactly one of :text, :messages and " <>
-      ":token_ids, " <>
-      "got: #{inspect(input)}"
+      ":token_ids, got: #{show(input)}"
   end
+
+  defp hint([{key, _value} | _] = list) when is_atom(key) do
+    if Keyword.keyword?(list), do: " (a keyword list: write %{#{key}: ...})", else: ""
+  end
+
+  defp hint(other), do: charlist(other)
+
+  defp charlist([first | _] = list) when is_integer(first) do
+    if List.ascii_printable?(list, 50),
+      do: " (a charlist: write a string, \"...\")",
+      else: " (for token ids write %{token_ids: ids})"
+  end
+
+  defp charlist(_other), do: ""
+
+  @doc "Raises what is said of a list that is none of inputs: a charlist, options, token ids."
+  @spec list!(list()) :: list()
+  def list!(inputs) do
+    if List.improper?(inputs) or match?([first | _] when is_integer(first), inputs) or
+         (inputs != [] and Keyword.keyword?(inputs)),
+       do: raise(ArgumentError, expected(inputs) <> hint(inputs)),
+       else: inputs
+  end
+
+  defp show(term), do: Bombus.Options.show(term)
 end

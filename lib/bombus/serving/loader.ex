@@ -3,55 +3,105 @@ defmodule Bombus.Serving.Loader do
   # From the options of a child to its serving: a serving, or a model (loaded here where it is a
   # source) with what belongs to it.
 
-  alias Bombus.{Adapter, Error, Model, Native, Serving, Source, Tokenizer}
+  alias Bombus.{Adapter, Error, Hub, Model, Native, Serving, Tokenizer}
   alias Bombus.Serving.Options
 
-  @own [:name, :drain]
-  @limits [:max_batch_size, :max_queue, :prefill_chunk, :max_context]
-  @load [:device, :backend, :threads, :quantization, :prefix_cache] ++ @limits
+  @what "a child {Bombus.Serving, options}"
+  @serving [serving: [doc: "made by `Bombus.Serving.new/3`"]]
+  @model [
+    model: [doc: "a model, or the source of one, which is loaded when the process starts"],
+    tokenizer: [
+      by_default: "the source of the model; required beside a model that is loaded",
+      doc: "a tokenizer, a source, or `nil`"
+    ]
+  ]
+  @own [
+    name: [doc: "the name to call it by, any that a `GenServer` takes; required"],
+    drain: [
+      type: {:custom, {__MODULE__, :check_drain}},
+      default: 0,
+      doc: """
+      how many milliseconds requests may go on when the process is told to stop, or `:infinity`;
+      meanwhile new ones are refused. With 0 all are cancelled
+      """
+    ]
+  ]
+
+  @doc "The options of a child, whatever it is made of."
+  def schema, do: @own ++ @serving ++ @model
 
   @doc "Raises what is wrong with the options, as far as it shows before anything is loaded."
   def check!(options) do
     unless Keyword.keyword?(options) do
       raise ArgumentError,
-            "expected a keyword list with serving: or model:, and name:, got: #{inspect(options)}"
+            "expected a keyword list with serving: or model:, and name:, " <>
+              "got: #{Bombus.Options.show(options)}"
     end
 
-    unless options[:name],
-      do: raise(ArgumentError, "expected :name among the options of a serving")
-
-    drain!(Keyword.get(options, :drain, 0))
-
-    case {options[:serving], options[:model]} do
-      {nil, nil} ->
-        raise ArgumentError, "expected :serving or :model among the options of a serving"
-
-      {%Serving{}, nil} ->
-        Keyword.validate!(options, [:serving | @own])
-
-      {other, nil} ->
-        raise ArgumentError,
-              "expected a serving made by Bombus.Serving.new/3, got: #{inspect(other)}"
-
-      {nil, %Model{}} ->
-        unless Keyword.has_key?(options, :tokenizer) do
-          raise ArgumentError, "expected :tokenizer beside a model that is loaded, nil for none"
-        end
-
-        Bombus.options!(options, @own ++ [:model, :tokenizer] ++ @limits ++ Options.keys())
-
-      {nil, _source} ->
-        Bombus.options!(options, @own ++ [:model, :tokenizer] ++ @load ++ Options.keys())
-
-      {_serving, _model} ->
-        raise ArgumentError, "expected :serving or :model, got both"
-    end
+    Bombus.Options.known!(Keyword.keys(options), everything(), @what)
+    table = table!(options[:serving], options[:model], options)
+    Bombus.Options.given!(options, table, @what)
+    name!(options[:name])
   end
+
+  # What goes with a serving, with a model, and with the source of one.
+  defp table!(nil, nil, _options) do
+    raise ArgumentError, "expected :serving or :model among the options of a serving"
+  end
+
+  defp table!(%Serving{}, nil, _options), do: @own ++ @serving
+
+  defp table!(other, nil, _options) do
+    raise ArgumentError,
+          "expected a serving made by Bombus.Serving.new/3, got: #{Bombus.Options.show(other)}"
+  end
+
+  defp table!(nil, %Model{} = model, options) do
+    Bombus.Options.handle!(model, Model)
+
+    unless Keyword.has_key?(options, :tokenizer) do
+      raise ArgumentError, "expected :tokenizer beside a model that is loaded, nil for none"
+    end
+
+    @own ++ @model ++ Model.Options.limits() ++ sources(Options.schema())
+  end
+
+  defp table!(nil, _source, _options), do: everything()
+
+  defp table!(_serving, _model, _options),
+    do: raise(ArgumentError, "expected :serving or :model, got both")
+
+  defp everything do
+    load = Model.Options.schema()
+    # Of a model that is loaded for one serving it is the same.
+    own = Keyword.drop(Options.schema(), Keyword.keys(load))
+    schema() ++ load ++ sources(own)
+  end
+
+  # An adapter may be a source too.
+  defp sources(table),
+    do: Keyword.replace!(table, :adapter, type: :any, doc: table[:adapter][:doc])
+
+  defp name!(nil), do: raise(ArgumentError, "expected :name among the options of a serving")
+  defp name!(name) when is_atom(name), do: :ok
+  defp name!({:global, _name}), do: :ok
+  defp name!({:via, module, _name}) when is_atom(module), do: :ok
+
+  defp name!(other) do
+    raise ArgumentError,
+          "expected :name to be an atom, {:global, term} or {:via, module, term}, " <>
+            "got: #{Bombus.Options.show(other)}"
+  end
+
+  @doc false
+  def check_drain(:infinity), do: {:ok, :infinity}
+  def check_drain(drain) when is_integer(drain) and drain >= 0, do: {:ok, drain}
+  def check_drain(_other), do: {:error, "milliseconds or :infinity"}
 
   @doc "The options as they may be logged: supervisors show them."
   def hide_tokens(options) do
     Keyword.new(options, fn
-      {key, source} when key in [:model, :tokenizer, :adapter] -> {key, Source.hide_token(source)}
+      {key, source} when key in [:model, :tokenizer, :adapter] -> {key, Hub.Token.hide(source)}
       other -> other
     end)
   end
@@ -84,11 +134,13 @@ defmodule Bombus.Serving.Loader do
     told = &tell_both(&1, on_progress)
 
     with nil <- options[:serving],
-         {:ok, model} <- model(options[:model], Keyword.take(options, @load), told),
+         {:ok, model} <- model(options[:model], Keyword.take(options, load_keys()), told),
          {:ok, tokenizer} <- tokenizer(Keyword.get(options, :tokenizer, options[:model]), told),
          {:ok, adapter} <- adapter(options[:adapter], told) do
       # A model that was loaded here has its limits already.
-      limits = if match?(%Model{}, options[:model]), do: @limits, else: []
+      limits =
+        if match?(%Model{}, options[:model]), do: Keyword.keys(Model.Options.limits()), else: []
+
       own = Keyword.take(options, Options.keys() ++ limits)
       {:ok, Serving.new(model, tokenizer, Keyword.put(own, :adapter, adapter))}
     else
@@ -123,10 +175,5 @@ defmodule Bombus.Serving.Loader do
   defp check_adapter(model, adapter),
     do: Native.await(&Native.check_adapter(model.ref, adapter.ref, &1))
 
-  defp drain!(:infinity), do: :ok
-  defp drain!(drain) when is_integer(drain) and drain >= 0, do: :ok
-
-  defp drain!(other) do
-    raise ArgumentError, "expected :drain to be milliseconds or :infinity, got: #{inspect(other)}"
-  end
+  defp load_keys, do: Keyword.keys(Model.Options.schema())
 end

@@ -2,50 +2,176 @@ defmodule Bombus.Serving.Options do
   @moduledoc false
   # The options of a serving and of a request: checked here, before anything reaches Rust.
 
-  alias Bombus.{Adapter, Model}
+  alias Bombus.{Adapter, Model, Options}
 
-  @defaults [
-    max_new_tokens: 256,
-    min_new_tokens: 0,
-    max_context: nil,
-    temperature: 0,
-    top_p: 1.0,
-    top_k: 0,
-    min_p: 0.0,
-    repetition_penalty: 1.0,
-    presence_penalty: 0.0,
-    frequency_penalty: 0.0,
-    logit_bias: %{},
-    logprobs: nil,
-    seed: nil,
-    stop: [],
-    adapter: nil,
-    chat_template: true,
-    template_options: %{},
-    timeout: nil,
-    stream: false,
-    stream_done: false,
-    compile: []
+  @most 0x7FFFFFFF
+
+  @schema [
+    max_new_tokens: [
+      type: {:integer, 0..@most},
+      default: 256,
+      doc: "how many tokens a text may have; the context of the model is a limit too"
+    ],
+    min_new_tokens: [
+      type: {:integer, 0..@most},
+      default: 0,
+      doc: """
+      the model's own end of a text does not come before there are so many; a stop string may.
+      At most `:max_new_tokens`
+      """
+    ],
+    max_context: [
+      type: {:integer, 1..@most},
+      by_default: "the model's context",
+      doc: "how many tokens prompt and text may have together, within the model's context"
+    ],
+    temperature: [
+      type: {:custom, {__MODULE__, :check_temperature}},
+      default: 0,
+      doc: "0 is greedy"
+    ],
+    top_k: [
+      type: {:integer, 0..@most},
+      default: 0,
+      doc: "only the k most probable tokens; 0 is all"
+    ],
+    top_p: [
+      type: {:number, 0, 1},
+      expected: "in 0.0..1.0",
+      default: 1.0,
+      doc: "only the most probable tokens that make up this share, in 0.0..1.0"
+    ],
+    min_p: [
+      type: {:number, 0, 1},
+      expected: "in 0.0..1.0",
+      default: 0.0,
+      doc: "only tokens with at least this share of the highest probability, in 0.0..1.0"
+    ],
+    repetition_penalty: [
+      type: {:custom, {__MODULE__, :check_repetition_penalty}},
+      default: 1.0,
+      doc: """
+      divides the positive logits of tokens that were there before, and
+      multiplies the negative ones; 1.0 is none
+      """
+    ],
+    presence_penalty: [
+      type: {:number, -1.0e6, 1.0e6},
+      expected: "a number, within 1.0e6 of 0",
+      default: 0.0,
+      doc: "taken from the logits of tokens that were generated before; 0.0 is none"
+    ],
+    frequency_penalty: [
+      type: {:number, -1.0e6, 1.0e6},
+      expected: "a number, within 1.0e6 of 0",
+      default: 0.0,
+      doc: "the same, once for each time; 0.0 is none"
+    ],
+    logit_bias: [
+      type: {:custom, {__MODULE__, :check_logit_bias}},
+      default: %{},
+      doc: "`%{token_id => number}`: added to the logits of these tokens; -1.0e6 bans one"
+    ],
+    logprobs: [
+      type: {:integer, 0..100},
+      expected: "a whole number in 0..100, or nil",
+      doc: """
+      a whole number n in 0..100: the result says for every token how probable the model
+      found it, and which n it found most probable
+      """
+    ],
+    seed: [
+      type: {:integer, 0..0xFFFFFFFFFFFFFFFF},
+      expected: "a whole number in 0..2**64-1, or nil",
+      by_default: "random",
+      doc: "a whole number in 0..2**64-1: the same seed draws the same text"
+    ],
+    stop: [
+      type: {:custom, {__MODULE__, :check_stop}},
+      default: [],
+      doc: """
+      a string or a list of strings that end the text, and are not part of it; needs a tokenizer
+      """
+    ],
+    adapter: [
+      type: {:custom, {__MODULE__, :check_adapter}},
+      by_default: "none",
+      doc: "made by `Bombus.load_adapter/2`; `nil` is none"
+    ],
+    chat_template: [
+      type: :boolean,
+      default: true,
+      doc: "`false` completes a string as it stands"
+    ],
+    template_options: [
+      type: {:custom, {__MODULE__, :check_template_options}},
+      default: %{},
+      doc: "what the chat template takes, such as `%{enable_thinking: false}`"
+    ],
+    timeout: [
+      # What a timer of the BEAM takes.
+      type: {:or, [{:in, [:infinity]}, {:integer, 0..0xFFFFFFFF}]},
+      expected: "milliseconds, :infinity or nil",
+      by_default: "none; 60 s for a model that still loads",
+      doc: "after how many milliseconds a request ends with the error `:timeout`"
+    ],
+    stream: [
+      type: :boolean,
+      default: false,
+      doc: "`true` makes `run/2` and `batched_run/2` return a stream"
+    ],
+    stream_done: [
+      type: :boolean,
+      default: false,
+      doc: "`true` ends a stream with `{:done, result}`"
+    ],
+    compile: [
+      type: {:custom, {__MODULE__, :check_compile}},
+      default: [],
+      doc: """
+      as in Bumblebee, `[batch_size: n, sequence_length: n]`: `:sequence_length` bounds
+      prompt and text together, beside the model's context; nothing is compiled
+      """
+    ]
   ]
 
-  @keys Keyword.keys(@defaults)
+  @keys Keyword.keys(@schema)
+
+  @doc "The options of a serving and of each of its requests."
+  def schema, do: @schema
 
   def keys, do: @keys
 
   @doc "A serving's options over the repository's over the defaults."
   def new!(options, %Model{generation_config: generation_config}) do
-    @defaults
-    |> Map.new()
+    defaults = for {key, entry} <- @schema, into: %{}, do: {key, entry[:default]}
+
+    defaults
     |> Map.merge(from_repository(generation_config))
     |> merge!(options)
   end
 
-  @doc "A request's options over a serving's."
-  def merge!(base, options) do
-    Enum.reduce(options, base, fn {key, value}, merged ->
-      Map.put(merged, key, check!(key, value))
-    end)
+  @doc "The options that are not the defaults."
+  @spec changed(map()) :: keyword()
+  def changed(options) do
+    for {key, entry} <- @schema, options[key] != entry[:default], do: {key, options[key]}
   end
+
+  @doc "A request's options over a serving's; those of the request are in the table."
+  def merge!(base, options) do
+    options
+    |> Enum.reduce(base, fn {key, value}, merged ->
+      Map.put(merged, key, Options.value!(key, value, @schema[key]))
+    end)
+    |> lengths!()
+  end
+
+  defp lengths!(%{min_new_tokens: least, max_new_tokens: most}) when least > most do
+    raise ArgumentError,
+          "expected :min_new_tokens to be at most :max_new_tokens, which is #{most}, got: #{least}"
+  end
+
+  defp lengths!(options), do: options
 
   @doc "What the NIF takes."
   def to_native(options) do
@@ -68,18 +194,10 @@ defmodule Bombus.Serving.Options do
   end
 
   @doc "A timeout that was given beside a request, before its serving is known."
-  def timeout!(value), do: check!(:timeout, value)
+  def timeout!(value), do: Options.value!(:timeout, value, @schema[:timeout])
 
   # nil is above all numbers.
   defp max_context(one, other), do: min(one, other)
-
-  def adapter!(nil), do: nil
-  def adapter!(%Adapter{} = adapter), do: adapter
-
-  def adapter!(other) do
-    raise ArgumentError,
-          "expected :adapter to be made by Bombus.load_adapter/2, or nil, got: #{inspect(other)}"
-  end
 
   # generation_config.json is the repository's: what is no valid option there is left out, not
   # raised. As in transformers, its sampling counts only where it says do_sample.
@@ -94,108 +212,80 @@ defmodule Bombus.Serving.Options do
     sampled = if config["do_sample"] == true, do: sampled, else: %{}
 
     for {key, value} <- Map.put(sampled, :repetition_penalty, config["repetition_penalty"]),
-        value != nil and valid?(key, value),
+        value != nil and Options.valid?(value, @schema[key]),
         into: %{},
         do: {key, value}
   end
 
-  defp check!(key, _value) when key not in @keys do
-    raise ArgumentError,
-          "unknown option #{inspect(key)}, expected one of #{Enum.map_join(@keys, ", ", &inspect/1)}" <>
-            " (and for an input one of :text, :messages and :token_ids)"
+  @doc false
+  def check_temperature(value) do
+    if is_number(value) and value >= 0 and value < 1.0e6,
+      do: {:ok, value},
+      else: {:error, "a number, 0 (greedy) or above, below 1.0e6"}
   end
 
-  defp check!(:adapter, value), do: adapter!(value)
-  defp check!(:compile, nil), do: []
-
-  defp check!(:logit_bias, value) when is_list(value) do
-    if Keyword.keyword?(value) or not Enum.all?(value, &match?({_id, _bias}, &1)),
-      do: wrong!(:logit_bias, value),
-      else: check!(:logit_bias, Map.new(value))
+  @doc false
+  def check_repetition_penalty(value) do
+    if is_number(value) and value > 0 and value < 1.0e6,
+      do: {:ok, value},
+      else: {:error, "a number above 0"}
   end
 
-  defp check!(:stop, value) when is_binary(value), do: check!(:stop, [value])
-  defp check!(:template_options, value) when is_list(value), do: check_template_options!(value)
-  defp check!(:template_options, value) when is_map(value), do: check_template_options!(value)
+  @doc false
+  def check_logit_bias(biases) do
+    pairs = if is_non_struct_map(biases), do: Map.to_list(biases), else: biases
 
-  defp check!(key, value) do
-    if valid?(key, value), do: value, else: wrong!(key, value)
+    if Options.proper_list?(pairs) and Enum.all?(pairs, &bias?/1),
+      do: {:ok, Map.new(pairs)},
+      else: {:error, "a map from token ids to numbers within 1.0e6 of 0"}
   end
 
-  defp wrong!(key, value) do
-    raise ArgumentError, "expected #{inspect(key)} to be #{expected(key)}, got: #{inspect(value)}"
+  defp bias?({id, bias}) do
+    is_integer(id) and id in 0..0xFFFFFFFF and is_number(bias) and abs(bias) <= 1.0e6
   end
 
-  defp check_template_options!(options) do
-    _json = JSON.encode!(Map.new(options))
-    Map.new(options)
+  defp bias?(_other), do: false
+
+  @doc false
+  def check_stop(stop) when is_binary(stop), do: check_stop([stop])
+
+  def check_stop(stops) do
+    if Options.proper_list?(stops) and Enum.all?(stops, &stop?/1),
+      do: {:ok, stops},
+      else: {:error, "a string or a list of strings, none of them empty"}
+  end
+
+  defp stop?(stop), do: is_binary(stop) and stop != "" and String.valid?(stop)
+
+  @doc false
+  # On which node it must be shows beside a model.
+  def check_adapter(%Adapter{} = adapter), do: {:ok, adapter}
+  def check_adapter(nil), do: {:ok, nil}
+  def check_adapter(_other), do: {:error, "made by Bombus.load_adapter/2, or nil"}
+
+  @doc false
+  def check_template_options(options) do
+    if is_non_struct_map(options) or Keyword.keyword?(options),
+      do: template_options(Map.new(options)),
+      else: {:error, "a map or a keyword list"}
+  end
+
+  defp template_options(options) do
+    _json = JSON.encode!(options)
+    {:ok, options}
   rescue
-    _error ->
-      raise ArgumentError,
-            "expected :template_options to be names and values as in JSON, got: #{inspect(options)}"
+    _error -> {:error, "names and values as in JSON"}
   end
 
-  defp valid?(key, value) when key in [:max_new_tokens, :min_new_tokens],
-    do: is_integer(value) and value in 0..0x7FFFFFFF
+  @doc false
+  def check_compile(nil), do: {:ok, []}
 
-  defp valid?(:max_context, nil), do: true
-  defp valid?(:max_context, value), do: is_integer(value) and value in 1..0x7FFFFFFF
-  defp valid?(:temperature, value), do: is_number(value) and value >= 0 and value < 1.0e6
-  defp valid?(:top_p, value), do: is_number(value) and value >= 0 and value <= 1
-  defp valid?(:top_k, value), do: is_integer(value) and value in 0..0x7FFFFFFF
-  defp valid?(:min_p, value), do: is_number(value) and value >= 0 and value <= 1
-  defp valid?(:repetition_penalty, value), do: is_number(value) and value > 0 and value < 1.0e6
-
-  defp valid?(key, value) when key in [:presence_penalty, :frequency_penalty],
-    do: is_number(value) and abs(value) <= 1.0e6
-
-  defp valid?(:logit_bias, %{} = biases) when not is_struct(biases) do
-    Enum.all?(biases, fn {id, bias} ->
-      is_integer(id) and id in 0..0xFFFFFFFF and is_number(bias) and abs(bias) <= 1.0e6
-    end)
+  def check_compile(sizes) do
+    if Keyword.keyword?(sizes) and Enum.all?(sizes, &size?/1),
+      do: {:ok, sizes},
+      else: {:error, "[batch_size: n, sequence_length: n]"}
   end
 
-  defp valid?(:logit_bias, _value), do: false
-  defp valid?(:logprobs, nil), do: true
-  defp valid?(:logprobs, value), do: is_integer(value) and value in 0..100
-  defp valid?(:seed, nil), do: true
-  defp valid?(:seed, value), do: is_integer(value) and value in 0..0xFFFFFFFFFFFFFFFF
-  defp valid?(:chat_template, value), do: is_boolean(value)
-  # What a timer of the BEAM takes.
-  defp valid?(:timeout, value) when value in [nil, :infinity], do: true
-  defp valid?(:timeout, value), do: is_integer(value) and value in 0..0xFFFFFFFF
-  defp valid?(:stream, value), do: is_boolean(value)
-  defp valid?(:stream_done, value), do: is_boolean(value)
-
-  defp valid?(:compile, value) do
-    Keyword.keyword?(value) and
-      Enum.all?(value, fn {key, size} ->
-        key in [:batch_size, :sequence_length] and is_integer(size) and size > 0
-      end)
-  end
-
-  defp valid?(:template_options, _value), do: false
-
-  defp valid?(:stop, value) do
-    is_list(value) and Enum.all?(value, &(is_binary(&1) and &1 != "" and String.valid?(&1)))
-  end
-
-  defp expected(:max_new_tokens), do: "a whole number, 0 or above"
-  defp expected(:min_new_tokens), do: "a whole number, 0 or above"
-  defp expected(:max_context), do: "a whole number above 0, or nil"
-  defp expected(:temperature), do: "a number, 0 (greedy) or above, below 1.0e6"
-  defp expected(:top_p), do: "in 0.0..1.0"
-  defp expected(:top_k), do: "a whole number, 0 (all tokens) or above"
-  defp expected(:min_p), do: "in 0.0..1.0"
-  defp expected(:repetition_penalty), do: "a number above 0"
-  defp expected(:presence_penalty), do: "a number, within 1.0e6 of 0"
-  defp expected(:frequency_penalty), do: "a number, within 1.0e6 of 0"
-  defp expected(:logit_bias), do: "a map from token ids to numbers within 1.0e6 of 0"
-  defp expected(:logprobs), do: "a whole number in 0..100, or nil"
-  defp expected(:seed), do: "a whole number in 0..2**64-1, or nil"
-  defp expected(:stop), do: "a string or a list of strings, none of them empty"
-  defp expected(:compile), do: "[batch_size: n, sequence_length: n]"
-  defp expected(:timeout), do: "milliseconds, :infinity or nil"
-  defp expected(:template_options), do: "a map or a keyword list"
-  defp expected(_flag), do: "true or false"
+  defp size?({key, size}),
+    do: key in [:batch_size, :sequence_length] and is_integer(size) and size > 0
 end
