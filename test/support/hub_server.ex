@@ -42,6 +42,8 @@ defmodule Bombus.HubServer do
     * `{:cut, n}` - the body ends after n bytes, and with it the connection
     * `{:cut_chunk, n}` - the same in a chunk, which does not say how long the whole is
     * `{:trickle, n}` - after n bytes the rest comes byte by byte
+    * `{:hold, n, pid}` - after n bytes it waits: `pid` gets `{:held, connection}`, which takes `:more`
+      for another n and `:go` for the rest
     * `:wrong_bytes` - of the right number
     * `:no_range` - all of it, whatever part was asked for; `{:cut_from_0, n}` - cut, too
     * `{:headers, function}` - with other headers; `{:no_length, function}` - and without the size
@@ -270,10 +272,26 @@ defmodule Bombus.HubServer do
         chunk = [Integer.to_string(byte_size(body), 16), "\r\n", binary_part(body, 0, n)]
         write(socket, head?, status, [{"Transfer-Encoding", "chunked"} | headers], nil, chunk)
 
+      {:hold, n, pid} ->
+        write(socket, head?, status, headers, byte_size(body), "")
+        send(pid, {:held, self()})
+        hold(socket, n, body)
+        :more
+
       {:trickle, n} ->
         <<first::binary-size(n), rest::binary>> = body
         write(socket, head?, status, headers, byte_size(body), first)
         trickle(socket, rest)
+    end
+  end
+
+  defp hold(socket, n, body) do
+    <<next::binary-size(n), rest::binary>> = body
+    :gen_tcp.send(socket, next)
+
+    receive do
+      :more -> hold(socket, n, rest)
+      :go -> :gen_tcp.send(socket, rest)
     end
   end
 
