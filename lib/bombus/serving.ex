@@ -230,7 +230,11 @@ defmodule Bombus.Serving do
 
   # How long a model that loads is waited for; of a list, for the input that waits longest.
   defp timeout(inputs) when is_list(inputs),
-    do: inputs |> Input.list!() |> Enum.map(&timeout/1) |> Enum.max_by(&(&1 || 0), fn -> nil end)
+    do:
+      inputs
+      |> Input.list!()
+      |> Enum.map(&timeout/1)
+      |> Enum.max_by(&(&1 || 60_000), fn -> nil end)
 
   defp timeout(%{timeout: timeout}), do: Options.timeout!(timeout)
   defp timeout(%{"timeout" => timeout}), do: Options.timeout!(timeout)

@@ -37,7 +37,23 @@ defmodule Bombus.Source do
 
   def resolve(path, kind, _on_progress) when is_binary(path), do: local(Path.expand(path), kind)
 
-  def resolve(other, _kind, _on_progress) do
+  def resolve(other, _kind, _on_progress), do: none!(other)
+
+  @doc "Raises for what is no source."
+  @spec check!(t()) :: :ok
+  def check!({:hf, id}), do: check!({:hf, id, []})
+
+  def check!({:hf, id, options}) do
+    Hub.Options.validate!(id, options)
+    :ok
+  end
+
+  def check!(:demo), do: :ok
+  def check!({kind, name}) when kind in [:local, :demo] and is_binary(name), do: :ok
+  def check!(path) when is_binary(path), do: :ok
+  def check!(other), do: none!(other)
+
+  defp none!(other) do
     raise ArgumentError,
           "expected a source: {:local, path}, {:hf, \"owner/name\"}, :demo, {:demo, name} or a " <>
             "folder as a string, got: #{Options.show(other)}"

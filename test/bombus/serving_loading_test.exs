@@ -223,6 +223,24 @@ defmodule Bombus.ServingLoadingTest do
     assert message =~ "tokenizer"
   end
 
+  test "the mistakes of a child's options are raised at once" do
+    for {wrong, words} <- [
+          {[model: 5], "source"},
+          {[model: {:hf, "not an id"}], "Hub id"},
+          {[model: :demo, tokenizer: {:local, 1}], "source"},
+          {[model: :demo, adapter: 1.5], "source"},
+          {[model: :demo, device: :tpu], ":device"},
+          {[model: :demo, quantization: :int9], ":quantization"},
+          {[model: :demo, min_new_tokens: 9, max_new_tokens: 3], ":min_new_tokens"},
+          {[model: :demo, timeout: 1.5], ":timeout"},
+          {[model: :demo, temperature: -1], ":temperature"}
+        ] do
+      assert_raise ArgumentError, ~r/#{words}/, fn ->
+        Serving.start_link([name: Wrong] ++ wrong)
+      end
+    end
+  end
+
   test "status counts what runs and what waits" do
     start_supervised!({Serving, name: Busy, model: @endless, tokenizer: nil, max_batch_size: 2})
     long = %{@input | max_new_tokens: 400}

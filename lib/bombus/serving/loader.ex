@@ -3,7 +3,7 @@ defmodule Bombus.Serving.Loader do
   # From the options of a child to its serving: a serving, or a model (loaded here where it is a
   # source) with what belongs to it.
 
-  alias Bombus.{Adapter, Error, Hub, Model, Native, Serving, Tokenizer}
+  alias Bombus.{Adapter, Error, Hub, Model, Native, Serving, Source, Tokenizer}
   alias Bombus.Serving.Options
 
   @what "a child {Bombus.Serving, options}"
@@ -42,7 +42,16 @@ defmodule Bombus.Serving.Loader do
     table = table!(options[:serving], options[:model], options)
     Bombus.Options.given!(options, table, @what)
     name!(options[:name])
+    Options.check!(Keyword.take(options, Options.keys() -- [:adapter]))
+    for key <- [:model, :tokenizer, :adapter], do: loaded_or_source!(options[key])
+    :ok
   end
+
+  defp loaded_or_source!(%kind{} = handle) when kind in [Model, Tokenizer, Adapter],
+    do: Bombus.Options.handle!(handle, kind)
+
+  defp loaded_or_source!(nil), do: :ok
+  defp loaded_or_source!(source), do: Source.check!(source)
 
   # What goes with a serving, with a model, and with the source of one.
   defp table!(nil, nil, _options) do
@@ -131,10 +140,11 @@ defmodule Bombus.Serving.Loader do
   end
 
   defp made(options, on_progress) do
-    told = &tell_both(&1, on_progress)
+    told = &tell_all(&1, [on_progress, options[:on_progress]])
+    load = options |> Keyword.take(load_keys()) |> Keyword.delete(:on_progress)
 
     with nil <- options[:serving],
-         {:ok, model} <- model(options[:model], Keyword.take(options, load_keys()), told),
+         {:ok, model} <- model(options[:model], load, told),
          {:ok, tokenizer} <- tokenizer(Keyword.get(options, :tokenizer, options[:model]), told),
          {:ok, adapter} <- adapter(options[:adapter], told) do
       # A model that was loaded here has its limits already.
@@ -160,15 +170,12 @@ defmodule Bombus.Serving.Loader do
   defp adapter(%Adapter{} = adapter, _told), do: {:ok, adapter}
   defp adapter(source, told), do: Bombus.load_adapter(source, told.(source))
 
-  # A source may have a function of its own, which that of the call would take the place of.
-  defp tell_both({:hf, _id, [_ | _] = options}, on_progress) do
-    case options[:on_progress] do
-      own when is_function(own, 1) -> [on_progress: &{on_progress.(&1), own.(&1)}]
-      _none -> [on_progress: on_progress]
-    end
-  end
+  # Beside the server: the function of the child, or else of the source.
+  defp tell_all({:hf, _id, options}, [server, nil]),
+    do: tell_all(nil, [server, options[:on_progress]])
 
-  defp tell_both(_source, on_progress), do: [on_progress: on_progress]
+  defp tell_all(_source, [server, nil]), do: [on_progress: server]
+  defp tell_all(_source, [server, own]), do: [on_progress: &{server.(&1), own.(&1)}]
 
   defp check_adapter(_model, nil), do: :ok
 

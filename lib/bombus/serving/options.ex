@@ -144,12 +144,18 @@ defmodule Bombus.Serving.Options do
 
   @doc "A serving's options over the repository's over the defaults."
   def new!(options, %Model{generation_config: generation_config}) do
-    defaults = for {key, entry} <- @schema, into: %{}, do: {key, entry[:default]}
-
-    defaults
+    defaults()
     |> Map.merge(from_repository(generation_config))
     |> merge!(options)
   end
+
+  @doc "Raises for those of a serving that has no model yet."
+  def check!(options) do
+    merge!(defaults(), options)
+    :ok
+  end
+
+  defp defaults, do: for({key, entry} <- @schema, into: %{}, do: {key, entry[:default]})
 
   @doc "The options that are not the defaults."
   @spec changed(map()) :: keyword()

@@ -58,6 +58,9 @@ defmodule Bombus.Serving.Server do
   end
 
   @impl true
+  def handle_cast(_other, state), do: {:noreply, state}
+
+  @impl true
   def handle_info(:load, %{state: {:failed, _error}} = state), do: {:noreply, load(state)}
 
   def handle_info({:progress, loader, progress}, %{loader: loader} = state),
