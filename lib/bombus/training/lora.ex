@@ -2,7 +2,7 @@ defmodule Bombus.Training.LoRA do
   @moduledoc """
   Fine-tunes a model with mlx_lm, in a Python beside the VM: from texts to an adapter.
 
-      :ok = Bombus.Training.LoRA.prepare_data(my_posts, "data", prompt: "Write a post")
+      {:ok, _report} = Bombus.Training.LoRA.prepare_data(my_posts, "data", prompt: "Write a post")
 
       {:ok, path} =
         Bombus.Training.LoRA.train(
@@ -20,12 +20,12 @@ defmodule Bombus.Training.LoRA do
   """
 
   alias Bombus.Error
-  alias Bombus.Training.LoRA.{Data, Events, Options, Progress, Rates, Run}
+  alias Bombus.Training.LoRA.{Data, Events, Folder, Jsonl, Monitor, Options, Progress, Rates, Run}
 
   @typedoc """
   What a training reports.
 
-    * `:type` - `:start`, `:train`, `:validation`, `:checkpoint`, and in `monitor_training/1` the
+    * `:type` - `:start`, `:train`, `:validation`, `:checkpoint`, and in `monitor_training/2` the
       last one: `:done`, `:error` or `:cancelled`
     * `:iteration` - so many are done
     * `:loss` - the mean cross entropy of a token, in nats (`:train`: since the last report)
@@ -33,27 +33,55 @@ defmodule Bombus.Training.LoRA do
     * `:seconds` - what a validation took
     * `:peak_memory` - bytes
     * `:path` - of a checkpoint, or of the adapter
+    * `:warnings` - of `:done`, where there are any: texts that are logged too, such as that the loss
+      has grown
   """
   @type event :: %{required(:type) => atom(), optional(atom()) => term()}
 
-  @doc """
-  Writes `train.jsonl` and `valid.jsonl` in chat format into the folder `dir`, which is made.
+  @typedoc "What `prepare_data/3` took, and what it left out."
+  @type report :: %{
+          train: pos_integer(),
+          valid: non_neg_integer(),
+          skipped: non_neg_integer(),
+          reasons: %{String.t() => pos_integer()},
+          examples: [%{row: pos_integer(), reason: String.t()}]
+        }
 
-  Contents are texts, each an answer to `:prompt`; or `%{prompt: text, completion: text}`, or
-  `%{messages: [%{role: role, content: text}, ...]}` with the assistant's last. What is none of
-  these, is not UTF-8 or too short is left out; `{:error, :no_valid_content}` if that is all of it.
+  @doc """
+  Writes `train.jsonl` and `valid.jsonl` in chat format into the folder `dir`, which is made, and
+  reports what it took and what it left out.
+
+  `rows` is a list, a stream or another enumerable; a stream of any length takes little memory. A row
+  is one of
+
+    * a text, or `%{text: text}`: an answer to `:prompt`
+    * `%{prompt: text, completion: text}`
+    * `%{messages: [%{role: role, content: text}, ...]}`, whose last message is the assistant's;
+      with `:tools`, where the model is to learn to call them
+
+  as a map with atoms or strings as keys, a keyword list or a struct. Its other fields do not count,
+  nor do those that are nil. A content may also be a list of parts (`%{type: "text", text: text}`),
+  which are joined.
+
+  A row that is none of these, is not valid UTF-8, or has no answer of `:min_length` is left out.
+
+      {:ok, report} = Bombus.Training.LoRA.prepare_data(rows, "data")
+      report
+      #=> %{train: 180, valid: 20, skipped: 3,
+      #=>   reasons: %{"the answer is empty" => 2, "it has a prompt and no completion" => 1},
+      #=>   examples: [%{row: 17, reason: "the answer is empty"}, ...]}
+
+  `:examples` are the first ten that were left out; rows count from 1.
+
+  `{:error, %Bombus.Error{}}` has the reason `:no_valid_content` where no row is left, and `:io` or
+  `:disk_full` where the folder cannot be written to; an earlier `train.jsonl` is then still there.
 
   ## Options
 
-    * `:prompt` - what a text answers, `"Write a post"` by default
-    * `:split_ratio` - the part that is trained on, 0.9 by default; the rest is for validation
-      (at least one, unless the ratio is 1)
-    * `:min_length` - the characters that an answer has at least, 1 by default
-    * `:shuffle_seed` - 0 by default; the same seed gives the same files
+  #{Options.docs(:prepare)}
   """
-  @spec prepare_data([term()], Path.t(), keyword()) ::
-          :ok | {:error, :no_valid_content | Error.t()}
-  def prepare_data(contents, dir, options \\ []), do: Data.prepare(contents, dir, options)
+  @spec prepare_data(Enumerable.t(), Path.t(), keyword()) :: {:ok, report()} | {:error, Error.t()}
+  def prepare_data(rows, dir, options \\ []), do: Data.prepare(rows, dir, options)
 
   @doc """
   Trains an adapter and returns its folder, ready for `Bombus.load_adapter/2`.
@@ -63,52 +91,42 @@ defmodule Bombus.Training.LoRA do
 
   ## Options
 
-    * `:base_model` (required) - a Hub id (which mlx_lm downloads, into the same cache), a folder,
-      or a source
-    * `:training_data` (required) - a folder with `train.jsonl`, and `valid.jsonl` if there is one
-    * `:output_path` (required) - the adapter's folder: `adapters.safetensors`,
-      `adapter_config.json`, checkpoints, `training.jsonl` (events), `training.log` (Python's own
-      words) and `loss.svg`
-    * `:iterations` - 1000; an iteration is one batch
-    * `:rank` - 8, `:scale` - 20.0, `:dropout` - 0.0: of the adapter
-    * `:fine_tune_type` - `:lora` (default) or `:dora`
-    * `:num_layers` - so many of the last layers are adapted; `:all` by default
-    * `:learning_rate` - 1.0e-5
-    * `:batch_size` - 1; `:grad_accumulation` - 8 batches make one step
-    * `:max_seq_length` - 256 tokens; what is longer is cut off
-    * `:mask_prompt` - true: only the answers are learned
-    * `:steps_per_report` - 10, `:steps_per_eval` - 200, `:save_every` - 100 iterations
-    * `:seed` - 0
-    * `:resume_from` - a checkpoint (`.../0000100_adapters.safetensors`), or a folder for its last
-      one: the iterations that are left are done, and numbers go on from there. The weights are
-      kept; the optimizer starts anew.
-    * `:python` - the Python to use; by default what the environment variable `BOMBUS_PYTHON` says,
-      else `python3`
-    * `:on_progress` - a function that gets every `t:event/0`, in the calling process; a progress
-      bar by default, where there is a terminal
+  #{Options.docs(:train)}
+  A training that makes things worse still ends with `{:ok, path}`: where the loss of rows that were
+  trained with has grown, a warning is logged and stands in the last event of `monitor_training/2`. It
+  is nearly always too high a `:learning_rate`. The same goes for rows that were cut off, and for
+  iterations that are too few for a single step (`:grad_accumulation`).
 
   ## Errors
 
   `{:error, %Bombus.Error{}}` with the reason
 
     * `:python_missing`, `:mlx_lm_missing` - the message says what to install
-    * `:not_found`, `:bad_training_data`, `:too_few_rows` - of the data, the model or the checkpoint
+    * `:not_found`, `:bad_training_data`, `:too_few_rows` - of the data, the model or the checkpoint;
+      the message names file and line. All rows of a file have one format; with `:mask_prompt` a prompt
+      that fills `:max_seq_length` leaves nothing to learn
+    * `:bad_request` - more `:num_layers` than the model has
+    * `:already_there` - an adapter is in `:output_path`: see `:overwrite` and `:resume_from`
     * `:already_done` - nothing is left to resume
     * `:busy` - another training of this node writes to the same folder
-    * `:loss_is_nan`, `:out_of_memory`, `:disk_full`, `:training_killed`, `:training_failed` - with
-      the last words of Python
+    * `:loss_is_nan`, `:out_of_memory`, `:disk_full`
+    * `:training_killed`, `:training_failed` - with the last words of Python
     * `:cancelled`
   """
   @spec train(keyword()) :: {:ok, Path.t()} | {:error, Error.t()}
   def train(options) do
-    options = Options.validate!(options)
+    options = Options.validate!(options, :train)
+    path = Path.expand(options.output_path)
+    Folder.starting(path, fn -> train(options, path) end)
+  end
 
-    with :ok <- Data.check(options.training_data, options.batch_size, options.mask_prompt),
+  defp train(options, path) do
+    with :ok <- Jsonl.check(options.training_data, options.batch_size, options.mask_prompt),
          {:ok, settings} <- Options.settings(options),
          {:ok, python} <- python(options.python) do
       on_event = options.on_progress || Progress.bar(options.iterations)
       result = Run.run(python, settings, on_event)
-      Rates.keep(settings.model, rate(settings.adapter_path))
+      if match?({:ok, _path}, result), do: Rates.keep(settings.model, rate(path))
       result
     end
   end
@@ -126,7 +144,8 @@ defmodule Bombus.Training.LoRA do
   end
 
   defp rate(path) do
-    rates = for %{iterations_per_second: rate} <- Events.read(path), is_number(rate), do: rate
+    events = Events.read(Folder.events(path))
+    rates = for %{iterations_per_second: rate} <- events, is_number(rate), do: rate
     if rates != [], do: Enum.sum(rates) / length(rates)
   end
 
@@ -135,20 +154,34 @@ defmodule Bombus.Training.LoRA do
   `train/1` returns `{:error, %Bombus.Error{reason: :cancelled}}`; checkpoints stay.
   """
   @spec cancel(Path.t()) :: :ok | {:error, Error.t()}
-  def cancel(output_path), do: Run.cancel(Path.expand(output_path))
+  def cancel(output_path), do: Run.cancel(path!(output_path))
 
   @doc """
   The events of the training that writes, or wrote, to `output_path`, from its first one on, as a
   stream. It ends behind `:done`, `:error` or `:cancelled`, or where Python is gone without.
 
+  Where nothing has trained yet it waits for a training to begin, and raises a `Bombus.Error` with the
+  reason `:not_found` when none has.
+
+  ## Options
+
+  #{Options.docs(:monitor)}
   ## Examples
 
       for %{type: :train} = event <- Bombus.Training.LoRA.monitor_training("adapters/my-posts") do
         IO.puts("\#{event.iteration}: \#{event.loss}")
       end
   """
-  @spec monitor_training(Path.t()) :: Enumerable.t(event())
-  def monitor_training(output_path), do: Events.stream(Path.expand(output_path))
+  @spec monitor_training(Path.t(), keyword()) :: Enumerable.t(event())
+  def monitor_training(output_path, options \\ []) do
+    Monitor.stream(path!(output_path), Options.validate!(options, :monitor).timeout)
+  end
+
+  defp path!(path) do
+    if Bombus.Options.path?(path),
+      do: Path.expand(path),
+      else: raise(ArgumentError, "expected the path of a folder, got: #{inspect(path)}")
+  end
 
   @doc """
   The seconds that so many iterations take, as `%{seconds: number, source: :measured | :guess}`.
@@ -166,6 +199,11 @@ defmodule Bombus.Training.LoRA do
         rate -> %{seconds: iterations / rate, source: :measured}
       end
     end
+  end
+
+  def estimate_training_time(iterations, _model) do
+    raise ArgumentError,
+          "expected the iterations to be a whole number above 0, got: #{inspect(iterations)}"
   end
 
   # Of a folder from its files (4 bits a parameter), of an id from its name.

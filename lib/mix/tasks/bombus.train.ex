@@ -119,12 +119,18 @@ defmodule Mix.Tasks.Bombus.Train do
 
   defp prepare(texts, data, options) do
     with {:ok, text} <- File.read(texts),
-         :ok <- text |> String.split(~r/^---\s*$/m) |> LoRA.prepare_data(data, options) do
+         {:ok, report} <- text |> String.split(~r/^---\s*$/m) |> LoRA.prepare_data(data, options) do
+      Mix.shell().info("#{report.train} texts to train with, #{report.valid} to check with")
       data
     else
-      {:error, :no_valid_content} -> Mix.raise("there is no text in #{texts}")
-      {:error, %Bombus.Error{message: message}} -> Mix.raise(message)
-      {:error, reason} -> Mix.raise("cannot read #{texts}: #{:file.format_error(reason)}")
+      {:error, %Bombus.Error{reason: :no_valid_content}} ->
+        Mix.raise("there is no text in #{texts}")
+
+      {:error, %Bombus.Error{message: message}} ->
+        Mix.raise(message)
+
+      {:error, reason} ->
+        Mix.raise("cannot read #{texts}: #{:file.format_error(reason)}")
     end
   end
 

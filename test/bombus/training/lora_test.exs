@@ -6,13 +6,14 @@ defmodule Bombus.Training.LoRATest do
   alias Bombus.Training.LoRA
 
   @moduletag :tmp_dir
+  @moduletag :capture_log
   @python System.get_env("BOMBUS_PYTHON")
 
   defp rows(count), do: for(number <- 1..count//1, do: "Post #{number}.")
 
   defp data(dir, contents, options \\ []) do
     folder = Path.join(dir, "data")
-    assert :ok = LoRA.prepare_data(contents, folder, options)
+    assert {:ok, _report} = LoRA.prepare_data(contents, folder, options)
     folder
   end
 
@@ -85,9 +86,163 @@ defmodule Bombus.Training.LoRATest do
       assert length(read(dir, "train.jsonl")) == 1
     end
 
+    defmodule Post do
+      defstruct [:id, :body, :prompt, :completion, :messages, :text, __meta__: :loaded]
+    end
+
+    test "takes rows as Jason, Ecto and TRL give them", %{tmp_dir: dir} do
+      contents = [
+        %{"prompt" => "a", "completion" => "1", "id" => 7},
+        [prompt: "b", completion: "2"],
+        [{"prompt", "c"}, {"completion", "3"}],
+        %Post{id: 1, prompt: "d", completion: "4"},
+        %{
+          "messages" => [%{"role" => "user", "content" => "e"}, [role: :assistant, content: "5"]]
+        },
+        %Post{messages: [%Post{}, 1]},
+        %{
+          prompt: [%{role: "user", content: "f"}],
+          completion: [%{role: "assistant", content: "6"}]
+        },
+        %{"text" => "7", "label" => nil},
+        %{
+          messages: [
+            %{
+              role: "user",
+              content: [%{type: "text", text: "h"}, %{"type" => "text", "text" => "i"}]
+            },
+            %{role: "assistant", content: ["8"]}
+          ]
+        },
+        %{prompt: nil, completion: nil, messages: nil, text: "9"}
+      ]
+
+      assert {:ok, %{train: 9, valid: 0, skipped: 1}} =
+               LoRA.prepare_data(contents, Path.join(dir, "data"), split_ratio: 1, prompt: "Say")
+
+      pairs = for [one, two] <- read(dir, "train.jsonl"), do: {one["content"], two["content"]}
+
+      assert Enum.sort(pairs) ==
+               [
+                 {"Say", "7"},
+                 {"Say", "9"},
+                 {"a", "1"},
+                 {"b", "2"},
+                 {"c", "3"},
+                 {"d", "4"},
+                 {"e", "5"},
+                 {"f", "6"},
+                 {"hi", "8"}
+               ]
+    end
+
+    test "keeps tools, their calls and other fields of messages", %{tmp_dir: dir} do
+      call = %{id: "1", type: "function", function: %{name: "rain", arguments: %{city: "Ulm"}}}
+
+      messages = [
+        %{role: "user", content: "Rain?"},
+        %{role: "assistant", content: nil, tool_calls: [call]},
+        %{role: "tool", tool_call_id: "1", content: "none"},
+        %{role: "assistant", content: "No.", reasoning_content: "It is dry."}
+      ]
+
+      row = %{messages: messages, tools: [%{type: "function", function: %{name: "rain"}}]}
+      data(dir, [row], split_ratio: 1)
+      row = dir |> Path.join("data/train.jsonl") |> File.read!() |> JSON.decode!()
+      assert row["tools"] == [%{"type" => "function", "function" => %{"name" => "rain"}}]
+      assert [_user, asks, tool, answer] = row["messages"]
+      assert asks["content"] == ""
+      assert [%{"function" => %{"arguments" => %{"city" => "Ulm"}}}] = asks["tool_calls"]
+      assert tool["tool_call_id"] == "1"
+      assert answer["reasoning_content"] == "It is dry."
+    end
+
+    test "takes a stream, whose rows it does not keep", %{tmp_dir: dir} do
+      File.write!(Path.join(dir, "posts.txt"), "one\ntwo\n\nthree\n")
+      from_file = File.stream!(Path.join(dir, "posts.txt"))
+      folder = Path.join(dir, "data")
+      assert {:ok, %{train: 2, valid: 1, skipped: 1}} = LoRA.prepare_data(from_file, folder)
+      assert {:ok, %{train: 2}} = LoRA.prepare_data(MapSet.new(["a", "b", "c"]), folder)
+
+      rows = Stream.map(1..2000, &String.duplicate(<<?a + rem(&1, 26)>>, 50_000))
+
+      task =
+        Task.async(fn ->
+          assert {:ok, %{train: 1800}} = LoRA.prepare_data(rows, folder)
+          :erlang.garbage_collect()
+          {:memory, memory} = Process.info(self(), :memory)
+          memory
+        end)
+
+      # The rows are 100 MB.
+      assert Task.await(task, 60_000) < 10_000_000
+      assert File.stat!(Path.join(folder, "train.jsonl")).size > 90_000_000
+      assert Enum.sort(File.ls!(folder)) == ["train.jsonl", "valid.jsonl"]
+    end
+
+    test "says how many rows were left out, and why", %{tmp_dir: dir} do
+      user = %{role: "user", content: "Hi"}
+      answer = %{role: "assistant", content: "Hello"}
+
+      wrong = [
+        {"the answer is empty", [" ", %{prompt: "a", completion: ""}]},
+        {"the text is not valid UTF-8", [<<255>>, %{"text" => <<255>>}]},
+        {"the completion is not valid UTF-8", [%{prompt: "a", completion: <<255>>}]},
+        {"the prompt is empty", [%{prompt: " ", completion: "a"}]},
+        {"it has a prompt and no completion", [%{prompt: "a", completion: nil}]},
+        {"it has a completion and no prompt", [%{"completion" => "a"}]},
+        {"the completion is no text",
+         [%{prompt: "a", completion: 1}, %{prompt: "a", completion: [1 | 2]}]},
+        {"messages is empty", [%{messages: []}]},
+        {"messages is no list of messages", [%{messages: "Hi"}]},
+        {"its last message is not the assistant's", [%{messages: [answer, user]}]},
+        {"a message has no role", [%{messages: [%{content: "a"}, answer]}, %{messages: [1]}]},
+        {"a message has no content", [%{messages: [%{role: "user", content: nil}, answer]}]},
+        {"the content of a message has a part that is no text",
+         [
+           %{
+             messages: [%{user | content: [%{type: "image_url", image_url: %{url: "x"}}]}, answer]
+           }
+         ]},
+        {"it is neither a text nor a row with prompt and completion, messages or text",
+         [nil, 1, {:a, :b}, ~c"ab", [], %{}, %{body: "a"}, [1 | 2], self(), Date.utc_today()]},
+        {"it has something that is no JSON", [%{messages: [answer], tools: [self()]}]}
+      ]
+
+      rows = Enum.flat_map(wrong, fn {_reason, rows} -> rows end)
+      assert {:ok, report} = LoRA.prepare_data(["fine" | rows], dir)
+      assert {report.train, report.valid, report.skipped} == {1, 0, length(rows)}
+      assert report.reasons == Map.new(wrong, fn {reason, rows} -> {reason, length(rows)} end)
+      assert hd(report.examples) == %{row: 2, reason: "the answer is empty"}
+      assert length(report.examples) == 10
+
+      assert {:ok, %{skipped: 0, reasons: reasons, examples: []}} = LoRA.prepare_data(["a"], dir)
+      assert reasons == %{}
+    end
+
     test "says that nothing is left, and what is wrong", %{tmp_dir: dir} do
-      assert LoRA.prepare_data([], dir) == {:error, :no_valid_content}
-      assert LoRA.prepare_data(["ab", "cd"], dir, min_length: 3) == {:error, :no_valid_content}
+      File.write!(Path.join(dir, "train.jsonl"), "earlier")
+      assert {:error, %Error{reason: :no_valid_content}} = LoRA.prepare_data([], dir)
+
+      assert {:error, %Error{reason: :no_valid_content} = error} =
+               LoRA.prepare_data(["ab", "cd", nil], dir, min_length: 3)
+
+      assert error.message =~ "rows left out: 3" and error.message =~ "row 1"
+      assert error.message =~ "shorter than :min_length (2)"
+
+      assert_raise RuntimeError, "enough", fn ->
+        LoRA.prepare_data(
+          Stream.map(["a", "b"], &if(&1 == "b", do: raise("enough"), else: &1)),
+          dir
+        )
+      end
+
+      assert File.ls!(dir) == ["train.jsonl"]
+      assert File.read!(Path.join(dir, "train.jsonl")) == "earlier"
+
+      for rows <- ["a", %{prompt: "a", completion: "b"}, 1, ["a" | "b"]] do
+        assert_raise ArgumentError, ~r/enumerable of rows/, fn -> LoRA.prepare_data(rows, dir) end
+      end
 
       assert_raise ArgumentError, ~r/:split_ratio/, fn ->
         LoRA.prepare_data(["a"], dir, split_ratio: 2)
@@ -134,6 +289,15 @@ defmodule Bombus.Training.LoRATest do
       0 -> []
     end
   end
+
+  defp script(dir, text) do
+    path = Path.join(dir, "python-#{System.unique_integer([:positive])}")
+    File.write!(path, "#!/bin/sh\n" <> text <> "\n")
+    File.chmod!(path, 0o755)
+    path
+  end
+
+  defp written(dir), do: dir |> Path.join("adapter") |> File.ls!() |> Enum.sort()
 
   # A training that has begun: its task, and the process of Python.
   defp started(dir, more \\ []) do
@@ -208,8 +372,8 @@ defmodule Bombus.Training.LoRATest do
       data(dir, rows(2), split_ratio: 1)
       options = [iterations: 3, learning_rate: 1.0e38, fine_tune_type: :dora, num_layers: 1]
       assert {:error, %Error{reason: :loss_is_nan} = error} = train(dir, options)
-      assert error.message =~ "the loss is nan"
-      assert error.message =~ "NoNumber"
+      assert error.message =~ "the loss is nan" and error.message =~ ":learning_rate"
+      refute error.message =~ "Traceback"
 
       assert %{type: :error, reason: "loss_is_nan"} =
                Enum.at(LoRA.monitor_training(Path.join(dir, "adapter")), -1)
@@ -217,9 +381,109 @@ defmodule Bombus.Training.LoRATest do
 
     test "onto a full disk", %{tmp_dir: dir} do
       data(dir, rows(2), split_ratio: 1)
-      File.mkdir_p!(Path.join(dir, "adapter"))
-      File.ln_s!("/dev/full", Path.join(dir, "adapter/.0000001_adapters.part.safetensors"))
-      assert {:error, %Error{reason: :disk_full}} = train(dir, num_layers: 1)
+      # No file may have more than 16 KiB, which the configuration has not, and the weights have.
+      python = script(dir, "ulimit -f 32; exec #{@python} \"$@\"")
+      earlier = Path.join(dir, "adapter/adapters.safetensors")
+      File.mkdir_p!(Path.dirname(earlier))
+      File.write!(earlier, "earlier")
+      options = [python: python, rank: 32, overwrite: true]
+      assert {:error, %Error{reason: :disk_full} = error} = train(dir, options)
+      assert error.message =~ "no room to write `#{dir}/adapter/adapters.safetensors`"
+      refute error.message =~ "Traceback"
+      assert written(dir) == ~w(adapters.safetensors loss.svg training.jsonl training.log)
+      assert File.read!(earlier) == "earlier"
+    end
+
+    test "only onto an adapter that may be overwritten", %{tmp_dir: dir} do
+      data(dir, rows(2), split_ratio: 1)
+      path = Path.join(dir, "adapter")
+      File.mkdir_p!(path)
+      names = ~w(0000007_adapters.safetensors adapter_config.json adapters.safetensors loss.svg
+                 training.jsonl training.log)
+      for name <- names, do: File.write!(Path.join(path, name), name)
+
+      untouched? = fn ->
+        Enum.all?(names, &(File.read!(Path.join(path, &1)) == &1)) and written(dir) == names
+      end
+
+      assert {:error, %Error{reason: :already_there} = error} = train(dir, [])
+      assert error.message =~ "overwrite: true" and untouched?.()
+
+      # Starts that fail: before Python, in Python, and once the model is loaded.
+      for {options, reason} <- [
+            {[python: "python-9"], :python_missing},
+            {[python: script(dir, "echo no such thing; exit 1")], :training_failed},
+            {[base_model: Path.join(dir, "data")], :training_failed},
+            {[num_layers: 99], :bad_request}
+          ] do
+        assert {:error, %Error{reason: ^reason} = error} =
+                 train(dir, [overwrite: true] ++ options)
+
+        assert untouched?.()
+        # Not what an earlier training has said.
+        refute error.message =~ "training.log"
+      end
+
+      assert {:ok, path} == train(dir, overwrite: true, iterations: 1)
+      refute "0000007_adapters.safetensors" in written(dir)
+      assert Bombus.load_adapter!(path).rank == 8
+      assert [%{type: :start} | _rest] = Enum.to_list(LoRA.monitor_training(path))
+      refute File.read!(Path.join(path, "training.log")) =~ "\e"
+    end
+
+    test "that makes things worse, with a warning", %{tmp_dir: dir} do
+      data(dir, rows(3))
+
+      {result, log} =
+        ExUnit.CaptureLog.with_log(fn -> train(dir, learning_rate: 1.0e6, num_layers: 1) end)
+
+      assert {:ok, path} = result
+      assert log =~ "the loss of rows that were trained with"
+      assert %{type: :done, warnings: [warning]} = Enum.at(LoRA.monitor_training(path), -1)
+      assert warning =~ "lower :learning_rate"
+    end
+
+    test "with parts of a content, without a step", %{tmp_dir: dir} do
+      row = fn content ->
+        %{messages: [%{role: "user", content: "Hi"}, %{role: "assistant", content: content}]}
+      end
+
+      train_with = fn row ->
+        File.mkdir_p!(Path.join(dir, "data"))
+        # As Windows writes it.
+        File.write!(Path.join(dir, "data/train.jsonl"), "\uFEFF" <> JSON.encode!(row) <> "\r\n")
+
+        log =
+          ExUnit.CaptureLog.capture_log(fn ->
+            assert {:ok, _path} =
+                     train(dir,
+                       iterations: 1,
+                       grad_accumulation: 2,
+                       overwrite: true,
+                       num_layers: 1
+                     )
+          end)
+
+        assert log =~ "make no step"
+        for %{type: :train} = event <- events(), do: {event.loss, event.trained_tokens}
+      end
+
+      parts = [%{type: "text", text: "Hello "}, %{type: "text", text: "there"}]
+      assert [{loss, _tokens}] = reported = train_with.(row.("Hello there"))
+      assert loss > 0
+      assert train_with.(row.(parts)) == reported
+    end
+
+    test "with prompts that fill :max_seq_length", %{tmp_dir: dir} do
+      long = String.duplicate("word ", 40)
+      rows = [%{prompt: "Why?", completion: "So."}, %{prompt: long, completion: "So."}]
+      File.mkdir_p!(Path.join(dir, "data"))
+      lines = Enum.map(rows ++ rows, &[JSON.encode!(&1), "\n\n"])
+      File.write!(Path.join(dir, "data/train.jsonl"), lines)
+      assert {:error, %Error{reason: :bad_training_data} = error} = train(dir, [])
+      assert error.message =~ "train.jsonl`, line 3: its prompt has"
+      assert error.message =~ "max_seq_length: 32" and error.message =~ "line 7"
+      refute error.message =~ "Traceback" or error.message =~ "line 1:"
     end
 
     test "that is cancelled, while somebody monitors it", %{tmp_dir: dir} do
@@ -308,6 +572,50 @@ defmodule Bombus.Training.LoRATest do
       assert error.message =~ "line 4: no JSON" and error.message =~ "line 5"
     end
 
+    test "names the line of a wrong row", %{tmp_dir: dir} do
+      chat =
+        ~s({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+
+      pair = ~s({"prompt": "a", "completion": "b"})
+      File.mkdir_p!(Path.join(dir, "data"))
+
+      for {lines, words} <- [
+            {[chat, chat, pair],
+             "line 3: it has prompt and completion where line 1 has messages"},
+            {[pair, "", chat], "line 3: it has messages where line 1 has prompt and completion"},
+            {[pair, ~s({"prompt": "a"})],
+             "line 2: expected messages, prompt and completion, or text"},
+            {[pair, pair <> <<255>>], "line 2: no JSON, for it is not valid UTF-8"},
+            {[pair, ~s({"prompt": "a)], "line 2: no JSON, it ends too early"},
+            {["[", pair, "]"], "line 1: no JSON"},
+            {[pair, ~s({"prompt": null, "completion": "b"})], "line 2: prompt is no string"},
+            {[pair, ~s({"prompt": "a", "completion": ["b"]})], "line 2: completion is no string"},
+            {[~s({"messages": []})], "line 1: messages is no list of messages"},
+            {[~s({"messages": [{"content": "a"}]})], "line 1: message 1 has no role"},
+            {[~s({"messages": [{"role": "user", "content": 1}]})],
+             "line 1: message 1: its content is no text"},
+            {[~s({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]})],
+             ~s(line 1: message 1: a part is of type "image_url")},
+            {List.duplicate("x", 9), "line 5: no JSON from byte 1 on; and 4 more"}
+          ] do
+        File.write!(Path.join(dir, "data/train.jsonl"), Enum.join(lines, "\n"))
+        assert {:error, %Error{reason: :bad_training_data} = error} = LoRA.train(options(dir, []))
+        assert error.message =~ words
+      end
+
+      # More than its format in a row is no fault.
+      more = String.replace_suffix(chat, "}", ~s(, "text": "c"}))
+      File.write!(Path.join(dir, "data/train.jsonl"), Enum.join([chat, more], "\n"))
+
+      assert {:error, %Error{reason: :python_missing}} =
+               LoRA.train(options(dir, python: "python-9"))
+
+      File.rm!(Path.join(dir, "data/train.jsonl"))
+      File.mkdir!(Path.join(dir, "data/train.jsonl"))
+      assert {:error, %Error{reason: :not_found} = error} = LoRA.train(options(dir, []))
+      assert error.message =~ "it is a directory"
+    end
+
     test "finds no Python, no mlx_lm, no model", %{tmp_dir: dir} do
       data(dir, rows(4))
 
@@ -317,9 +625,7 @@ defmodule Bombus.Training.LoRATest do
       assert error.message =~ "pip install"
 
       # A Python without any package.
-      python = Path.join(dir, "python")
-      File.write!(python, "#!/bin/sh\nexec python3 -I -S \"$@\"\n")
-      File.chmod!(python, 0o755)
+      python = script(dir, "exec python3 -I -S \"$@\"")
 
       assert {:error, %Error{reason: :mlx_lm_missing} = error} =
                LoRA.train(options(dir, python: python))
@@ -360,7 +666,53 @@ defmodule Bombus.Training.LoRATest do
     assert folder.source == :guess and folder.seconds < small.seconds
   end
 
-  test "a training that never was has no events", %{tmp_dir: dir} do
-    assert Enum.to_list(LoRA.monitor_training(dir)) == []
+  describe "monitor_training" do
+    test "waits for a training, and says that there is none", %{tmp_dir: dir} do
+      raised =
+        assert_raise Error, fn -> Enum.to_list(LoRA.monitor_training(dir, timeout: 200)) end
+
+      assert raised.reason == :not_found and raised.message =~ "nothing trains at `#{dir}`"
+      assert_raise ArgumentError, ~r/:timeout/, fn -> LoRA.monitor_training(dir, timeout: -1) end
+
+      path = Path.join(dir, "adapter")
+      monitor = Task.async(fn -> Enum.to_list(LoRA.monitor_training(path)) end)
+      Process.sleep(300)
+      data(dir, rows(2))
+      python = script(dir, "echo enough; exit 1")
+
+      assert {:error, %Error{}} =
+               LoRA.train(options(dir, python: python, on_progress: fn _ -> :ok end))
+
+      assert [%{type: :start}, %{type: :error, reason: "training_failed", message: message}] =
+               Task.await(monitor)
+
+      assert message =~ "enough"
+      # Again: of the training that is over.
+      assert [%{type: :start}, %{type: :error}] = Enum.to_list(LoRA.monitor_training(path))
+    end
+
+    test "shows nothing of an earlier training where one runs", %{tmp_dir: dir} do
+      data(dir, rows(2))
+      path = Path.join(dir, "adapter")
+      File.mkdir_p!(path)
+      File.write!(Path.join(path, "adapters.safetensors"), "")
+      File.write!(Path.join(path, "training.jsonl"), ~s({"type": "done", "path": "earlier"}\n))
+      assert [%{type: :done, path: "earlier"}] = Enum.to_list(LoRA.monitor_training(path))
+
+      python = script(dir, "sleep 1; echo enough; exit 1")
+      me = self()
+      report = &send(me, {:began, &1})
+
+      task =
+        Task.async(fn ->
+          LoRA.train(options(dir, python: python, overwrite: true, on_progress: report))
+        end)
+
+      assert_receive {:began, %{type: :start}}, 5000
+      assert [%{type: :start}, %{type: :error}] = Enum.to_list(LoRA.monitor_training(path))
+      assert {:error, %Error{reason: :training_failed}} = Task.await(task)
+      # That start has failed.
+      assert [%{type: :done, path: "earlier"}] = Enum.to_list(LoRA.monitor_training(path))
+    end
   end
 end

@@ -1,161 +1,174 @@
 defmodule Bombus.Training.LoRA.Data do
   @moduledoc false
-  # train.jsonl and valid.jsonl: what mlx_lm's lora command reads.
+  # train.jsonl and valid.jsonl: what mlx_lm's lora command reads. Rows go through a file, so that a
+  # stream of any length takes little memory: of each only its place there is kept.
 
   alias Bombus.Error
-  alias Bombus.Training.LoRA.Options
+  alias Bombus.Training.LoRA.{Options, Row}
 
-  @defaults [prompt: "Write a post", split_ratio: 0.9, min_length: 1, shuffle_seed: 0]
+  # Rows left out of which the report says which they are.
+  @examples 10
 
-  @spec prepare([term()], Path.t(), keyword()) :: :ok | {:error, :no_valid_content | Error.t()}
+  @spec prepare(Enumerable.t(), Path.t(), keyword()) :: {:ok, map()} | {:error, Error.t()}
   def prepare(contents, dir, options) do
-    options = options!(options)
+    options = Options.validate!(options, :prepare)
+    contents!(contents)
+    dir!(dir)
+    spool = part(dir, "rows")
 
-    case Enum.flat_map(contents, &row(&1, options)) do
-      [] -> {:error, :no_valid_content}
-      rows -> write(rows, dir, options)
+    try do
+      contents
+      |> Stream.with_index(1)
+      |> Enum.reduce(start(spool, options), &take/2)
+      |> write(dir)
+    catch
+      {:io, reason} -> io(dir, reason)
+    after
+      File.rm(spool)
     end
   end
 
-  defp options!(options) do
-    options = Keyword.validate!(options, @defaults)
+  defp contents!(contents) do
+    one_row? = is_map(contents) and not is_struct(contents)
 
-    Options.check!(
-      options,
-      :split_ratio,
-      "above 0 and at most 1",
-      &(is_number(&1) and &1 > 0 and &1 <= 1)
-    )
-
-    Options.check!(options, :min_length, "a number of characters", &(is_integer(&1) and &1 >= 0))
-    Options.check!(options, :prompt, "a text", &text?/1)
-    Options.check!(options, :shuffle_seed, "an integer", &is_integer/1)
-    options
+    if one_row? or Enumerable.impl_for(contents) == nil or
+         (is_list(contents) and List.improper?(contents)) do
+      raise ArgumentError,
+            "expected a list or another enumerable of rows, got: " <>
+              inspect(contents, limit: 5, printable_limit: 100)
+    end
   end
 
-  # -> a list of one conversation, or of none
-  defp row(%{messages: messages}, options) when is_list(messages) do
-    messages = Enum.map(messages, &message/1)
+  defp dir!(dir) do
+    is_binary(dir) || raise(ArgumentError, "expected the path of a folder, got: #{inspect(dir)}")
+  end
 
-    with true <- Enum.all?(messages, & &1),
-         %{role: "assistant", content: answer} <- List.last(messages),
-         true <- long?(answer, options) do
-      [messages]
+  defp start(spool, options) do
+    %{
+      spool: spool,
+      file: nil,
+      options: options,
+      random: :rand.seed_s(:exsss, options.shuffle_seed),
+      size: 0,
+      places: [],
+      skipped: 0,
+      reasons: %{},
+      examples: []
+    }
+  end
+
+  defp take({row, number}, state) do
+    with {:ok, object} <- Row.conversation(row, state.options),
+         {:ok, line} <- line(object) do
+      keep(open(state), line)
     else
-      _other -> []
+      {:skip, reason} -> skip(state, number, reason)
     end
   end
 
-  defp row(%{prompt: prompt, completion: completion}, options) do
-    if text?(prompt) and long?(completion, options), do: [pair(prompt, completion)], else: []
+  defp line(object) do
+    {:ok, IO.iodata_to_binary([JSON.encode_to_iodata!(object), ?\n])}
+  rescue
+    _error -> {:skip, "it has something that is no JSON"}
   end
 
-  defp row(content, options) do
-    if long?(content, options), do: [pair(options[:prompt], String.trim(content))], else: []
+  # The folder is made for the first row.
+  defp open(%{file: nil} = state) do
+    ok!(File.mkdir_p(Path.dirname(state.spool)))
+    %{state | file: ok!(:file.open(state.spool, [:read, :write, :exclusive, :raw, :binary]))}
   end
 
-  defp message(%{role: role, content: content}) when is_binary(content) do
-    if String.valid?(content), do: %{role: to_string(role), content: content}
+  defp open(state), do: state
+
+  defp keep(state, line) do
+    ok!(:file.pwrite(state.file, state.size, line))
+    {key, random} = :rand.uniform_s(state.random)
+    place = {key, state.size, byte_size(line)}
+    size = state.size + byte_size(line)
+    %{state | random: random, size: size, places: [place | state.places]}
   end
 
-  defp message(_other), do: nil
+  defp skip(state, number, reason) do
+    examples =
+      if state.skipped < @examples,
+        do: [%{row: number, reason: reason} | state.examples],
+        else: state.examples
 
-  defp pair(prompt, answer) do
-    [%{role: "user", content: prompt}, %{role: "assistant", content: answer}]
+    reasons = Map.update(state.reasons, reason, 1, &(&1 + 1))
+    %{state | skipped: state.skipped + 1, reasons: reasons, examples: examples}
   end
 
-  defp text?(text), do: is_binary(text) and String.valid?(text) and String.trim(text) != ""
-
-  defp long?(text, options) do
-    text?(text) and String.length(String.trim(text)) >= options[:min_length]
+  defp write(%{places: []} = state, _dir) do
+    Error.error(:no_valid_content, "there is no row to train with" <> why(report(state, 0, 0)))
   end
 
-  defp write(rows, dir, options) do
-    rows = shuffle(rows, options[:shuffle_seed])
-    # Something to learn from, and where there are two rows, something to check it with.
-    most = if options[:split_ratio] < 1, do: max(length(rows) - 1, 1), else: length(rows)
-    train = (length(rows) * options[:split_ratio]) |> round() |> max(1) |> min(most)
-    {train, valid} = Enum.split(rows, train)
+  defp write(state, dir) do
+    {train, valid} = split(Enum.sort(state.places), state.options.split_ratio)
+    # Both are whole before the first takes the place of an earlier one.
+    parts =
+      for {name, places} <- [train: train, valid: valid], do: {name, part(dir, name), places}
 
-    with :ok <- File.mkdir_p(dir),
-         :ok <- File.write(Path.join(dir, "train.jsonl"), Enum.map(train, &line/1)),
-         :ok <- File.write(Path.join(dir, "valid.jsonl"), Enum.map(valid, &line/1)) do
-      :ok
-    else
-      {:error, reason} ->
-        Error.error(:io, "cannot write to `#{dir}`: #{:file.format_error(reason)}")
+    try do
+      for {_name, part, places} <- parts, do: copy(state.file, part, places)
+      for {name, part, _places} <- parts, do: ok!(File.rename(part, jsonl(dir, name)))
+    after
+      :file.close(state.file)
+      for {_name, part, _places} <- parts, do: File.rm(part)
     end
+
+    {:ok, report(state, length(train), length(valid))}
   end
 
-  defp shuffle(rows, seed) do
-    {keyed, _state} = Enum.map_reduce(rows, :rand.seed_s(:exsss, seed), &keyed/2)
-    keyed |> Enum.sort_by(&elem(&1, 0)) |> Enum.map(&elem(&1, 1))
+  # Something to learn from, and where there are two rows, something to check it with.
+  defp split(places, ratio) do
+    count = length(places)
+    most = if ratio < 1, do: max(count - 1, 1), else: count
+    Enum.split(places, (count * ratio) |> round() |> max(1) |> min(most))
   end
 
-  defp keyed(row, state) do
-    {key, state} = :rand.uniform_s(state)
-    {{key, row}, state}
-  end
+  defp copy(spool, part, places) do
+    file = ok!(:file.open(part, [:write, :exclusive, :raw, :binary, :delayed_write]))
 
-  defp line(messages), do: [JSON.encode_to_iodata!(%{messages: messages}), ?\n]
-
-  @doc "Whether a training can begin with what is in `dir`."
-  @spec check(Path.t(), pos_integer(), boolean()) :: :ok | {:error, Error.t()}
-  def check(dir, batch_size, mask_prompt) do
-    with :ok <- check_file(Path.join(dir, "train.jsonl"), batch_size, mask_prompt) do
-      valid = Path.join(dir, "valid.jsonl")
-      empty? = match?({:ok, %{size: 0}}, File.stat(valid))
-
-      if File.exists?(valid) and not empty?,
-        do: check_file(valid, batch_size, mask_prompt),
-        else: :ok
+    for {_key, place, size} <- places do
+      ok!(:file.write(file, ok!(:file.pread(spool, place, size))))
     end
+
+    # What was delayed may fail only now.
+    ok!(:file.close(file))
   end
 
-  defp check_file(path, batch_size, mask_prompt) do
-    with {:ok, text} <- read(path),
-         {:ok, count} <- count(path, text, mask_prompt) do
-      if count >= batch_size do
-        :ok
-      else
-        Error.error(
-          :too_few_rows,
-          "`#{path}` has #{count} rows, fewer than the batch size #{batch_size}"
-        )
-      end
-    end
+  defp report(state, train, valid) do
+    %{
+      train: train,
+      valid: valid,
+      skipped: state.skipped,
+      reasons: state.reasons,
+      examples: Enum.reverse(state.examples)
+    }
   end
 
-  defp read(path) do
-    with {:error, reason} <- File.read(path) do
-      Error.error(:not_found, "cannot read `#{path}`: #{:file.format_error(reason)}")
-    end
+  @doc "The rows that a report says were left out, as the end of a sentence."
+  def why(%{skipped: 0}), do: ""
+
+  def why(%{skipped: skipped, reasons: reasons, examples: [first | _rest]}) do
+    reasons = reasons |> Enum.sort_by(&(-elem(&1, 1))) |> Enum.take(5)
+    counted = Enum.map_join(reasons, "; ", fn {reason, count} -> "#{reason} (#{count})" end)
+    "; rows left out: #{skipped}, the first of them row #{first.row}: #{counted}"
   end
 
-  defp count(path, text, mask_prompt) do
-    lines = text |> String.split("\n") |> Enum.with_index(1)
-    rows = Enum.reject(lines, fn {line, _number} -> String.trim(line) == "" end)
+  defp jsonl(dir, name), do: Path.join(dir, "#{name}.jsonl")
 
-    faults =
-      for {line, number} <- rows, fault = fault(line, mask_prompt), do: "line #{number}: #{fault}"
-
-    case faults do
-      [] ->
-        {:ok, length(rows)}
-
-      _some ->
-        Error.error(:bad_training_data, "`#{path}`, " <> Enum.join(Enum.take(faults, 5), "; "))
-    end
+  defp part(dir, name) do
+    Path.join(dir, ".#{name}.#{System.pid()}-#{System.unique_integer([:positive])}.part")
   end
 
-  defp fault(line, mask_prompt) do
-    case JSON.decode(line) do
-      {:ok, %{"messages" => [_first | _rest]}} -> nil
-      {:ok, %{"prompt" => _prompt, "completion" => _completion}} -> nil
-      {:ok, %{"text" => _text}} when not mask_prompt -> nil
-      {:ok, %{"text" => _text}} -> "a text has no prompt to mask: give mask_prompt: false"
-      {:ok, _other} -> "expected messages, prompt and completion, or text"
-      {:error, _reason} -> "no JSON"
-    end
+  defp ok!(:ok), do: :ok
+  defp ok!({:ok, value}), do: value
+  defp ok!({:error, reason}), do: throw({:io, reason})
+  defp ok!(:eof), do: throw({:io, :eio})
+
+  defp io(dir, reason) do
+    kind = if reason in [:enospc, :edquot, :efbig], do: :disk_full, else: :io
+    Error.error(kind, "cannot write to `#{dir}`: #{:file.format_error(reason)}")
   end
 end

@@ -2,90 +2,170 @@ defmodule Bombus.Training.LoRA.Options do
   @moduledoc false
   # What `train` is told, and what mlx_lm is told of it.
 
-  alias Bombus.{Error, Source}
+  alias Bombus.{Error, Options, Source}
 
-  @required [:base_model, :training_data, :output_path]
-  @defaults [
-    iterations: 1000,
-    rank: 8,
-    scale: 20.0,
-    learning_rate: 1.0e-5,
-    batch_size: 1,
-    grad_accumulation: 8,
-    max_seq_length: 256,
-    save_every: 100,
-    num_layers: :all,
-    steps_per_report: 10,
-    steps_per_eval: 200,
-    seed: 0,
-    dropout: 0.0,
-    mask_prompt: true,
-    fine_tune_type: :lora,
-    resume_from: nil,
-    python: nil,
-    on_progress: nil
-  ]
-  @positive [
-    :iterations,
-    :rank,
-    :batch_size,
-    :grad_accumulation,
-    :max_seq_length,
-    :save_every,
-    :steps_per_report,
-    :steps_per_eval
+  @most 0x7FFFFFFF
+
+  @prepare [
+    prompt: [
+      type: {:custom, {__MODULE__, :text}},
+      default: "Write a post",
+      doc: "what a text answers"
+    ],
+    split_ratio: [
+      type: {:custom, {__MODULE__, :ratio}},
+      default: 0.9,
+      doc:
+        "the part that is trained on; the rest is for validation (at least one row, unless it is 1)"
+    ],
+    min_length: [
+      type: {:integer, 0..@most},
+      default: 1,
+      doc: "the characters that an answer has at least"
+    ],
+    shuffle_seed: [
+      type: {:integer, -@most..@most},
+      default: 0,
+      doc: "the same seed gives the same files"
+    ]
   ]
 
-  def validate!(options) do
-    options = Keyword.validate!(options, @required ++ @defaults)
+  @train [
+    base_model: [
+      type: {:custom, {__MODULE__, :source}},
+      required: true,
+      doc: "a Hub id (which mlx_lm downloads, into the same cache), a folder, or a source"
+    ],
+    training_data: [
+      type: :path,
+      required: true,
+      doc: "a folder with `train.jsonl`, and `valid.jsonl` if there is one"
+    ],
+    output_path: [
+      type: :path,
+      required: true,
+      doc: """
+      the adapter's folder: `adapters.safetensors`, `adapter_config.json`, checkpoints,
+      `training.jsonl` (events), `training.log` (Python's own words) and `loss.svg`
+      """
+    ],
+    iterations: [type: {:integer, 1..@most}, default: 1000, doc: "an iteration is one batch"],
+    rank: [type: {:integer, 1..@most}, default: 8, doc: "of the adapter: what it can learn"],
+    scale: [type: {:number, -3.4e38, 3.4e38}, default: 20.0, doc: "of the adapter: its strength"],
+    dropout: [
+      type: {:custom, {__MODULE__, :dropout}},
+      default: 0.0,
+      doc: "the part of the adapter's inputs that is left out, in 0..1, below 1"
+    ],
+    fine_tune_type: [type: {:in, [:lora, :dora]}, default: :lora, doc: "`:lora` or `:dora`"],
+    num_layers: [
+      type: {:or, [{:in, [:all]}, {:integer, 1..@most}]},
+      default: :all,
+      doc: "so many of the last layers are adapted"
+    ],
+    learning_rate: [
+      type: {:custom, {__MODULE__, :positive}},
+      default: 1.0e-5,
+      doc: "how far a step goes; 1.0e-5 to 2.0e-4 are usual"
+    ],
+    batch_size: [type: {:integer, 1..@most}, default: 1, doc: "rows in a batch"],
+    grad_accumulation: [
+      type: {:integer, 1..@most},
+      default: 8,
+      doc: "so many batches make one step"
+    ],
+    max_seq_length: [
+      type: {:integer, 2..@most},
+      default: 256,
+      doc: "tokens; what is longer is cut off. With `:mask_prompt` a prompt must be shorter"
+    ],
+    mask_prompt: [type: :boolean, default: true, doc: "only the answers are learned"],
+    steps_per_report: [type: {:integer, 1..@most}, default: 10, doc: "iterations"],
+    steps_per_eval: [type: {:integer, 1..@most}, default: 200, doc: "iterations"],
+    save_every: [type: {:integer, 1..@most}, default: 100, doc: "iterations"],
+    seed: [type: {:integer, 0..@most}, default: 0, doc: "of order, dropout and first weights"],
+    resume_from: [
+      type: :path,
+      doc: """
+      a checkpoint (`.../0000100_adapters.safetensors`), or a folder for its last one: the iterations
+      that are left are done, and numbers go on from there. The weights are kept; the optimizer
+      starts anew
+      """
+    ],
+    overwrite: [
+      type: :boolean,
+      default: false,
+      doc: """
+      true trains another adapter in the place of the one that is in `:output_path`. That one stays
+      as it is until the first checkpoint, or the end, of the new one
+      """
+    ],
+    python: [
+      type: :string,
+      doc: "the Python to use",
+      by_default: "what the environment variable `BOMBUS_PYTHON` says, else `python3`"
+    ],
+    on_progress: [
+      type: {:function, 1},
+      doc: "a function that gets every `t:event/0`, in the calling process",
+      by_default: "a progress bar, where there is a terminal"
+    ]
+  ]
 
-    for key <- @required, options[key] in [nil, ""] do
-      raise ArgumentError, "expected #{inspect(key)} to be given, it is required"
-    end
+  @monitor [
+    timeout: [
+      type: {:or, [{:in, [:infinity]}, {:integer, 0..@most}]},
+      default: 10_000,
+      doc: "the milliseconds that it waits for a training to begin, or `:infinity`"
+    ]
+  ]
 
-    for key <- @positive,
-        do: check!(options, key, "a whole number above 0", &(is_integer(&1) and &1 > 0))
+  @schemas [prepare: @prepare, train: @train, monitor: @monitor]
+  @functions [
+    prepare: "Bombus.Training.LoRA.prepare_data/3",
+    train: "Bombus.Training.LoRA.train/1",
+    monitor: "Bombus.Training.LoRA.monitor_training/2"
+  ]
 
-    check!(options, :scale, "a number", &is_number/1)
-    check!(options, :learning_rate, "a number above 0", &(is_number(&1) and &1 > 0))
-
-    check!(
-      options,
-      :dropout,
-      "a number in 0..1, below 1",
-      &(is_number(&1) and &1 >= 0 and &1 < 1)
-    )
-
-    check!(options, :seed, "a whole number", &(is_integer(&1) and &1 >= 0))
-    check!(options, :mask_prompt, "true or false", &is_boolean/1)
-    check!(options, :fine_tune_type, ":lora or :dora", &(&1 in [:lora, :dora]))
-
-    check!(
-      options,
-      :num_layers,
-      ":all or a whole number above 0",
-      &(&1 == :all or (is_integer(&1) and &1 > 0))
-    )
-
-    check!(options, :on_progress, "a function of one event", &(is_nil(&1) or is_function(&1, 1)))
-    check!(options, :python, "the path of a Python", &(is_nil(&1) or is_binary(&1)))
-
-    check!(
-      options,
-      :resume_from,
-      "a checkpoint or a folder with some",
-      &(is_nil(&1) or is_binary(&1))
-    )
-
-    for key <- [:training_data, :output_path], do: check!(options, key, "a path", &is_binary/1)
-    Map.new(options)
+  @doc "The options of `prepare_data`, `train` or `monitor_training`, as a map with all defaults."
+  def validate!(options, function) do
+    options |> Options.validate!(@schemas[function], @functions[function]) |> Map.new()
   end
 
-  @doc "Raises where an option is not what is expected."
-  def check!(options, key, expected, valid?) do
-    unless valid?.(options[key]) do
-      raise ArgumentError,
-            "expected #{inspect(key)} to be #{expected}, got: #{inspect(options[key])}"
+  def docs(function), do: Options.docs(@schemas[function])
+
+  def text(text) do
+    if is_binary(text) and String.valid?(text) and String.trim(text) != "",
+      do: {:ok, text},
+      else: {:error, "a text"}
+  end
+
+  def ratio(ratio) do
+    if is_number(ratio) and ratio > 0 and ratio <= 1,
+      do: {:ok, ratio},
+      else: {:error, "a number above 0 and at most 1"}
+  end
+
+  def dropout(part) do
+    if is_number(part) and part >= 0 and part < 1,
+      do: {:ok, part},
+      else: {:error, "a number in 0..1, below 1"}
+  end
+
+  def positive(rate) do
+    if is_number(rate) and rate > 0 and rate < 3.4e38,
+      do: {:ok, rate},
+      else: {:error, "a number above 0"}
+  end
+
+  def source(source) do
+    case source do
+      word when is_binary(word) and word != "" -> {:ok, word}
+      :demo -> {:ok, source}
+      {:local, path} when is_binary(path) -> {:ok, source}
+      {:hf, id} when is_binary(id) -> {:ok, source}
+      {:hf, id, options} when is_binary(id) and is_list(options) -> {:ok, source}
+      _other -> {:error, "a Hub id, a folder or a source"}
     end
   end
 
@@ -104,6 +184,7 @@ defmodule Bombus.Training.LoRA.Options do
          iters: options.iterations - done,
          done: done,
          resume_adapter_file: file,
+         overwrite: options.overwrite,
          lora_parameters: %{
            rank: options.rank,
            scale: options.scale * 1.0,

@@ -3,8 +3,10 @@ defmodule Bombus.Training.LoRA.Run do
   # One training: the process that owns Python. It goes when its caller goes, and Python goes with
   # it: the pipe to it closes, however the VM ends.
 
+  require Logger
+
   alias Bombus.Error
-  alias Bombus.Training.LoRA.Events
+  alias Bombus.Training.LoRA.{Curve, Events, Folder}
 
   @doc "Runs Python to its end; `on_event` is called here, in the caller."
   def run(python, settings, on_event) do
@@ -22,7 +24,7 @@ defmodule Bombus.Training.LoRA.Run do
 
   @doc "Stops the training that writes to `path`, and returns when Python has gone."
   def cancel(path) do
-    case :global.whereis_name(name(path)) do
+    case :global.whereis_name(Folder.name(path)) do
       :undefined -> Error.error(:not_found, "no training of this node writes to `#{path}`")
       pid -> stop(pid)
     end
@@ -51,8 +53,9 @@ defmodule Bombus.Training.LoRA.Run do
   defp own(caller, ref, python, settings) do
     path = settings.adapter_path
 
-    with :yes <- :global.register_name(name(path), self()),
-         :ok <- File.mkdir_p(path),
+    with :yes <- :global.register_name(Folder.name(path), self()),
+         :ok <- Folder.free(path, settings.overwrite, settings.resume_adapter_file),
+         :ok <- Folder.begin(path),
          {:ok, file} <- Events.create(path, settings.done) do
       Process.flag(:trap_exit, true)
       port = open(python, settings)
@@ -66,25 +69,28 @@ defmodule Bombus.Training.LoRA.Run do
         os_pid: os_pid,
         file: file,
         path: path,
+        begun?: false,
         words: [],
+        warnings: [],
         last: nil
       }
 
       event(state, %{type: :start, os_pid: os_pid, iterations: settings.iters + settings.done})
-      result = loop(state)
-      Events.finish(file, path, result)
+      {result, state} = loop(state)
+      Events.finish(file, result, Enum.reverse(state.warnings))
+      if state.begun?, do: Curve.draw(path, Folder.events(path)), else: Folder.failed(path)
       send(caller, {ref, {:end, result}})
     else
       :no -> send(caller, {ref, {:end, busy(path)}})
+      {:error, %Error{} = error} -> send(caller, {ref, {:end, {:error, error}}})
       {:error, reason} -> send(caller, {ref, {:end, io(path, reason)}})
     end
   end
 
-  defp name(path), do: {__MODULE__, node(), path}
   defp busy(path), do: Error.error(:busy, "another training writes to `#{path}`")
 
   defp io(path, reason) do
-    kind = if reason == :enospc, do: :disk_full, else: :io
+    kind = if reason in [:enospc, :edquot], do: :disk_full, else: :io
     Error.error(kind, "cannot write to `#{path}`: #{:file.format_error(reason)}")
   end
 
@@ -98,20 +104,33 @@ defmodule Bombus.Training.LoRA.Run do
         :hide,
         :stderr_to_stdout,
         {:line, 65_536},
-        args: ["-u", script]
+        args: ["-u", script],
+        # Its log is no terminal, whatever this one is.
+        env: [
+          {~c"TERM", ~c"dumb"},
+          {~c"NO_COLOR", ~c"1"},
+          {~c"FORCE_COLOR", false},
+          {~c"CLICOLOR_FORCE", false}
+        ]
       ])
+
+    settings =
+      settings
+      |> Map.delete(:overwrite)
+      |> Map.put(:log, Folder.starting_log(settings.adapter_path))
 
     Port.command(port, [JSON.encode_to_iodata!(settings), ?\n])
     port
   end
 
+  # -> how it ended, and the state then
   defp loop(%{port: port, monitor: monitor} = state) do
     receive do
       {^port, {:data, {_eol, line}}} -> state |> line(line) |> loop()
-      {^port, {:exit_status, status}} -> ended(state, status)
-      {:EXIT, ^port, _reason} -> ended(state, 1)
-      :cancel -> cancelled(state)
-      {:DOWN, ^monitor, :process, _pid, _reason} -> cancelled(state)
+      {^port, {:exit_status, status}} -> {ended(state, status), state}
+      {:EXIT, ^port, _reason} -> {ended(state, 1), state}
+      :cancel -> {cancelled(state), state}
+      {:DOWN, ^monitor, :process, _pid, _reason} -> {cancelled(state), state}
     end
   end
 
@@ -119,10 +138,22 @@ defmodule Bombus.Training.LoRA.Run do
     case Events.decode(line) do
       {:ok, %{type: :done}} -> %{state | last: :done}
       {:ok, %{type: :error} = error} -> %{state | last: error}
+      {:ok, %{type: :begun}} -> begun(state)
+      {:ok, %{type: :warning} = warning} -> warned(state, warning.message)
       {:ok, event} -> event(state, event)
       # What Python says before it can write to its log.
       :error -> %{state | words: Enum.take([line | state.words], 20)}
     end
+  end
+
+  defp begun(state) do
+    Folder.begun(state.path)
+    %{state | begun?: true}
+  end
+
+  defp warned(state, message) do
+    Logger.warning("the training of `#{state.path}`: #{message}")
+    %{state | warnings: [message | state.warnings]}
   end
 
   defp event(state, event) do
@@ -134,15 +165,16 @@ defmodule Bombus.Training.LoRA.Run do
   defp ended(%{last: :done} = state, 0), do: {:ok, state.path}
 
   defp ended(%{last: %{kind: kind, message: message} = error} = state, _status) do
-    reason = reason(kind, message)
+    case {reason(kind, message), error[:module]} do
+      {:training_failed, _module} ->
+        Error.error(:training_failed, "#{message}\n#{last_words(state)}")
 
-    message =
-      case error[:module] do
-        nil -> message
-        module -> "Python has no #{module}: #{install()}"
-      end
+      {reason, nil} ->
+        Error.error(reason, message)
 
-    Error.error(reason, "#{message}\n#{last_words(state)}")
+      {reason, module} ->
+        Error.error(reason, "Python has no #{module}: #{install()}")
+    end
   end
 
   defp ended(state, status) do
@@ -159,20 +191,20 @@ defmodule Bombus.Training.LoRA.Run do
 
   defp reason("ModuleNotFoundError", _message), do: :mlx_lm_missing
   defp reason("NoNumber", _message), do: :loss_is_nan
+  defp reason("BadData", _message), do: :bad_training_data
+  defp reason("BadOption", _message), do: :bad_request
+  defp reason("DiskFull", _message), do: :disk_full
   defp reason("MemoryError", _message), do: :out_of_memory
 
   defp reason(_kind, message) do
-    cond do
-      message =~ ~r/No space left|Unable to write/ -> :disk_full
-      message =~ ~r/out of memory|Unable to allocate|malloc/i -> :out_of_memory
-      true -> :training_failed
-    end
+    if message =~ ~r/out of memory|Unable to allocate|malloc/i,
+      do: :out_of_memory,
+      else: :training_failed
   end
 
   defp last_words(state) do
-    log = Path.join(state.path, "training.log")
-    logged = with {:ok, text} <- File.read(log), do: String.split(text, "\n"), else: (_none -> [])
-    words = Enum.reverse(state.words) ++ logged
+    {:ok, logged} = Folder.logged(state.path, state.begun?)
+    words = Enum.reverse(state.words) ++ String.split(logged, "\n")
     words |> Enum.reject(&(String.trim(&1) == "")) |> Enum.take(-6) |> Enum.join("\n")
   end
 
