@@ -134,11 +134,15 @@ defmodule Bombus.Options.Unknown do
   defp sentence(key, names, what) do
     "unknown option #{show(key)}, " <>
       cond do
-        meant = alias_of(key, names) || closest(key, names) -> "did you mean #{inspect(meant)}?"
+        meant = meant(key, names) -> "did you mean #{inspect(meant)}?"
         home = @homes[atom(key)] -> "it belongs to #{home}"
         true -> "#{what} takes #{Enum.map_join(names, ", ", &inspect/1)}"
       end
   end
+
+  @doc "The one of the names that is likely meant by a key, if any."
+  @spec meant(term(), [atom()]) :: atom() | nil
+  def meant(key, names), do: alias_of(key, names) || closest(key, names)
 
   # A key may be anything that a map has for one.
   defp show(key), do: inspect(key, limit: 5, printable_limit: 50)

@@ -21,28 +21,25 @@ defmodule Mix.Tasks.Bombus.Download do
 
   use Mix.Task
 
+  alias Mix.Bombus.CommandLine
+
   @switches [revision: :string, subdir: :string, cache_dir: :string, kind: :string]
   @kinds ~w(model tokenizer adapter any)
 
   @impl true
   def run(arguments) do
-    {options, id} = parse(arguments)
-    # What downloads needs no running application.
-    Mix.Task.run("app.config")
-
-    case Bombus.Hub.download(id, options) do
-      {:ok, folder} -> Mix.shell().info(folder)
-      {:error, error} -> Mix.raise(error.message)
-    end
-  rescue
-    error in [ArgumentError, OptionParser.ParseError] -> Mix.raise(Exception.message(error))
+    CommandLine.run("bombus.download", arguments, @switches, &download/2)
   end
 
-  defp parse(arguments) do
-    case OptionParser.parse!(arguments, strict: @switches) do
-      {options, [id]} -> {Keyword.replace_lazy(options, :kind, &kind/1), id}
-      _other -> Mix.raise("expected one repository: mix bombus.download owner/name")
-    end
+  defp download(options, [id]) do
+    options = Keyword.replace_lazy(options, :kind, &kind/1)
+    # What downloads needs no running application.
+    Mix.Task.run("app.config")
+    id |> Bombus.Hub.download(options) |> Bombus.Error.unwrap!() |> Mix.shell().info()
+  end
+
+  defp download(_options, _words) do
+    Mix.raise("expected one repository: mix bombus.download owner/name")
   end
 
   defp kind(kind) when kind in @kinds, do: String.to_atom(kind)

@@ -7,6 +7,10 @@ defmodule Mix.Tasks.Bombus.Generate do
       mix bombus.generate "Write a post about coffee"
       mix bombus.generate --model DIR --adapter DIR --temperature 0.8 "Write a post about coffee"
       mix bombus.generate --model mlx-community/Qwen3-0.6B-4bit "Write a post about coffee"
+      mix bombus.generate - < prompt.txt
+
+  Where the prompt is `-`, it is what the standard input has, to its end. `mix bombus.chat` keeps a
+  conversation going.
 
   ## Options
 
@@ -18,76 +22,49 @@ defmodule Mix.Tasks.Bombus.Generate do
     * `--device` - `auto` (default), `gpu` or `cpu`
     * `--max-new-tokens`, `--temperature`, `--top-k`, `--top-p`, `--min-p`,
       `--repetition-penalty`, `--seed`, `--stop` - as in `Bombus.Serving`
+    * `--no-thinking` - tells the chat template not to let the model think (`enable_thinking: false`)
+    * `--template-option name=value` - another option of the chat template; the value is JSON or a text.
+      May be given more than once
     * `--no-chat-template` - completes the text as it stands
   """
 
   use Mix.Task
 
-  alias Bombus.Source
+  alias Mix.Bombus.{CommandLine, Generation}
 
-  @switches [
-    model: :string,
-    tokenizer: :string,
-    adapter: :string,
-    scale: :float,
-    device: :string,
-    max_new_tokens: :integer,
-    temperature: :float,
-    top_k: :integer,
-    top_p: :float,
-    min_p: :float,
-    repetition_penalty: :float,
-    seed: :integer,
-    stop: :keep,
-    chat_template: :boolean
-  ]
-  @generation ~w(max_new_tokens temperature top_k top_p min_p repetition_penalty seed chat_template)a
+  @switches Generation.switches() ++ [chat_template: :boolean]
 
   @impl true
   def run(arguments) do
-    {options, prompt} = parse(arguments)
+    CommandLine.run("bombus.generate", arguments, @switches, &generate/2)
+  end
+
+  defp generate(options, words) do
+    Generation.check!(options)
+    prompt = prompt(words)
     Mix.Task.run("app.start")
+    serving = Generation.serving!(options)
+    input = %{text: prompt, adapter: adapter(options)}
+    serving |> Bombus.Serving.stream(input) |> Enum.each(&IO.write/1)
+    IO.puts("")
+  end
 
-    try do
-      options |> serving() |> Bombus.Serving.stream(prompt) |> Enum.each(&IO.write/1)
-      IO.puts("")
-    rescue
-      error in [Bombus.Error, ArgumentError] -> Mix.raise(Exception.message(error))
+  defp prompt(["-"]) do
+    case IO.read(:stdio, :eof) do
+      text when is_binary(text) -> String.replace_suffix(text, "\n", "")
+      :eof -> Mix.raise("expected a prompt on the standard input, it is empty")
+      {:error, _reason} -> Mix.raise("expected the standard input to be text in UTF-8")
     end
   end
 
-  defp parse(arguments) do
-    case OptionParser.parse!(arguments, strict: @switches) do
-      {options, [prompt]} -> {options, prompt}
-      {_options, _other} -> Mix.raise("expected one prompt: mix bombus.generate \"Write a post\"")
-    end
-  rescue
-    error in OptionParser.ParseError -> Mix.raise(Exception.message(error))
-  end
+  defp prompt([prompt]), do: prompt
+  defp prompt(_other), do: Mix.raise("expected one prompt: mix bombus.generate \"Write a post\"")
 
-  defp serving(options) do
-    model = Source.from_word(options[:model] || "demo")
-    tokenizer = Source.from_word(options[:tokenizer] || options[:model] || "demo")
-
-    generation =
-      Keyword.take(options, @generation) ++
-        [adapter: adapter(options, model), stop: Keyword.get_values(options, :stop)]
-
-    model
-    |> Bombus.load_model!(device: device(options[:device] || "auto"))
-    |> Bombus.Serving.new(Bombus.load_tokenizer!(tokenizer), generation)
-  end
-
-  defp adapter(options, model) do
-    if name = options[:adapter] do
-      named? = model == :demo and not File.dir?(name)
-      source = if named?, do: {:demo, name}, else: Source.from_word(name)
-      Bombus.load_adapter!(source, Keyword.take(options, [:scale]))
+  defp adapter(options) do
+    if word = options[:adapter] do
+      word
+      |> Generation.adapter_source(options[:model] || "demo")
+      |> Bombus.load_adapter!(Keyword.take(options, [:scale]))
     end
   end
-
-  defp device("auto"), do: :auto
-  defp device("gpu"), do: :gpu
-  defp device("cpu"), do: :cpu
-  defp device(other), do: Mix.raise("expected --device to be auto, gpu or cpu, got: #{other}")
 end

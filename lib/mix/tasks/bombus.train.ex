@@ -16,6 +16,7 @@ defmodule Mix.Tasks.Bombus.Train do
       the data is made, in the folder `data` of the output; `--prompt` is what they answer
       ("Write a post" by default)
     * `--resume` - goes on from the last checkpoint in the output; `--resume-from` from another one
+    * `--overwrite` - trains another adapter in the place of the one that is in the output
     * `--iterations`, `--rank`, `--scale`, `--dropout`, `--fine-tune-type` (`lora` or `dora`),
       `--num-layers`, `--learning-rate`, `--batch-size`, `--grad-accumulation`,
       `--max-seq-length`, `--no-mask-prompt`, `--steps-per-report`, `--steps-per-eval`,
@@ -25,6 +26,8 @@ defmodule Mix.Tasks.Bombus.Train do
   use Mix.Task
 
   alias Bombus.Training.LoRA
+  alias Bombus.Training.LoRA.Folder
+  alias Mix.Bombus.CommandLine
 
   @training [
     iterations: :integer,
@@ -43,7 +46,8 @@ defmodule Mix.Tasks.Bombus.Train do
     save_every: :integer,
     seed: :integer,
     python: :string,
-    resume_from: :string
+    resume_from: :string,
+    overwrite: :boolean
   ]
   @own [
     model: :string,
@@ -56,45 +60,30 @@ defmodule Mix.Tasks.Bombus.Train do
 
   @impl true
   def run(arguments) do
-    options = parse(arguments)
+    CommandLine.run("bombus.train", arguments, @own ++ @training, &train/2)
+  end
+
+  defp train(_options, [word | _rest]), do: Mix.raise("expected only options, got: #{word}")
+
+  defp train(options, []) do
+    output = required(options, :output)
+    model = model(required(options, :model))
+    training = Keyword.take(options, Keyword.keys(@training))
+    training = Keyword.replace_lazy(training, :fine_tune_type, &kind/1)
+    resumed = if options[:resume], do: [resume_from: output], else: []
     Mix.Task.run("app.start")
 
-    try do
-      train(options)
-    rescue
-      error in ArgumentError -> Mix.raise(Exception.message(error))
-    end
-  end
-
-  defp parse(arguments) do
-    case OptionParser.parse!(arguments, strict: @own ++ @training) do
-      {options, []} -> options
-      {_options, [other | _rest]} -> Mix.raise("expected only options, got: #{other}")
-    end
-  rescue
-    error in OptionParser.ParseError -> Mix.raise(Exception.message(error))
-  end
-
-  defp train(options) do
-    output = required(options, :output)
-    training = Keyword.take(options, Keyword.keys(@training))
-
     [
-      base_model: model(required(options, :model)),
+      base_model: model,
       training_data: data(options, output),
       output_path: output,
       on_progress: unless(IO.ANSI.enabled?(), do: &report/1)
     ]
-    |> Keyword.merge(if options[:resume], do: [resume_from: output], else: [])
-    |> Keyword.merge(Keyword.replace_lazy(training, :fine_tune_type, &kind/1))
+    |> Keyword.merge(resumed)
+    |> Keyword.merge(training)
     |> LoRA.train()
-    |> case do
-      {:ok, path} ->
-        Mix.shell().info("The adapter is in #{path}: Bombus.load_adapter(#{inspect(path)})")
-
-      {:error, error} ->
-        Mix.raise(Exception.message(error))
-    end
+    |> Bombus.Error.unwrap!()
+    |> then(&Mix.shell().info("The adapter is in #{&1}: Bombus.load_adapter(#{inspect(&1)})"))
   end
 
   defp required(options, key) do
@@ -112,14 +101,19 @@ defmodule Mix.Tasks.Bombus.Train do
     case {options[:data], options[:texts]} do
       {nil, nil} -> Mix.raise("expected --data or --texts: see mix help bombus.train")
       {data, nil} -> data
-      {nil, texts} -> prepare(texts, Path.join(output, "data"), Keyword.take(options, [:prompt]))
+      {nil, texts} -> prepare(texts, output, options)
       {_data, _texts} -> Mix.raise("expected --data or --texts, got both")
     end
   end
 
-  defp prepare(texts, data, options) do
-    with {:ok, text} <- File.read(texts),
-         {:ok, report} <- text |> String.split(~r/^---\s*$/m) |> LoRA.prepare_data(data, options) do
+  # Nothing is written where a training would be refused.
+  defp prepare(texts, output, options) do
+    data = Path.join(output, "data")
+    resumed? = options[:resume] || options[:resume_from]
+
+    with :ok <- Folder.free(Path.expand(output), options[:overwrite] == true or !!resumed?),
+         {:ok, text} <- File.read(texts),
+         {:ok, report} <- prepared(text, data, Keyword.take(options, [:prompt])) do
       Mix.shell().info("#{report.train} texts to train with, #{report.valid} to check with")
       data
     else
@@ -132,6 +126,10 @@ defmodule Mix.Tasks.Bombus.Train do
       {:error, reason} ->
         Mix.raise("cannot read #{texts}: #{:file.format_error(reason)}")
     end
+  end
+
+  defp prepared(text, data, options) do
+    text |> String.split(~r/^---\s*$/m) |> LoRA.prepare_data(data, options)
   end
 
   # A line an event, where there is no terminal for a bar.
