@@ -186,7 +186,7 @@ defmodule Bombus do
     options = Options.validate!(options, @score, "Bombus.score/3")
     Model.token_ids!(model, token_ids)
     adapter = options[:adapter] && options[:adapter].ref
-    score = &Native.score(model.ref, token_ids, adapter, &1)
+    score = &Native.score(model.ref, token_ids, adapter, nil, &1)
     with {:scores, log_probs} <- Native.await(score, &Native.cancel/1), do: {:ok, log_probs}
   end
 

@@ -15,6 +15,8 @@ defmodule Bombus.Error do
       `:offline`, `:disk_full`, `:bad_download` - of the Hub: see `Bombus.Hub`
     * `:overloaded` - the queue is full
     * those of a training: see `Bombus.Training.LoRA.train/1`
+    * `:timeout` - the request did not end within its `:timeout`
+    * `:unloaded` - the model, tokenizer or adapter was freed by `Bombus.unload/2`
     * `:stopped` - the model's engine or the serving has stopped
     * `:out_of_memory` - there is none for the prompt's keys and values, or for a step
     * `:backend`, `:panic` - a step failed, and with it all sequences in it; the engine serves on

@@ -17,12 +17,17 @@ defmodule Bombus.Native do
   def load_adapter(_path, _scale, _reference), do: nif()
   def load_tokenizer(_path, _reference), do: nif()
   def generate(_model, _tokenizer, _adapter, _group, _prompt, _options, _reference), do: nif()
-  # Of a request with a window: so many of its chunks are read.
-  def acknowledge(_generation, _chunks), do: nif()
   # What cancels a generation without keeping it; `cancel` takes both.
   def canceller(_generation), do: nif()
   def cancel(_generation), do: nif()
-  def score(_model, _ids, _adapter, _reference), do: nif()
+  # Of a request with a window: so many of its chunks are read.
+  def acknowledge(_generation, _chunks), do: nif()
+  def score(_model, _ids, _adapter, _timeout, _reference), do: nif()
+
+  # {reference, {:ok, :ok}} when what it holds is given back.
+  def unload_model(_model, _cancel, _reference), do: nif()
+  def unload_adapter(_adapter, _reference), do: nif()
+  def unload_tokenizer(_tokenizer), do: nif()
   def memory_info, do: nif()
 
   # Limits that some requests share, and how many of them have not ended.

@@ -149,6 +149,9 @@ defmodule Bombus.Serving do
   @enforce_keys [:model, :tokenizer, :options, :limits]
   defstruct [:group, :name | @enforce_keys]
 
+  # How many chunks of a stream may lie unread.
+  @window 64
+
   @doc """
   A serving of a model, with the options of all its requests.
 
@@ -192,6 +195,11 @@ defmodule Bombus.Serving do
 
   The request starts when the stream is first asked, in the process that asks. Halting the stream
   cancels the request, and so does the death of the process. What goes wrong is raised.
+
+  A stream whose reader is slower than the model holds nobody up: #{@window} chunks lie in the reader's
+  mailbox at most. What is generated beyond them comes as one longer chunk, of as many tokens again at most;
+  then the sequence waits, and its place in the batch is another's until the reader goes on.
+
   `serving` is a serving, or the name of one in a supervision tree.
   """
   @spec stream(t() | GenServer.server(), input()) :: Enumerable.t()
@@ -391,10 +399,12 @@ defmodule Bombus.Serving do
     answers
   end
 
-  defp start(serving, {:ok, input}, server, begun),
-    do: Request.start(serving, input, server, deadline(input, begun))
+  defp start(serving, input, server, begun, window \\ nil)
 
-  defp start(_serving, {:error, error}, _server, _begun), do: {:error, error}
+  defp start(serving, {:ok, input}, server, begun, window),
+    do: Request.start(serving, input, server, deadline(input, begun), window)
+
+  defp start(_serving, {:error, error}, _server, _begun, _window), do: {:error, error}
 
   defp deadline({_prompt, options}, begun), do: Deadline.new(options.timeout, begun)
 
@@ -412,7 +422,7 @@ defmodule Bombus.Serving do
     options = with {:ok, {_prompt, options}} <- input, do: options
 
     # Its time begins when it is first asked.
-    fn -> {Error.unwrap!(start(serving, input, server, Deadline.now())), []} end
+    fn -> {Error.unwrap!(start(serving, input, server, Deadline.now(), @window)), []} end
     |> Stream.resource(&next(&1, options), &halt/1)
     # Raised behind the resource: a request that has ended must not be cancelled.
     |> Stream.map(fn
@@ -425,7 +435,7 @@ defmodule Bombus.Serving do
 
   defp next({request, chunks}, options) do
     case Request.next(request) do
-      {:chunk, _id, _text, _logprobs} = chunk ->
+      {:chunk, _ids, _text, _logprobs} = chunk ->
         # Only a result at the end needs them again.
         chunks = if options.stream_done, do: [chunk | chunks], else: []
         {elements(request, chunk), {request, chunks}}
@@ -440,9 +450,9 @@ defmodule Bombus.Serving do
     end
   end
 
-  defp elements(%{tokenizer?: false}, {:chunk, id, _text, _logprobs}), do: [id]
-  defp elements(_request, {:chunk, _id, "", _logprobs}), do: []
-  defp elements(_request, {:chunk, _id, text, _logprobs}), do: [text]
+  defp elements(%{tokenizer?: false}, {:chunk, ids, _text, _logprobs}), do: ids
+  defp elements(_request, {:chunk, _ids, "", _logprobs}), do: []
+  defp elements(_request, {:chunk, _ids, text, _logprobs}), do: [text]
 
   defp halt(:done), do: :ok
   defp halt({request, _chunks}), do: Request.cancel(request)

@@ -89,7 +89,7 @@ defmodule Bombus.Serving.Batch do
     {request, next, chunks} = batch.running[reference]
 
     case event.(request) do
-      {:chunk, _id, _text, _logprobs} = chunk ->
+      {:chunk, _ids, _text, _logprobs} = chunk ->
         put(batch, request, next, [chunk | chunks])
 
       {:done, reason, usage} ->

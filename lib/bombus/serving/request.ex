@@ -72,7 +72,7 @@ defmodule Bombus.Serving.Request do
   end
 
   @doc """
-  The next event: `{:chunk, id, text, logprobs}`, `{:done, reason, usage}` or `{:error, error}`.
+  The next event: `{:chunk, ids, text, logprobs}`, `{:done, reason, usage}` or `{:error, error}`.
   """
   def next(%__MODULE__{reference: reference, monitor: monitor} = request) do
     receive do
@@ -145,7 +145,7 @@ defmodule Bombus.Serving.Request do
   # get lost, with the node.
   defp drain(%{reference: reference, monitor: monitor} = request, patience) do
     receive do
-      {^reference, {:chunk, _id, _text, _logprobs}} -> drain(request, patience)
+      {^reference, {:chunk, _ids, _text, _logprobs}} -> drain(request, patience)
       {^reference, event} -> Error.from_native(event)
       {:DOWN, ^monitor, :process, _pid, _reason} when patience != :infinity -> :lost
     after
@@ -169,7 +169,7 @@ defmodule Bombus.Serving.Request do
 
   defp collect(request, chunks) do
     case next(request) do
-      {:chunk, _id, _text, _logprobs} = chunk -> collect(request, [chunk | chunks])
+      {:chunk, _ids, _text, _logprobs} = chunk -> collect(request, [chunk | chunks])
       {:done, reason, usage} -> {:ok, result(request, chunks, reason, usage)}
       {:error, error} -> {:error, error}
     end
@@ -186,7 +186,7 @@ defmodule Bombus.Serving.Request do
   @doc "Bumblebee's result, with more. `chunks`: the last first"
   def result(request, chunks, reason, usage) do
     chunks = Enum.reverse(chunks)
-    ids = for {:chunk, id, _text, _logprobs} when id != nil <- chunks, do: id
+    ids = for {:chunk, ids, _text, _logprobs} <- chunks, id <- ids, do: id
 
     entry = %{
       text: if(request.tokenizer?, do: for({:chunk, _, text, _} <- chunks, into: "", do: text)),
@@ -200,7 +200,12 @@ defmodule Bombus.Serving.Request do
       }
     }
 
-    case for {:chunk, id, _text, {chosen, top}} <- chunks, do: logprobs(id, chosen, top) do
+    logprobs =
+      for {:chunk, ids, _text, logprobs} <- chunks,
+          {id, {chosen, top}} <- Enum.zip(ids, logprobs),
+          do: logprobs(id, chosen, top)
+
+    case logprobs do
       [] -> %{results: [entry]}
       logprobs -> %{results: [Map.put(entry, :logprobs, logprobs)]}
     end

@@ -47,11 +47,13 @@ impl<B: Backend> Layer<B> {
     }
 }
 
+/// An adapter's pairs for a layer, in the order of `PROJECTIONS`.
+pub type Loras<B> = [Option<<B as Backend>::Lora>; PROJECTIONS.len()];
+
 /// An adapter's pairs, each at its place in the decoder.
 pub struct BoundAdapter<B: Backend> {
     pub embed_tokens: Option<B::Lora>,
-    /// layer -> projection, in the order of `PROJECTIONS`
-    pub layers: Vec<[Option<B::Lora>; PROJECTIONS.len()]>,
+    pub layers: Vec<Loras<B>>,
     /// also where the embedding is the head
     pub lm_head: Option<B::Lora>,
 }

@@ -60,6 +60,10 @@ pub enum Error {
     Stopped,
     #[error("the serving is stopping")]
     Stopping,
+    #[error("the request did not end within its :timeout")]
+    Timeout,
+    #[error("the {0} was unloaded")]
+    Unloaded(&'static str),
 }
 
 impl Error {
@@ -90,6 +94,8 @@ impl Error {
             Error::Backend(_) => "backend",
             Error::Panic(_) => "panic",
             Error::Stopped | Error::Stopping => "stopped",
+            Error::Timeout => "timeout",
+            Error::Unloaded(_) => "unloaded",
         }
     }
 
@@ -115,6 +121,14 @@ impl Error {
 pub fn catch<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
         .unwrap_or_else(|payload| Err(Error::panic(payload.as_ref())))
+}
+
+/// The same; what panics is named.
+pub fn catch_in<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch(work).map_err(|error| match error {
+        Error::Panic(message) => Error::Panic(format!("{what}: {message}")),
+        error => error,
+    })
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //! the batch.
 
 use crate::error::{Error, Result};
-use std::collections::BTreeMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 /// The sampling options of a request. They apply in this order: repetition penalty, presence and
@@ -86,6 +86,43 @@ impl Sampling {
     }
 }
 
+/// The tokens that penalties fall on, taken in as they come: a token costs the same behind a long
+/// text as behind a short one.
+#[derive(Clone, Debug, Default)]
+pub struct History {
+    /// How many tokens of prompt and text `seen` holds, and how many of the text `counts`.
+    read: [usize; 2],
+    seen: Arc<Vec<u32>>,
+    known: HashSet<u32>,
+    /// How often each token was generated.
+    counts: Arc<Vec<(u32, f32)>>,
+    /// Where each stands in `counts`.
+    places: HashMap<u32, usize>,
+}
+
+impl History {
+    /// Takes in what is new, as far as these options look at it.
+    pub fn extend(&mut self, sampling: &Sampling, prompt: &[u32], generated: &[u32]) {
+        if sampling.repetition_penalty != 1.0 {
+            let new = prompt.iter().chain(generated).skip(self.read[0]);
+            let new = new.copied().filter(|id| self.known.insert(*id));
+            Arc::make_mut(&mut self.seen).extend(new);
+            self.read[0] = prompt.len() + generated.len();
+        }
+        if sampling.counts() {
+            let counts = Arc::make_mut(&mut self.counts);
+            for &id in generated.iter().skip(self.read[1]) {
+                let place = *self.places.entry(id).or_insert(counts.len());
+                match counts.get_mut(place) {
+                    Some((_, count)) => *count += 1.0,
+                    None => counts.push((id, 1.0)),
+                }
+            }
+            self.read[1] = generated.len();
+        }
+    }
+}
+
 /// One row's draw; greedy by default.
 #[derive(Clone, Debug, Default)]
 pub struct Draw {
@@ -93,46 +130,45 @@ pub struct Draw {
     /// in `0.0..1.0`
     pub uniform: f32,
     /// The tokens that the repetition penalty falls on.
-    pub seen: Vec<u32>,
-    /// What is added to logits, after that penalty: each token once.
-    pub bias: Vec<(u32, f32)>,
+    pub seen: Arc<Vec<u32>>,
+    /// How often each token was generated, where that counts.
+    pub counts: Arc<Vec<(u32, f32)>>,
+    /// The tokens that it must not be.
+    pub withheld: Vec<u32>,
 }
 
 impl Draw {
-    /// For the token behind these; `withheld` are those that it must not be.
+    /// For token number `place` of a text.
     pub fn new(
         sampling: &Arc<Sampling>,
         place: usize,
-        prompt: &[u32],
-        generated: &[u32],
-        withheld: &[u32],
+        history: &History,
+        withheld: Vec<u32>,
     ) -> Self {
-        let mut seen = vec![];
-        if sampling.repetition_penalty != 1.0 {
-            seen.extend(prompt.iter().chain(generated));
-            seen.sort_unstable();
-            seen.dedup();
-        }
-        let mut bias: BTreeMap<u32, f32> = BTreeMap::new();
-        for &(id, own) in &sampling.logit_bias {
-            *bias.entry(id).or_default() += own;
-        }
-        if sampling.counts() {
-            let mut counts: BTreeMap<u32, f32> = BTreeMap::new();
-            generated.iter().for_each(|id| *counts.entry(*id).or_default() += 1.0);
-            for (id, count) in counts {
-                let penalty = sampling.presence_penalty + count * sampling.frequency_penalty;
-                *bias.entry(id).or_default() -= penalty;
-            }
-        }
-        bias.extend(withheld.iter().map(|id| (*id, f32::NEG_INFINITY)));
+        let (seen, counts) = (history.seen.clone(), history.counts.clone());
         let uniform = uniform(sampling.seed, place);
-        Self { sampling: sampling.clone(), uniform, seen, bias: bias.into_iter().collect() }
+        Self { sampling: sampling.clone(), uniform, seen, counts, withheld }
+    }
+
+    /// What is added to logits, after the repetition penalty. A token may come more than once.
+    pub fn biases(&self) -> impl Iterator<Item = (u32, f32)> {
+        let sampling = &self.sampling;
+        let penalty = |&(id, count): &(u32, f32)| {
+            (id, -(sampling.presence_penalty + count * sampling.frequency_penalty))
+        };
+        let withheld = self.withheld.iter().map(|id| (*id, f32::NEG_INFINITY));
+        let own = sampling.logit_bias.iter().copied();
+        own.chain(self.counts.iter().map(penalty)).chain(withheld)
+    }
+
+    /// Whether logits are added to.
+    pub fn adds(&self) -> bool {
+        self.biases().next().is_some()
     }
 
     /// Whether logits change before one is chosen.
     pub fn changes(&self) -> bool {
-        !(self.seen.is_empty() && self.bias.is_empty())
+        !self.seen.is_empty() || self.adds()
     }
 }
 
@@ -169,6 +205,8 @@ fn mix(mut z: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+    use std::collections::{BTreeMap, BTreeSet};
 
     #[test]
     fn a_seed_repeats_and_neighbours_differ() {
@@ -198,6 +236,16 @@ mod tests {
         assert!(wrong.check().unwrap_err().to_string().contains("logit_bias"));
     }
 
+    /// All that a draw adds to each token, from a text that came piece by piece.
+    fn added(sampling: &Arc<Sampling>, text: &[u32], withheld: Vec<u32>) -> BTreeMap<u32, f32> {
+        let mut history = History::default();
+        (0..=text.len()).for_each(|end| history.extend(sampling, &[4, 4, 9], &text[..end]));
+        let draw = Draw::new(sampling, 0, &history, withheld);
+        let mut sums = BTreeMap::new();
+        draw.biases().for_each(|(id, bias)| *sums.entry(id).or_default() += bias);
+        sums
+    }
+
     #[test]
     fn what_is_added_to_logits_adds_up() {
         let sampling = Arc::new(Sampling {
@@ -207,8 +255,39 @@ mod tests {
             ..Sampling::default()
         });
         // The prompt's tokens are no business of these penalties.
-        let draw = Draw::new(&sampling, 0, &[4, 4, 9], &[7, 5, 7], &[2]);
-        assert_eq!(draw.bias, [(2, f32::NEG_INFINITY), (5, -0.75), (7, 1.0), (9, 2.0)]);
-        assert!(draw.seen.is_empty());
+        let right = [(2, f32::NEG_INFINITY), (5, -0.75), (7, 1.0), (9, 2.0)];
+        assert_eq!(added(&sampling, &[7, 5, 7], vec![2]), BTreeMap::from(right));
+        assert!(added(&Arc::default(), &[7, 5, 7], vec![]).is_empty());
+    }
+
+    proptest! {
+        /// The definition: a set of all tokens, and a count of those generated.
+        #[test]
+        fn a_history_is_what_there_was(
+            prompt in prop::collection::vec(0u32..20, 0..20),
+            text in prop::collection::vec(0u32..20, 0..40),
+            steps in prop::collection::vec(0usize..5, 1..20),
+        ) {
+            let sampling = Sampling {
+                repetition_penalty: 1.5,
+                frequency_penalty: 0.5,
+                ..Sampling::default()
+            };
+            let (mut history, mut end) = (History::default(), 0);
+            for step in steps {
+                end = text.len().min(end + step);
+                history.extend(&sampling, &prompt, &text[..end]);
+                let mut seen = (*history.seen).clone();
+                seen.sort_unstable();
+                let all: BTreeSet<u32> = prompt.iter().chain(&text[..end]).copied().collect();
+                prop_assert_eq!(seen, all.into_iter().collect::<Vec<_>>());
+                for &(id, count) in history.counts.iter() {
+                    let times = text[..end].iter().filter(|other| **other == id).count();
+                    prop_assert_eq!(count, times as f32);
+                }
+                let distinct: BTreeSet<u32> = text[..end].iter().copied().collect();
+                prop_assert_eq!(history.counts.len(), distinct.len());
+            }
+        }
     }
 }

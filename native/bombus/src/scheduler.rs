@@ -2,10 +2,11 @@
 //!
 //! First come, first served, within a share where there is one. A step holds one row of every running sequence that decodes, and
 //! prompts in chunks of at most `prefill_chunk` rows in all, so that a long prompt does not
-//! stall the others.
+//! stall the others. A sequence whose reader lags behind is paused: it leaves its place to others.
 
 use crate::sequence::{Chunk, Sequence};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 
 #[derive(Clone, Debug)]
 pub struct Limits {
@@ -35,13 +36,15 @@ impl Default for Limits {
 
 pub struct Scheduler {
     limits: Limits,
-    waiting: VecDeque<Sequence>,
+    waiting: Waiting,
     running: Vec<Sequence>,
+    /// Those whose readers lag behind; whoever has waited longest stands first.
+    paused: Vec<Sequence>,
 }
 
 impl Scheduler {
     pub fn new(limits: Limits) -> Self {
-        Self { limits, waiting: VecDeque::new(), running: vec![] }
+        Self { limits, waiting: Waiting::default(), running: vec![], paused: vec![] }
     }
 
     pub fn add(&mut self, sequence: Sequence) {
@@ -51,23 +54,22 @@ impl Scheduler {
     /// Lets those who wait run, the first come first, as far as there is room; -> who they are.
     pub fn admit(&mut self) -> Vec<u64> {
         let mut admitted = vec![];
-        let mut place = 0;
-        while self.running.len() < self.limits.max_batch_size && place < self.waiting.len() {
+        let mut members: HashMap<Option<u64>, usize> = HashMap::new();
+        for sequence in &self.running {
+            *members.entry(sequence.task.share_id()).or_default() += 1;
+        }
+        while self.running.len() < self.limits.max_batch_size {
             // Whose share is full lets others pass.
-            if !self.has_room(&self.waiting[place]) {
-                place += 1;
-            } else if let Some(sequence) = self.waiting.remove(place) {
-                admitted.push(sequence.id);
-                self.running.push(sequence);
-            }
+            let has_room = |sequence: &Sequence| {
+                let taken = members.get(&sequence.task.share_id()).copied().unwrap_or(0);
+                sequence.task.share.as_ref().is_none_or(|share| taken < share.max_batch_size)
+            };
+            let Some(sequence) = self.waiting.pop_front(has_room) else { break };
+            *members.entry(sequence.task.share_id()).or_default() += 1;
+            admitted.push(sequence.id);
+            self.running.push(sequence);
         }
         admitted
-    }
-
-    fn has_room(&self, sequence: &Sequence) -> bool {
-        let Some(share) = &sequence.task.share else { return true };
-        let same = |other: &&Sequence| other.task.share.as_ref().is_some_and(|o| o.id == share.id);
-        self.running.iter().filter(same).count() < share.max_batch_size
     }
 
     /// The next step; empty where there is nothing to do, or all must wait for samples.
@@ -90,30 +92,126 @@ impl Scheduler {
         chunks
     }
 
+    /// A sequence leaves the batch until it goes on, and lets others run. It keeps its cache.
+    pub fn pause(&mut self, id: u64) {
+        if let Some(place) = place(&self.running, id) {
+            self.paused.push(self.running.remove(place));
+        }
+    }
+
+    /// A paused sequence goes on, before all others that wait.
+    pub fn go_on(&mut self, id: u64) {
+        if let Some(place) = place(&self.paused, id) {
+            self.waiting.push_front(self.paused.remove(place));
+        }
+    }
+
+    /// A sequence that is to give up its cache, since more are paused than may run: that which has
+    /// been paused longest. It begins again when it goes on.
+    pub fn next_to_give_up(&mut self) -> Option<u64> {
+        let holders = self.paused.iter().filter(|sequence| sequence.has_begun()).count();
+        match holders > self.limits.max_batch_size {
+            true => self.longest_paused(),
+            false => None,
+        }
+    }
+
+    /// The sequence that has been paused longest of those that hold a cache.
+    pub fn longest_paused(&self) -> Option<u64> {
+        let mut holders = self.paused.iter().filter(|sequence| sequence.can_give_up_cache());
+        holders.next().map(|sequence| sequence.id)
+    }
+
     pub fn waiting(&self) -> usize {
         self.waiting.len()
     }
 
-    /// How many sequences run together.
-    pub fn batch_size(&self) -> usize {
-        self.running.len()
+    pub fn paused(&self) -> usize {
+        self.paused.len()
     }
 
-    /// A running sequence; none where it has been removed meanwhile.
-    pub fn running(&mut self, id: u64) -> Option<&mut Sequence> {
-        self.running.iter_mut().find(|sequence| sequence.id == id)
+    /// Those in the batch.
+    pub fn running(&self) -> &[Sequence] {
+        &self.running
+    }
+
+    /// A sequence, none where it has been removed meanwhile.
+    pub fn get(&mut self, id: u64) -> Option<&mut Sequence> {
+        let mut all = self.running.iter_mut().chain(&mut self.paused);
+        all.find(|sequence| sequence.id == id).or_else(|| self.waiting.get(id))
     }
 
     pub fn remove(&mut self, id: u64) -> Option<Sequence> {
-        if let Some(place) = self.running.iter().position(|sequence| sequence.id == id) {
-            return Some(self.running.remove(place));
+        if let Some(sequence) = self.waiting.remove(id) {
+            return Some(sequence);
         }
-        let place = self.waiting.iter().position(|sequence| sequence.id == id)?;
-        self.waiting.remove(place)
+        let holders = [&mut self.running, &mut self.paused];
+        holders.into_iter().find_map(|all| Some(all.remove(place(all, id)?)))
     }
 
+    /// Whether nothing can be done before something is told to it.
     pub fn is_idle(&self) -> bool {
-        self.running.is_empty() && self.waiting.is_empty()
+        self.running.is_empty() && self.waiting.len() == 0
+    }
+}
+
+fn place(sequences: &[Sequence], id: u64) -> Option<usize> {
+    sequences.iter().position(|sequence| sequence.id == id)
+}
+
+/// Those who wait for a place in the batch, in their order; each is found by its id.
+#[derive(Default)]
+struct Waiting {
+    /// Those of a share (of none) by their turn.
+    shares: HashMap<Option<u64>, BTreeMap<i64, Sequence>>,
+    turns: HashMap<u64, (Option<u64>, i64)>,
+    /// The turns that were given out, from the first to behind the last.
+    given: Range<i64>,
+}
+
+impl Waiting {
+    fn len(&self) -> usize {
+        self.turns.len()
+    }
+
+    fn push_back(&mut self, sequence: Sequence) {
+        let turn = self.given.end;
+        self.given.end += 1;
+        self.insert(sequence, turn);
+    }
+
+    fn push_front(&mut self, sequence: Sequence) {
+        self.given.start -= 1;
+        self.insert(sequence, self.given.start);
+    }
+
+    fn insert(&mut self, sequence: Sequence, turn: i64) {
+        let share = sequence.task.share_id();
+        self.turns.insert(sequence.id, (share, turn));
+        self.shares.entry(share).or_default().insert(turn, sequence);
+    }
+
+    fn get(&mut self, id: u64) -> Option<&mut Sequence> {
+        let (share, turn) = self.turns.get(&id)?;
+        self.shares.get_mut(share)?.get_mut(turn)
+    }
+
+    /// The first whose share has room.
+    fn pop_front(&mut self, has_room: impl Fn(&Sequence) -> bool) -> Option<Sequence> {
+        let firsts = self.shares.values().filter_map(BTreeMap::first_key_value);
+        let open = firsts.filter(|(_, sequence)| has_room(sequence));
+        let id = open.min_by_key(|(turn, _)| **turn).map(|(_, sequence)| sequence.id)?;
+        self.remove(id)
+    }
+
+    fn remove(&mut self, id: u64) -> Option<Sequence> {
+        let (share, turn) = self.turns.remove(&id)?;
+        let turns = self.shares.get_mut(&share)?;
+        let sequence = turns.remove(&turn);
+        if turns.is_empty() {
+            self.shares.remove(&share);
+        }
+        sequence
     }
 }
 
@@ -149,9 +247,25 @@ mod tests {
         }
     }
 
+    /// Pauses one that runs, lets one go on that is paused, or neither.
+    fn disturb(scheduler: &mut Scheduler, number: usize) {
+        let pick = |all: &[Sequence]| Some(all.get(number / 3 % all.len().max(1))?.id);
+        match number % 3 {
+            0 => pick(&scheduler.running).into_iter().for_each(|id| scheduler.pause(id)),
+            1 => pick(&scheduler.paused).into_iter().for_each(|id| scheduler.go_on(id)),
+            _ => {}
+        }
+        while let Some(id) = scheduler.next_to_give_up() {
+            scheduler.get(id).unwrap().give_up_cache();
+        }
+        let holders = scheduler.paused.iter().filter(|paused| paused.can_give_up_cache());
+        assert!(holders.count() <= scheduler.limits.max_batch_size);
+    }
+
     /// Runs all sequences with one step always in flight; every token that a sequence feeds must
-    /// be the right one, at the right position. -> the steps it took
-    fn run(mut scheduler: Scheduler, cases: &[Case]) -> usize {
+    /// be the right one, at the right position. Between steps `disturb` is called with these
+    /// numbers. -> the steps it took
+    fn run(mut scheduler: Scheduler, cases: &[Case], disturbances: &[usize]) -> usize {
         for (id, case) in cases.iter().enumerate() {
             scheduler.add(Sequence::new(id as u64, task(id as u64, case)));
         }
@@ -160,15 +274,25 @@ mod tests {
         let mut in_flight: Vec<(u64, u32, bool)> = vec![];
         let mut order = vec![];
         let mut steps = 0;
-        while !scheduler.is_idle() {
+        while !scheduler.is_idle() || scheduler.paused() > 0 {
+            match disturbances.get(steps) {
+                Some(number) => disturb(&mut scheduler, *number),
+                None => (0..cases.len() as u64).for_each(|id| scheduler.go_on(id)),
+            }
             for id in scheduler.admit() {
-                let (prompt, _, _, cached, _) = cases[id as usize];
-                scheduler.running(id).unwrap().begin_at(cached);
-                fed.insert(id, cached.min(prompt - 1));
-                order.push(id);
+                let cached = cases[id as usize].3;
+                let sequence = scheduler.get(id).unwrap();
+                if !sequence.has_begun() {
+                    let known = sequence.tokens().len();
+                    sequence.begin_at(cached);
+                    if fed.insert(id, cached.min(known - 1)).is_none() {
+                        order.push(id);
+                    }
+                }
             }
             let chunks = scheduler.step();
-            assert!(!(chunks.is_empty() && in_flight.is_empty()), "stalled");
+            let stalled = chunks.is_empty() && in_flight.is_empty() && !scheduler.is_idle();
+            assert!(!stalled, "stalled");
             assert!(chunks.len() <= scheduler.limits.max_batch_size);
             let mut samples = vec![];
             let mut prefilled = 0;
@@ -199,10 +323,9 @@ mod tests {
                 assert!(running <= share.max_batch_size && prefilled <= share.prefill_chunk);
             }
             for (id, token, is_token) in std::mem::take(&mut in_flight) {
-                if is_token && scheduler.running(id).is_some_and(|sequence| sequence.accept(token))
-                {
+                if is_token && scheduler.get(id).is_some_and(|sequence| sequence.accept(token)) {
                     let sequence = scheduler.remove(id).unwrap();
-                    let computed = sequence.into_computed();
+                    let computed = sequence.computed();
                     let right = (0..computed.len()).map(|position| self::token(id, position));
                     assert!(computed.iter().copied().eq(right));
                 }
@@ -232,8 +355,28 @@ mod tests {
         let limits = Limits { max_batch_size: 2, prefill_chunk: 8, ..Limits::default() };
         // The third waits for the second to leave, which happens long before the first is done.
         let case = |new| (4, new, false, 0, None);
-        let steps = run(Scheduler::new(limits), &[case(20), case(3), case(10)]);
+        let steps = run(Scheduler::new(limits), &[case(20), case(3), case(10)], &[]);
         assert!(steps <= 22, "{steps}");
+    }
+
+    #[test]
+    fn a_paused_sequence_leaves_its_place_and_comes_first_when_it_goes_on() {
+        let limits = Limits { max_batch_size: 1, ..Limits::default() };
+        let mut scheduler = Scheduler::new(limits);
+        let case = (2, 9, false, 0, None);
+        (0..4).for_each(|id| scheduler.add(Sequence::new(id, task(id, &case))));
+        assert_eq!(scheduler.admit(), [0]);
+        scheduler.pause(0);
+        assert_eq!(scheduler.admit(), [1]);
+        scheduler.go_on(0);
+        assert!(scheduler.admit().is_empty());
+        scheduler.remove(1);
+        assert_eq!(scheduler.admit(), [0]);
+        assert_eq!((scheduler.waiting(), scheduler.paused()), (2, 0));
+        // Whoever waits or is paused is found, and leaves, as well.
+        scheduler.pause(0);
+        assert!([0, 2, 3].iter().all(|id| scheduler.remove(*id).is_some_and(|it| it.id == *id)));
+        assert!(scheduler.is_idle() && scheduler.remove(3).is_none());
     }
 
     #[test]
@@ -262,9 +405,10 @@ mod tests {
             ),
             max_batch_size in 1usize..6,
             prefill_chunk in 1usize..16,
+            disturbances in prop::collection::vec(0usize..300, 0..60),
         ) {
             let limits = Limits { max_batch_size, prefill_chunk, ..Limits::default() };
-            run(Scheduler::new(limits), &cases);
+            run(Scheduler::new(limits), &cases, &disturbances);
         }
     }
 }

@@ -1,12 +1,12 @@
 //! Adapters: read here, bound to a model by its engine.
 
 use crate::answer::{Address, result_term};
+use crate::held::Held;
 use bombus::adapter::Adapter;
 use rustler::{Env, Resource, ResourceArc, Term};
 use std::path::PathBuf;
-use std::sync::Arc;
 
-pub struct AdapterHandle(pub Arc<Adapter>);
+pub struct AdapterHandle(pub Held<Adapter>);
 
 #[rustler::resource_impl]
 impl Resource for AdapterHandle {}
@@ -22,7 +22,23 @@ fn load_adapter<'a>(
     let started = Address::caller(env, reference).answer_later(move || {
         let adapter = Adapter::open(&PathBuf::from(path), scale.map(|scale| scale as f32))?;
         let (rank, scale) = (adapter.rank, adapter.scale);
-        Ok((ResourceArc::new(AdapterHandle(Arc::new(adapter))), rank, scale))
+        Ok((ResourceArc::new(AdapterHandle(Held::new("adapter", adapter))), rank, scale))
     });
     result_term(env, &started.map(|()| rustler::types::atom::ok()))
+}
+
+/// Answers `{reference, {:ok, :ok}}` when the last request with it has ended; later ones are refused.
+#[rustler::nif]
+fn unload_adapter<'a>(
+    env: Env<'a>,
+    handle: ResourceArc<AdapterHandle>,
+    reference: Term<'a>,
+) -> rustler::Atom {
+    let address = Address::caller(env, reference);
+    let done = move || address.tell_ok();
+    match handle.0.take() {
+        Some(adapter) => adapter.on_drop(done),
+        None => done(),
+    }
+    rustler::types::atom::ok()
 }

@@ -51,6 +51,14 @@ impl Address {
         sent.is_ok()
     }
 
+    /// Sends `{reference, {:ok, :ok}}`, from whichever thread: a message cannot be sent so from one of
+    /// the BEAM's.
+    pub fn tell_ok(self) {
+        let told = self.answer_later(|| Ok(rustler::types::atom::ok()));
+        // Without a thread there is nobody to tell.
+        _ = told;
+    }
+
     /// Does `work` on a thread of its own and sends its result.
     pub fn answer_later<T: Encoder>(
         self,

@@ -5,7 +5,7 @@ use crate::answer::{Address, error_term, result_term};
 use crate::group::GroupHandle;
 use crate::model::ModelHandle;
 use crate::tokenizer::TokenizerHandle;
-use bombus::engine::{Event, Generation, Prompt, Request, Sink, Usage};
+use bombus::engine::{Chunk, Event, Generation, Prompt, Request, Sink, Usage};
 use bombus::error::Result;
 use bombus::sampler::{Logprobs, Sampling};
 use bombus::sequence::FinishReason;
@@ -68,6 +68,10 @@ struct RequestOptions {
     logprobs: Option<usize>,
     seed: u64,
     stop: Vec<String>,
+    /// milliseconds
+    timeout: Option<u64>,
+    /// How many chunks may be unread: `acknowledge` says which are. Without one, any number.
+    window: Option<usize>,
 }
 
 /// What a request has used; times in nanoseconds.
@@ -81,8 +85,9 @@ struct UsageTerm {
     total: u64,
 }
 
-/// `{:ok, handle}` at once, then messages `{reference, event}`: `{:chunk, id, text, logprobs}`, and
-/// one of `{:done, finish_reason, usage}` and `{:error, {reason, message}}` at the end.
+/// `{:ok, handle}` at once, then messages `{reference, event}`: `{:chunk, ids, text, logprobs}`, with one id
+/// as a rule, several where the reader lags behind, none in text that was held back to the end; and one of
+/// `{:done, finish_reason, usage}` and `{:error, {reason, message}}` at the end.
 #[rustler::nif]
 // A NIF's arguments are a call's.
 #[allow(clippy::too_many_arguments)]
@@ -96,40 +101,37 @@ fn generate<'a>(
     options: RequestOptions,
     reference: Term<'a>,
 ) -> Term<'a> {
-    let member = group.as_ref().map(|handle| handle.member());
-    let request = Request {
-        prompt: prompt.into(),
-        tokenizer: tokenizer.map(|handle| handle.0.clone()),
-        adapter: adapter.map(|handle| handle.0.clone()),
-        sampling: options.sampling(),
-        max_new_tokens: options.max_new_tokens,
-        min_new_tokens: options.min_new_tokens,
-        max_context: options.max_context,
-        group: group.as_ref().map(|handle| handle.group.clone()),
-        stop: options.stop,
-    };
-    let mut events = events(env, reference);
-    // It is a member until its end is told.
-    let sink = Sink::new(move |event| {
-        _ = &member;
-        events(event)
+    let request = options.request(prompt.into(), tokenizer, adapter, group.as_ref());
+    let started = request.and_then(|request| {
+        let mut events = events(env, reference);
+        let member = group.as_ref().map(|handle| handle.member());
+        // It is a member until its end is told.
+        let sink = Sink::new(move |event| {
+            _ = &member;
+            events(event)
+        });
+        model.0.generate(request, sink.with_window(options.window))
     });
-    monitored(env, model.0.generate(request, sink))
+    monitored(env, started)
 }
 
 /// `{:ok, handle}` at once, then one message `{reference, event}`: `{:scores, log_probs}` or
-/// `{:error, {reason, message}}`.
+/// `{:error, {reason, message}}`. `timeout`: milliseconds
 #[rustler::nif]
 fn score<'a>(
     env: Env<'a>,
     model: ResourceArc<ModelHandle>,
     ids: Vec<u32>,
     adapter: Option<ResourceArc<AdapterHandle>>,
+    timeout: Option<u64>,
     reference: Term<'a>,
 ) -> Term<'a> {
-    let adapter = adapter.map(|handle| handle.0.clone());
-    let sink = Sink::new(events(env, reference));
-    monitored(env, model.0.score(ids, adapter, sink))
+    let adapter = adapter.map(|handle| handle.0.get()).transpose();
+    let started = adapter.and_then(|adapter| {
+        let timeout = timeout.map(Duration::from_millis);
+        model.0.score(ids, adapter, timeout, Sink::new(events(env, reference)))
+    });
+    monitored(env, started)
 }
 
 /// Sends events to the caller; false where that is dead.
@@ -175,13 +177,22 @@ fn check_adapter<'a>(
     reference: Term<'a>,
 ) -> Term<'a> {
     let sink = Sink::new(events(env, reference));
-    result_term(env, &model.0.fit(adapter.0.clone(), sink).map(|()| atoms::ok()))
+    let started = adapter.0.get().and_then(|adapter| model.0.fit(adapter, sink));
+    result_term(env, &started.map(|()| atoms::ok()))
+}
+
+/// The reader of a request with a window has taken so many chunks.
+#[rustler::nif]
+fn acknowledge(handle: ResourceArc<GenerationHandle>, chunks: usize) -> rustler::Atom {
+    handle.0.acknowledge(chunks);
+    rustler::types::atom::ok()
 }
 
 fn term<'a>(env: Env<'a>, event: &Event) -> Term<'a> {
     match event {
-        Event::Chunk { id, text, logprobs } => {
-            (atoms::chunk(), id, text, logprobs.as_ref().map(logprobs_term)).encode(env)
+        Event::Chunk(Chunk { ids, text, logprobs }) => {
+            let logprobs: Vec<_> = logprobs.iter().map(logprobs_term).collect();
+            (atoms::chunk(), ids, text, logprobs).encode(env)
         }
         // The engine answers with finite numbers only: another would be no term.
         Event::Scores(log_probs) => (atoms::scores(), log_probs).encode(env),
@@ -228,6 +239,27 @@ impl From<PromptTerm> for Prompt {
 }
 
 impl RequestOptions {
+    fn request(
+        &self,
+        prompt: Prompt,
+        tokenizer: Option<ResourceArc<TokenizerHandle>>,
+        adapter: Option<ResourceArc<AdapterHandle>>,
+        group: Option<&ResourceArc<GroupHandle>>,
+    ) -> Result<Request> {
+        Ok(Request {
+            prompt,
+            tokenizer: tokenizer.map(|handle| handle.0.get()).transpose()?,
+            adapter: adapter.map(|handle| handle.0.get()).transpose()?,
+            sampling: self.sampling(),
+            max_new_tokens: self.max_new_tokens,
+            min_new_tokens: self.min_new_tokens,
+            max_context: self.max_context,
+            timeout: self.timeout.map(Duration::from_millis),
+            group: group.map(|handle| handle.group.clone()),
+            stop: self.stop.clone(),
+        })
+    }
+
     fn sampling(&self) -> Sampling {
         Sampling {
             temperature: self.temperature as f32,

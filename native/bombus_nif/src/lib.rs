@@ -8,6 +8,7 @@ mod adapter;
 mod answer;
 mod generation;
 mod group;
+mod held;
 mod hub;
 mod memory;
 mod model;

@@ -180,6 +180,20 @@ fn requests(model: ResourceArc<ModelHandle>) -> (usize, usize) {
     model.0.requests()
 }
 
+/// Answers `{reference, {:ok, :ok}}` when the model's memory is given back: requests that run or wait end
+/// first, or are cancelled.
+#[rustler::nif]
+fn unload_model<'a>(
+    env: Env<'a>,
+    model: ResourceArc<ModelHandle>,
+    cancel: bool,
+    reference: Term<'a>,
+) -> Atom {
+    let address = Address::caller(env, reference);
+    model.0.unload(cancel, move || address.tell_ok());
+    rustler::types::atom::ok()
+}
+
 /// A step, as Elixir hears of it; the duration in nanoseconds.
 #[derive(NifMap)]
 struct StepTerm {

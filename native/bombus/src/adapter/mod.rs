@@ -9,7 +9,7 @@ mod peft;
 
 use crate::backend::{Adapted, Backend, LoraWeights};
 use crate::config::Config;
-use crate::decoder::{BoundAdapter, Decoder};
+use crate::decoder::{BoundAdapter, Decoder, Layer, Loras};
 use crate::error::{Error, Result};
 use crate::gauge;
 use crate::modules::{Module, PROJECTIONS, projections, vocabulary};
@@ -34,7 +34,7 @@ pub struct Adapter {
     pub scale: f32,
     /// What is to be done when the adapter goes.
     hooks: Mutex<Vec<Hook>>,
-    _share: gauge::Share,
+    share: gauge::Share,
 }
 
 /// The tensors of one module, by their names in the file.
@@ -87,7 +87,7 @@ impl Adapter {
             path,
             tensors,
             hooks: Mutex::default(),
-            _share: gauge::Share::one(&gauge::ADAPTERS),
+            share: gauge::Share::one(&gauge::ADAPTERS),
         })
     }
 
@@ -96,26 +96,42 @@ impl Adapter {
         self.hooks.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(hook));
     }
 
-    /// Every tensor must find its module, with the right shape; the error lists all that do not.
     pub fn bind<B: Backend>(
         &self,
         config: &Config,
         decoder: &Decoder<B>,
     ) -> Result<BoundAdapter<B>> {
         self.check(config)?;
-        let lora = |path: &str, adapted: Adapted<B>| {
-            let weights = self.pairs.get(path).map(|pair| self.weights(pair)).transpose()?;
-            weights.map(|weights| decoder.backend.lora(&weights, adapted)).transpose()
-        };
-        let layers = decoder.layers.iter().enumerate().map(|(index, layer)| {
-            let mut loras = [const { None }; PROJECTIONS.len()];
-            for (place, module) in projections(config, index).iter().enumerate() {
-                let (linear, part) = layer.projection(place);
-                loras[place] = lora(&module.path, Adapted::Projection(linear, part))?;
-            }
-            Ok(loras)
-        });
-        let layers = layers.collect::<Result<Vec<_>>>()?;
+        let layers = decoder.layers.iter().enumerate();
+        let layers = layers.map(|(index, layer)| self.bind_layer(config, layer, index, decoder));
+        self.bind_vocabulary(decoder, layers.collect::<Result<_>>()?)
+    }
+
+    /// The pairs of one layer.
+    pub fn bind_layer<B: Backend>(
+        &self,
+        config: &Config,
+        layer: &Layer<B>,
+        index: usize,
+        decoder: &Decoder<B>,
+    ) -> Result<Loras<B>> {
+        let mut loras = [const { None }; PROJECTIONS.len()];
+        for (place, module) in projections(config, index).iter().enumerate() {
+            let (linear, part) = layer.projection(place);
+            loras[place] =
+                self.lora(&module.path, Adapted::Projection(linear, part), &decoder.backend)?;
+        }
+        Ok(loras)
+    }
+
+    /// The pairs of embedding and head, behind those of all layers.
+    pub fn bind_vocabulary<B: Backend>(
+        &self,
+        decoder: &Decoder<B>,
+        layers: Vec<Loras<B>>,
+    ) -> Result<BoundAdapter<B>> {
+        let backend = &decoder.backend;
+        let lora = |path: &str, adapted: Adapted<B>| self.lora(path, adapted, backend);
         let embed_tokens = lora(EMBED_TOKENS, Adapted::Embedding(&decoder.embed_tokens))?;
         let lm_head = match (&decoder.lm_head, self.pairs.get(EMBED_TOKENS)) {
             (Some(lm_head), _) => lora(LM_HEAD, Adapted::Projection(lm_head, 0))?,
@@ -124,14 +140,25 @@ impl Adapter {
                 // them one by one, a tied head as `lm_head`.)
                 let LoraWeights { a, b, transposed, scale, magnitude } = self.weights(pair)?;
                 let turned = LoraWeights { a: b, b: a, transposed: !transposed, scale, magnitude };
-                Some(decoder.backend.lora(&turned, Adapted::TiedHead(&decoder.embed_tokens))?)
+                Some(backend.lora(&turned, Adapted::TiedHead(&decoder.embed_tokens))?)
             }
             (None, _) => lora(LM_HEAD, Adapted::TiedHead(&decoder.embed_tokens))?,
         };
         Ok(BoundAdapter { embed_tokens, layers, lm_head })
     }
 
-    fn check(&self, config: &Config) -> Result<()> {
+    fn lora<B: Backend>(
+        &self,
+        path: &str,
+        adapted: Adapted<B>,
+        backend: &B,
+    ) -> Result<Option<B::Lora>> {
+        let weights = self.pairs.get(path).map(|pair| self.weights(pair)).transpose()?;
+        weights.map(|weights| backend.lora(&weights, adapted)).transpose()
+    }
+
+    /// Every tensor must find its module, with the right shape; the error lists all that do not.
+    pub fn check(&self, config: &Config) -> Result<()> {
         let layers = 0..config.num_hidden_layers;
         let mut modules: Vec<Module> =
             layers.flat_map(|layer| projections(config, layer)).collect();
@@ -195,6 +222,8 @@ impl Adapter {
 
 impl Drop for Adapter {
     fn drop(&mut self) {
+        // Whoever hears of the end finds it counted.
+        self.share.set(0);
         let hooks = self.hooks.get_mut().unwrap_or_else(PoisonError::into_inner);
         hooks.drain(..).for_each(|hook| hook());
     }

@@ -3,6 +3,7 @@
 use crate::sampler::{Draw, Logprobs, Sample as Drawn, Sampling};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
+use std::sync::Arc;
 
 /// Rows of logits and their draws -> one token each, none where a row is no numbers.
 pub type Sample<'a> = &'a dyn Fn(&[Vec<f32>], &[Draw]) -> Vec<Option<Drawn>>;
@@ -55,7 +56,12 @@ fn reference(logits: &[f32], draw: &Draw) -> Vec<usize> {
 }
 
 fn draw(sampling: Sampling, uniform: f32, seen: &[u32]) -> Draw {
-    Draw { sampling: sampling.into(), uniform, seen: seen.to_vec(), bias: vec![] }
+    Draw { sampling: sampling.into(), uniform, seen: Arc::new(seen.to_vec()), ..Draw::default() }
+}
+
+fn biased(draw: &Draw, logit_bias: Vec<(u32, f32)>) -> Draw {
+    let sampling = Sampling { logit_bias, ..(*draw.sampling).clone() };
+    Draw { sampling: sampling.into(), ..draw.clone() }
 }
 
 const LOGITS: [f32; 5] = [1.0, 3.0, 2.0, -1.0, 2.5];
@@ -128,15 +134,22 @@ fn what_is_drawn_passes_the_filters(sample: Sample) {
 
 fn a_bias_moves_logits_and_bans_tokens(sample: Sample) {
     let plain = draw(Sampling::default(), 0.5, &[]);
-    let raised = Draw { bias: vec![(3, 4.5), (4, 0.25)], ..plain.clone() };
+    let raised = biased(&plain, vec![(3, 4.0), (4, 0.25), (3, 0.5)]);
     // After the repetition penalty, which makes the two highest 1.5 and 1.25.
     let penalty = Sampling { repetition_penalty: 2.0, ..Sampling::default() };
-    let both = Draw { bias: vec![(4, 2.0)], ..draw(penalty, 0.5, &[1, 4]) };
-    let banned = vec![(1, f32::NEG_INFINITY), (4, f32::NEG_INFINITY)];
+    let both = biased(&draw(penalty, 0.5, &[1, 4]), vec![(4, 2.0)]);
     let hot = Sampling { temperature: 100.0, ..Sampling::default() };
-    let banned = Draw { bias: banned, ..draw(hot, 0.9999, &[]) };
-    let rows = vec![LOGITS.to_vec(); 4];
-    assert_eq!(sample_rows(sample, &rows, &[plain, raised, both, banned]), [1, 3, 4, 3]);
+    let banned = Draw { withheld: vec![1, 4], ..draw(hot, 0.9999, &[]) };
+    // Twice generated at 2 each, and once.
+    let frequency = Sampling { frequency_penalty: 2.0, ..Sampling::default() };
+    let counts = Arc::new(vec![(1, 2.0), (4, 1.0)]);
+    let repeated = Draw { counts, ..draw(frequency, 0.5, &[]) };
+    // A number of a file or a request never reaches beyond the row.
+    let beyond = Draw { withheld: vec![1_000_000], ..draw(Sampling::default(), 0.5, &[7_000_000]) };
+    let beyond = biased(&beyond, vec![(u32::MAX, 1.0)]);
+    let draws = [plain, raised, both, banned, repeated, beyond];
+    let rows = vec![LOGITS.to_vec(); draws.len()];
+    assert_eq!(sample_rows(sample, &rows, &draws), [1, 3, 4, 3, 2, 1]);
 }
 
 fn logprobs_are_the_models_own(sample: Sample) {
@@ -146,7 +159,7 @@ fn logprobs_are_the_models_own(sample: Sample) {
     let all = Sampling { logprobs: Some(9), ..Sampling::default() };
     let none = Sampling { logprobs: Some(0), ..Sampling::default() };
     let draws = [
-        Draw { bias: vec![(3, 9.0)], ..draw(sampling, 0.1, &[]) },
+        biased(&draw(sampling, 0.1, &[]), vec![(3, 9.0)]),
         draw(Sampling::default(), 0.5, &[]),
         draw(all, 0.5, &[]),
         draw(none, 0.5, &[]),

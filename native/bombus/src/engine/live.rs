@@ -1,7 +1,7 @@
 //! What belongs to a sequence beside its tokens.
 
 use super::queue::Place;
-use super::sink::{Event, Sink, Usage};
+use super::sink::{Chunk, Event, Sink, Usage};
 use crate::adapter::Adapter;
 use crate::backend::Backend;
 use crate::decoder::{BoundAdapter, KvCache};
@@ -40,8 +40,11 @@ impl<B: Backend> Live<B> {
 
     /// It joins the batch, where `cached` tokens of its prompt are computed already.
     pub fn start(&mut self, cached: usize) {
-        self.usage.queued = self.asked.elapsed();
-        self.usage.cached_tokens = cached;
+        // One that begins again has been told of.
+        if self.usage.queued.is_zero() {
+            self.usage.queued = self.asked.elapsed();
+            self.usage.cached_tokens = cached;
+        }
     }
 
     pub fn note_token(&mut self) {
@@ -53,8 +56,8 @@ impl<B: Backend> Live<B> {
         let text = self.text.as_mut().map(|text| text.push(sample.id)).transpose()?;
         let (text, stopped) = text.map_or_else(Default::default, |text| (text.text, text.stopped));
         self.usage.output_tokens += 1;
-        let chunk = Event::Chunk { id: Some(sample.id), text, logprobs: sample.logprobs };
-        Ok((self.sink.chunk(chunk), stopped))
+        let logprobs = sample.logprobs.into_iter().collect();
+        Ok((self.sink.chunk(Chunk { ids: vec![sample.id], text, logprobs }), stopped))
     }
 
     /// Tells of the text that was held back, and gives all but the sink back; -> what to end with
@@ -62,7 +65,7 @@ impl<B: Backend> Live<B> {
         let rest = catch(|| self.text.as_mut().map(TextStream::finish).transpose());
         let event = rest.map(|rest| {
             if let Some(text) = rest.filter(|text| !text.is_empty()) {
-                let chunk = Event::Chunk { id: None, text, logprobs: None };
+                let chunk = Chunk { text, ..Chunk::default() };
                 _ = catch(|| Ok(self.sink.chunk(chunk)));
             }
             self.usage.total = self.asked.elapsed();

@@ -4,21 +4,26 @@
 //! of its own; the engine's thread (`worker`) owns the decoder, the caches and the scheduler. It
 //! ends when the handle and all generations are gone.
 
+mod bindings;
+mod deadlines;
 mod exit;
 mod live;
 mod monitor;
+mod pending;
 mod prefix;
 mod queue;
 mod request;
 mod score;
 mod sink;
+mod steps;
 mod threads;
+mod unload;
 mod worker;
 
 pub use monitor::{Monitor, Step};
 pub use queue::Group;
 pub use request::{Prompt, Request};
-pub use sink::{Event, Sink, Usage};
+pub use sink::{Chunk, Event, Sink, Usage};
 pub use threads::on_thread;
 
 use crate::adapter::Adapter;
@@ -29,17 +34,19 @@ use crate::backend::mlx::{self, Mlx};
 use crate::checkpoint;
 use crate::config::{Config, Quantization};
 use crate::convert;
-use crate::error::{Error, Result, catch};
+use crate::error::{Error, Result, catch, catch_in};
 use crate::gauge;
 use crate::scheduler::Limits;
 use crate::sequence::Task;
 use crate::tokenizer::TextStream;
+use pending::Scoring;
 use queue::{Place, Queue};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Once, Weak};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, Once, PoisonError, Weak};
+use std::time::{Duration, Instant};
+use unload::Done;
 use worker::Worker;
 
 /// What a model runs on.
@@ -73,21 +80,30 @@ pub enum Fault {
 }
 
 enum Command {
-    Generate(Box<Order>, Task),
+    /// Without a task where its text is still to become tokens: then `Encoded` follows.
+    Generate(Box<Order>, Option<Task>),
+    Encoded {
+        id: u64,
+        task: Result<Task>,
+    },
     Score {
         id: u64,
-        ids: Vec<u32>,
-        adapter: Option<Arc<Adapter>>,
-        sink: Sink,
-        places: Vec<Place>,
+        scoring: Scoring,
+        deadline: Option<Instant>,
     },
     /// Whether an adapter fits the model.
     Fit {
+        id: u64,
         adapter: Arc<Adapter>,
         sink: Sink,
     },
     Cancel {
         id: u64,
+    },
+    /// A reader has taken so many chunks.
+    Acknowledge {
+        id: u64,
+        chunks: usize,
     },
     /// An adapter is gone: so must be what is bound of it.
     Forget {
@@ -95,6 +111,10 @@ enum Command {
     },
     Watch(Monitor),
     Fail(Fault),
+    Unload {
+        cancel: bool,
+        done: Done,
+    },
 }
 
 /// A request on its way to the engine's thread.
@@ -105,6 +125,8 @@ struct Order {
     sink: Sink,
     places: Vec<Place>,
     asked: Instant,
+    deadline: Option<Instant>,
+    /// For whoever makes tokens of its text: nobody waits for them any more.
     cancelled: Arc<AtomicBool>,
 }
 
@@ -121,7 +143,8 @@ impl Command {
     fn discard(self) {
         match self {
             Command::Generate(order, _) => order.sink.discard(),
-            Command::Score { sink, .. } | Command::Fit { sink, .. } => sink.discard(),
+            Command::Score { scoring, .. } => scoring.sink.discard(),
+            Command::Fit { sink, .. } => sink.discard(),
             _ => {}
         }
     }
@@ -142,7 +165,8 @@ type Job = Box<dyn FnOnce() + Send>;
 
 pub struct Engine {
     commands: Commands,
-    encoder: Sender<Job>,
+    /// None once the model is unloaded.
+    encoder: Mutex<Option<Sender<Job>>>,
     queue: Queue,
     batch_size: Arc<AtomicUsize>,
     next_id: AtomicU64,
@@ -171,7 +195,7 @@ impl Engine {
         let queue = Queue::new(&limits);
         let longest = config.max_position_embeddings;
         let context = limits.max_context.map_or(longest, |max| max.min(longest));
-        let encoder = encoder()?;
+        let encoder = Mutex::new(Some(encoder()?));
         let (commands, receiver) = mpsc::channel();
         let commands = Arc::new(commands);
         let batch_size = Arc::<AtomicUsize>::default();
@@ -180,7 +204,7 @@ impl Engine {
             let (folder, config) = (folder.to_owned(), config.clone());
             let (commands, batch_size) = (Arc::downgrade(&commands), batch_size.clone());
             let inbox = Inbox { receiver, commands, batch_size };
-            move || serve((&folder, layout), &config, device, limits, &ready, inbox)
+            move || serve((&folder, layout), &config, device, (limits, context), &ready, inbox)
         })?;
         loaded.recv().map_err(|_| Error::Stopped)??;
         let source = (folder.to_owned(), layout);
@@ -190,6 +214,9 @@ impl Engine {
 
     /// Writes the checkpoint that was loaded to another folder, quantized where loading did that.
     pub fn save(&self, to: &Path) -> Result<()> {
+        if self.is_unloaded() {
+            return Err(self.gone());
+        }
         let (from, layout) = &self.source;
         convert::save(from, &self.config, *layout, to)
     }
@@ -220,6 +247,7 @@ impl Engine {
         });
         let places = checked.and_then(|task| Ok((task, self.places(request.group.as_deref())?)));
         let ((task, places), sink) = admitted(places, sink)?;
+        let cancelled = Arc::<AtomicBool>::default();
         let generation = self.generation();
         let order = Order {
             id: generation.id,
@@ -228,25 +256,33 @@ impl Engine {
             sink,
             places,
             asked,
-            cancelled: generation.cancelled.clone(),
+            deadline: deadline(asked, request.timeout),
+            cancelled: cancelled.clone(),
         };
-        match task {
-            Some(task) => self.send(Command::Generate(Box::new(order), task))?,
-            None => self.encode(request, order)?,
+        // The engine knows of it before its text is tokens: it may be cancelled, or take too long.
+        self.send(Command::Generate(Box::new(order), task))?;
+        if !known {
+            self.encode(generation.id, request, cancelled);
         }
         Ok(generation)
     }
 
-    /// Makes token ids of a text, and sends it on; its sink hears of what goes wrong.
-    fn encode(&self, request: Request, order: Order) -> Result<()> {
+    /// Makes token ids of a text, and sends them on.
+    fn encode(&self, id: u64, request: Request, cancelled: Arc<AtomicBool>) {
         let (commands, config, context) =
             (self.commands.clone(), self.config.clone(), self.context);
-        let job = move || match catch(|| request.task(&config, context)) {
-            // An engine that is gone drops the order, whose sink then says so.
-            Ok(task) => _ = commands.send(Command::Generate(Box::new(order), task)),
-            Err(error) => order.fail(error),
+        let job = move || {
+            if !cancelled.load(Relaxed) {
+                let task = catch(|| request.task(&config, context));
+                // An engine that is gone has ended the request.
+                _ = commands.send(Command::Encoded { id, task });
+            }
         };
-        self.encoder.send(Box::new(job)).map_err(|_| Error::Stopped)
+        let encoder = self.encoder.lock().unwrap_or_else(PoisonError::into_inner);
+        let sent = encoder.as_ref().map(|encoder| encoder.send(Box::new(job)));
+        if !matches!(sent, Some(Ok(()))) {
+            _ = self.commands.send(Command::Encoded { id, task: Err(self.gone()) });
+        }
     }
 
     /// ln p of every token but the first, given those before it: `ids.len() - 1` numbers. The
@@ -255,18 +291,22 @@ impl Engine {
         &self,
         ids: Vec<u32>,
         adapter: Option<Arc<Adapter>>,
+        timeout: Option<Duration>,
         sink: Sink,
     ) -> Result<Generation> {
+        let deadline = deadline(Instant::now(), timeout);
         let (places, sink) = admitted(self.places(None), sink)?;
         let generation = self.generation();
         let id = generation.id;
-        self.send(Command::Score { id, ids, adapter, sink, places })?;
+        let scoring = Scoring { ids, adapter, sink, places };
+        self.send(Command::Score { id, scoring, deadline })?;
         Ok(generation)
     }
 
     /// Binds an adapter, to see whether it fits the model. The sink gets one end: `Fits` or `Failed`.
     pub fn fit(&self, adapter: Arc<Adapter>, sink: Sink) -> Result<()> {
-        self.send(Command::Fit { adapter, sink })
+        let id = self.next_id.fetch_add(1, Relaxed);
+        self.send(Command::Fit { id, adapter, sink })
     }
 
     /// How many requests run together, and how many more wait.
@@ -275,10 +315,30 @@ impl Engine {
         (running, self.queue.taken().saturating_sub(running))
     }
 
+    /// Frees the model, though its handle is held: requests that run or wait end first, or are
+    /// cancelled; new ones are refused. `done` is called when all is given back.
+    pub fn unload(&self, cancel: bool, done: impl FnOnce() + Send + 'static) {
+        self.encoder.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // An engine that is gone drops the command, which says that it is done.
+        _ = self.commands.send(Command::Unload { cancel, done: Done::new(done) });
+    }
+
+    fn is_unloaded(&self) -> bool {
+        self.encoder.lock().unwrap_or_else(PoisonError::into_inner).is_none()
+    }
+
+    /// Why there is no engine.
+    fn gone(&self) -> Error {
+        match self.is_unloaded() {
+            true => Error::Unloaded("model"),
+            false => Error::Stopped,
+        }
+    }
+
     fn send(&self, command: Command) -> Result<()> {
         self.commands.send(command).map_err(|unsent| {
             unsent.0.discard();
-            Error::Stopped
+            self.gone()
         })
     }
 
@@ -295,13 +355,20 @@ impl Engine {
 
     fn generation(&self) -> Generation {
         let id = self.next_id.fetch_add(1, Relaxed);
-        Generation { id, commands: self.commands.clone(), cancelled: Arc::default() }
+        Generation { id, commands: self.commands.clone() }
     }
 
     fn places(&self, group: Option<&Group>) -> Result<Vec<Place>> {
+        if self.is_unloaded() {
+            return Err(self.gone());
+        }
         let own = group.map(Group::place).transpose()?;
         Ok(own.into_iter().chain([self.queue.place()?]).collect())
     }
+}
+
+fn deadline(asked: Instant, timeout: Option<Duration>) -> Option<Instant> {
+    timeout.and_then(|timeout| asked.checked_add(timeout))
 }
 
 /// What is refused at once does not reach the sink.
@@ -329,16 +396,18 @@ fn encoder() -> Result<Sender<Job>> {
 pub struct Generation {
     id: u64,
     commands: Commands,
-    /// For the case that it has not reached the engine's thread yet.
-    cancelled: Arc<AtomicBool>,
 }
 
 impl Generation {
     /// Frees the sequence; its sink gets `Done` with `Cancelled`, unless it has ended before.
     pub fn cancel(&self) {
-        self.cancelled.store(true, Relaxed);
         // An engine that has ended has no sequences left to cancel.
         _ = self.commands.send(Command::Cancel { id: self.id });
+    }
+
+    /// Of a request with a window: its reader has taken so many chunks.
+    pub fn acknowledge(&self, chunks: usize) {
+        _ = self.commands.send(Command::Acknowledge { id: self.id, chunks });
     }
 }
 
@@ -353,7 +422,7 @@ fn serve(
     source: Source,
     config: &Arc<Config>,
     device: Device,
-    limits: Limits,
+    limits: (Limits, usize),
     ready: &Sender<Result<()>>,
     inbox: Inbox,
 ) {
@@ -379,7 +448,8 @@ fn serve(
 }
 
 type Source<'a> = (&'a Path, Option<Quantization>);
-type Work<'a> = (Source<'a>, &'a Arc<Config>, Limits, &'a Sender<Result<()>>, Inbox);
+/// Beside the limits, the context.
+type Work<'a> = (Source<'a>, &'a Arc<Config>, (Limits, usize), &'a Sender<Result<()>>, Inbox);
 
 fn live<B: Backend + Clone>(
     backend: B,
@@ -387,28 +457,31 @@ fn live<B: Backend + Clone>(
     loading: exit::Busy,
     at_exit: &'static Once,
 ) -> Result<()> {
-    let ((folder, layout), config, limits, ready, inbox) = work;
+    let ((folder, layout), config, (limits, context), ready, inbox) = work;
     let own = backend.clone();
-    let (served, _busy) = own.scope(|| {
-        let decoder = catch(|| checkpoint::load(folder, config, layout, backend));
+    let (served, _busy, unloaded) = own.scope(|| {
+        let loading_it = format!("loading `{}`", folder.display());
+        let decoder = catch_in(&loading_it, || checkpoint::load(folder, config, layout, backend));
         own.finish();
         let decoder = decoder?;
         exit::register(at_exit);
         drop(loading);
-        let _share = gauge::Share::one(&gauge::MODELS);
+        let share = gauge::Share::one(&gauge::MODELS);
         // Nobody may wait any more; then there are no commands either.
         _ = ready.send(Ok(()));
-        let mut worker = Worker::new(decoder, config.clone(), &limits, inbox);
+        let mut worker = Worker::new(decoder, config.clone(), context, &limits, inbox);
         let served = catch(|| {
             worker.run();
             Ok(())
         });
         let busy = exit::Busy::enter();
-        drop(worker);
+        let unloaded = worker.end();
         own.finish();
-        Ok::<_, Error>((served, busy))
+        drop(share);
+        Ok::<_, Error>((served, busy, unloaded))
     })?;
     // The process waits for this too.
     drop(own);
+    drop(unloaded);
     served
 }

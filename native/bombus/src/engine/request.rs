@@ -8,6 +8,7 @@ use crate::sampler::Sampling;
 use crate::sequence::Task;
 use crate::tokenizer::Tokenizer;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// What a request begins with.
 #[derive(Clone, Debug)]
@@ -33,6 +34,8 @@ pub struct Request {
     pub min_new_tokens: usize,
     /// At most this many tokens, prompt and all; the model's context is a limit too.
     pub max_context: Option<usize>,
+    /// How long it may take, from its request to its end.
+    pub timeout: Option<Duration>,
     /// Strings that end the text, and are not part of it.
     pub stop: Vec<String>,
     /// Limits that it shares with other requests, within the model's.
@@ -49,6 +52,7 @@ impl Request {
             max_new_tokens,
             min_new_tokens: 0,
             max_context: None,
+            timeout: None,
             stop: vec![],
             group: None,
         }

@@ -1,6 +1,7 @@
 //! Scoring: the log-probabilities of a given text, a chunk at a time between the steps of others.
 
 use super::live::InUse;
+use super::pending::Scoring;
 use super::queue::Place;
 use super::sink::Sink;
 use crate::backend::{Backend, Segment, Token};
@@ -20,6 +21,12 @@ pub struct Score<B: Backend> {
 }
 
 impl<B: Backend> Score<B> {
+    pub fn new(id: u64, scoring: Scoring, adapter: Option<InUse<B>>, cache: KvCache<B>) -> Self {
+        let Scoring { ids, sink, places, .. } = scoring;
+        let share = gauge::Share::one(&gauge::SEQUENCES);
+        Self { id, ids, adapter, cache, log_probs: vec![], sink, share, places }
+    }
+
     /// Scores the next `rows` tokens, since the logits of a long text do not fit into memory at
     /// once; true where they were the last.
     pub fn advance(&mut self, decoder: &Decoder<B>, rows: usize) -> Result<bool> {

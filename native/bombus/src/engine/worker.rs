@@ -1,81 +1,83 @@
 //! The engine's thread: takes commands, plans a step, submits it, and hands out the tokens of the
-//! step before while it computes.
+//! step before while it computes (`steps`).
 
+use super::bindings::{Bindings, Bound};
+use super::deadlines::Deadlines;
 use super::exit::{self, Busy};
-use super::live::{InUse, Live, adapter_key};
-use super::monitor::{Monitor, Step};
+use super::live::Live;
+use super::monitor::Monitor;
+use super::pending::Pending;
 use super::prefix::Prefixes;
 use super::request::check_ids;
 use super::score::Score;
 use super::sink::{Event, Usage};
+use super::steps::InFlight;
+use super::unload::Unloading;
 use super::{Command, Fault, Inbox, Order};
 use crate::adapter::Adapter;
-use crate::backend::{Backend, Segment, Token};
+use crate::backend::Backend;
 use crate::config::Config;
-use crate::decoder::{BoundAdapter, Decoder, KvCache, Part};
+use crate::decoder::{Decoder, KvCache};
 use crate::error::{Error, Result, catch};
 use crate::gauge;
-use crate::sampler::Sample;
 use crate::scheduler::{Limits, Scheduler};
-use crate::sequence::{Chunk, FinishReason, Sequence, Task};
-use std::collections::{HashMap, HashSet, VecDeque};
-use std::rc::Rc;
+use crate::sequence::{FinishReason, Sequence, Task};
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
-use std::sync::mpsc::TryRecvError;
+use std::sync::mpsc::{RecvTimeoutError, TryRecvError};
 use std::time::Instant;
 
-/// The rows of a score that go into a step: each has logits of its own, half a megabyte with a
-/// vocabulary of 150,000.
-const SCORED_ROWS: usize = 64;
-
 pub struct Worker<B: Backend> {
-    decoder: Decoder<B>,
+    pub(super) decoder: Decoder<B>,
     config: Arc<Config>,
-    inbox: Inbox,
-    prefill_chunk: usize,
-    scheduler: Scheduler,
-    live: HashMap<u64, Live<B>>,
-    scores: VecDeque<Score<B>>,
-    /// The adapters bound to this model, by their keys.
-    adapters: HashMap<usize, Rc<BoundAdapter<B>>>,
-    prefixes: Prefixes<KvCache<B>>,
-    kv_bytes: gauge::Share,
-    prefix_bytes: gauge::Share,
-    monitor: Option<Monitor>,
-    fault: Option<Fault>,
-}
-
-/// A step that has been submitted and not read. Every chunk in it has a sample, so that a fault
-/// in any of them shows; only some are tokens.
-struct InFlight<B: Backend> {
-    samples: B::Samples,
-    /// Whose the samples are, and whether they are tokens.
-    chunks: Vec<(u64, bool)>,
-    rows: usize,
-    begun: Instant,
+    /// Tokens that a text may have.
+    context: usize,
+    pub(super) inbox: Inbox,
+    pub(super) prefill_chunk: usize,
+    pub(super) scheduler: Scheduler,
+    pending: HashMap<u64, Pending>,
+    pub(super) live: HashMap<u64, Live<B>>,
+    pub(super) scores: VecDeque<Score<B>>,
+    pub(super) deadlines: Deadlines,
+    bindings: Bindings<B>,
+    pub(super) prefixes: Prefixes<KvCache<B>>,
+    pub(super) kv_bytes: gauge::Share,
+    pub(super) prefix_bytes: gauge::Share,
+    pub(super) monitor: Option<Monitor>,
+    pub(super) fault: Option<Fault>,
+    unloading: Unloading,
 }
 
 impl<B: Backend> Worker<B> {
-    pub fn new(decoder: Decoder<B>, config: Arc<Config>, limits: &Limits, inbox: Inbox) -> Self {
+    pub fn new(
+        decoder: Decoder<B>,
+        config: Arc<Config>,
+        context: usize,
+        limits: &Limits,
+        inbox: Inbox,
+    ) -> Self {
         Self {
             decoder,
             config,
+            context,
             inbox,
             prefill_chunk: limits.prefill_chunk,
             scheduler: Scheduler::new(limits.clone()),
+            pending: HashMap::new(),
             live: HashMap::new(),
             scores: VecDeque::new(),
-            adapters: HashMap::new(),
+            deadlines: Deadlines::default(),
+            bindings: Bindings::new(),
             prefixes: Prefixes::new(limits.prefix_cache),
             kv_bytes: gauge::Share::of(&gauge::KV_BYTES),
             prefix_bytes: gauge::Share::of(&gauge::PREFIX_BYTES),
             monitor: None,
             fault: None,
+            unloading: Unloading::default(),
         }
     }
 
-    /// Serves until every handle is gone.
+    /// Serves until every handle is gone, or the model is unloaded.
     pub fn run(&mut self) {
         let mut in_flight: Option<InFlight<B>> = None;
         let mut busy = Busy::enter();
@@ -83,11 +85,12 @@ impl<B: Backend> Worker<B> {
             if in_flight.is_none() && self.is_idle() {
                 self.decoder.backend.finish();
                 drop(busy);
-                let command = self.inbox.receiver.recv();
+                let command = self.wait();
                 busy = Busy::enter();
                 match command {
                     Ok(command) => self.obey(command),
-                    Err(_) => return,
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => return,
                 }
             }
             if exit::stopping() {
@@ -97,6 +100,7 @@ impl<B: Backend> Worker<B> {
             if !self.take_commands() {
                 return self.await_end(in_flight);
             }
+            self.expire();
             let next = self.submit(in_flight.as_ref());
             if let Some(step) = in_flight {
                 self.read(step);
@@ -108,7 +112,22 @@ impl<B: Backend> Worker<B> {
                 self.read(step);
             }
             self.advance_scores();
+            self.advance_bindings();
+            if self.unloading.is_asked() && self.has_ended() {
+                return self.await_end(in_flight);
+            }
         }
+    }
+
+    /// Gives all back but what is told last.
+    pub fn end(self) -> Unloading {
+        let Self { mut unloading, inbox, pending, live, .. } = self;
+        drop((pending, live));
+        // Who came too late learns why.
+        for command in inbox.receiver.try_iter() {
+            unloading.refuse(command);
+        }
+        unloading
     }
 
     /// A backend may compute on threads of its own, which the process must not leave behind.
@@ -118,7 +137,21 @@ impl<B: Backend> Worker<B> {
     }
 
     fn is_idle(&self) -> bool {
-        self.scheduler.is_idle() && self.scores.is_empty()
+        self.scheduler.is_idle() && self.scores.is_empty() && self.bindings.is_idle()
+    }
+
+    /// Whether every request has ended.
+    fn has_ended(&self) -> bool {
+        self.pending.is_empty() && self.live.is_empty() && self.scores.is_empty()
+    }
+
+    /// The next command, unless a deadline comes first.
+    fn wait(&self) -> Result<Command, RecvTimeoutError> {
+        let commands = &self.inbox.receiver;
+        match self.deadlines.next() {
+            None => commands.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            Some(at) => commands.recv_timeout(at.saturating_duration_since(Instant::now())),
+        }
     }
 
     /// Takes what has arrived; false where no handle is left.
@@ -134,110 +167,197 @@ impl<B: Backend> Worker<B> {
 
     fn obey(&mut self, command: Command) {
         match command {
-            Command::Generate(order, task) => self.admit(*order, task),
-            Command::Score { id, ids, adapter, sink, places } => {
-                let bound = catch(|| {
-                    check_ids(&ids, &self.config, self.config.max_position_embeddings)?;
-                    self.bind(adapter.as_ref())
-                });
-                let adapter = match bound {
-                    Ok(adapter) => adapter,
-                    Err(error) => return sink.end(Event::Failed(error)),
-                };
-                let (cache, log_probs) = (self.decoder.kv_cache(), vec![]);
-                let share = gauge::Share::one(&gauge::SEQUENCES);
-                let score = Score { id, ids, adapter, cache, log_probs, sink, share, places };
-                self.scores.push_back(score);
+            Command::Generate(..) | Command::Score { .. } | Command::Fit { .. }
+                if self.unloading.is_asked() =>
+            {
+                self.unloading.refuse(command);
             }
-            Command::Fit { adapter, sink } => {
-                let fits = catch(|| self.bind(Some(&adapter)));
-                sink.end(fits.map_or_else(Event::Failed, |_| Event::Fits));
+            Command::Generate(order, task) => {
+                let (id, deadline, encoded) = (order.id, order.deadline, task.is_some());
+                self.expect(id, Pending::Generate(order, task), deadline);
+                if encoded {
+                    self.admit(id);
+                }
             }
-            Command::Cancel { id } => {
-                self.finish(id, Ok(FinishReason::Cancelled));
-                self.scores.retain(|score| score.id != id);
-                self.count();
+            Command::Encoded { id, task } => self.encoded(id, task),
+            Command::Score { id, scoring, deadline } => {
+                self.expect(id, Pending::Score(scoring), deadline);
+                self.admit(id);
             }
+            Command::Fit { id, adapter, sink } => {
+                self.expect(id, Pending::Fit(adapter, sink), None);
+                self.admit(id);
+            }
+            Command::Cancel { id } => self.cancel(id),
+            Command::Acknowledge { id, chunks } => self.acknowledge(id, chunks),
             Command::Forget { adapter } => {
-                self.adapters.remove(&adapter);
+                self.bindings.forget(adapter);
                 self.prefixes.forget(adapter);
                 self.count();
             }
             Command::Watch(monitor) => self.monitor = Some(monitor),
             Command::Fail(fault) => self.fault = Some(fault),
+            Command::Unload { cancel, done } => self.unload(cancel, done),
         }
     }
 
-    fn admit(&mut self, order: Order, task: Task) {
-        let adapter = match catch(|| self.bind(order.adapter.as_ref())) {
-            Ok(adapter) => adapter,
-            Err(error) => return order.fail(error),
+    fn unload(&mut self, cancel: bool, done: super::unload::Done) {
+        self.unloading.ask(done);
+        if cancel {
+            let pending = self.pending.keys().chain(self.live.keys()).copied();
+            let all = pending.chain(self.scores.iter().map(|score| score.id));
+            all.collect::<Vec<u64>>().into_iter().for_each(|id| self.cancel(id));
+        }
+    }
+
+    fn expect(&mut self, id: u64, pending: Pending, deadline: Option<Instant>) {
+        self.pending.insert(id, pending);
+        if let Some(deadline) = deadline {
+            self.deadlines.add(id, deadline);
+        }
+    }
+
+    /// A text has become tokens, or cannot; its request may have ended meanwhile.
+    fn encoded(&mut self, id: u64, encoded: Result<Task>) {
+        let Some(Pending::Generate(_, task)) = self.pending.get_mut(&id) else { return };
+        match encoded {
+            Ok(encoded) => {
+                *task = Some(encoded);
+                self.admit(id);
+            }
+            Err(error) => self.finish(id, Err(error)),
+        }
+    }
+
+    /// Lets a request go on whose tokens are known, once its adapter is bound.
+    fn admit(&mut self, id: u64) {
+        let Some(pending) = self.pending.get(&id) else { return };
+        let adapter = match pending.adapter() {
+            None => None,
+            Some(adapter) => match self.bindings.get(adapter) {
+                Some(bound) => Some(bound),
+                None => return self.bindings.add(adapter, id),
+            },
         };
-        let Order { id, text, sink, places, asked, cancelled, .. } = order;
-        let usage = Usage { prompt_tokens: task.prompt.len(), ..Usage::default() };
-        let share = gauge::Share::one(&gauge::SEQUENCES);
-        let cache = self.decoder.kv_cache();
-        let live = Live { cache, adapter, text, sink, places, usage, asked, share };
-        self.live.insert(id, live);
-        if cancelled.load(Relaxed) {
-            // The command itself may have come first.
-            self.finish(id, Ok(FinishReason::Cancelled));
-        } else if task.max_new_tokens == 0 {
-            self.finish(id, Ok(FinishReason::Length));
-        } else {
-            self.scheduler.add(Sequence::new(id, task));
+        match self.pending.remove(&id) {
+            Some(Pending::Generate(order, Some(task))) => {
+                let Order { text, sink, places, asked, .. } = *order;
+                let usage = Usage { prompt_tokens: task.prompt.len(), ..Usage::default() };
+                let share = gauge::Share::one(&gauge::SEQUENCES);
+                let cache = self.decoder.kv_cache();
+                let live = Live { cache, adapter, text, sink, places, usage, asked, share };
+                self.live.insert(id, live);
+                match task.max_new_tokens {
+                    0 => self.finish(id, Ok(FinishReason::Length)),
+                    _ => self.scheduler.add(Sequence::new(id, task)),
+                }
+            }
+            Some(Pending::Score(scoring)) => {
+                match check_ids(&scoring.ids, &self.config, self.context) {
+                    Ok(()) => {
+                        let cache = self.decoder.kv_cache();
+                        self.scores.push_back(Score::new(id, scoring, adapter, cache));
+                    }
+                    Err(error) => {
+                        self.deadlines.remove(id);
+                        Pending::Score(scoring).fail(error);
+                    }
+                }
+            }
+            Some(Pending::Fit(adapter, sink)) => {
+                drop(adapter);
+                sink.end(Event::Fits);
+            }
+            Some(unencoded) => _ = self.pending.insert(id, unencoded),
+            None => {}
         }
     }
 
-    fn bind(&mut self, adapter: Option<&Arc<Adapter>>) -> Result<Option<InUse<B>>> {
-        let Some(adapter) = adapter else { return Ok(None) };
-        let key = adapter_key(Some(adapter));
-        if let Some(bound) = self.adapters.get(&key) {
-            return Ok(Some((adapter.clone(), bound.clone())));
+    /// A layer of the adapter that is bound next.
+    fn advance_bindings(&mut self) {
+        let bound = self.bindings.advance(&self.config, &self.decoder);
+        let Some(Bound { adapter, waiting, result }) = bound else { return };
+        match result {
+            Ok(()) => {
+                self.forget_with(&adapter);
+                waiting.into_iter().for_each(|id| self.admit(id));
+            }
+            Err(error) => {
+                waiting.into_iter().for_each(|id| self.finish(id, Err(error.clone())));
+            }
         }
-        let bound = Rc::new(adapter.bind(&self.config, &self.decoder)?);
+    }
+
+    /// What is bound of an adapter goes with it.
+    fn forget_with(&self, adapter: &Arc<Adapter>) {
         let commands = self.inbox.commands.clone();
+        let key = super::live::adapter_key(Some(adapter));
         adapter.on_drop(move || {
             if let Some(commands) = commands.upgrade() {
                 _ = commands.send(Command::Forget { adapter: key });
             }
         });
-        self.adapters.insert(key, bound.clone());
-        Ok(Some((adapter.clone(), bound)))
     }
 
-    /// A sequence joins the batch, with what others have left of its beginning.
-    fn start(&mut self, id: u64) -> Result<()> {
-        let Some(sequence) = self.scheduler.running(id) else { return Ok(()) };
-        let Some(live) = self.live.get_mut(&id) else { return Ok(()) };
-        let prompt = &sequence.task.prompt;
-        let mut cached = 0;
-        if let Some((cache, common)) = self.prefixes.find(live.adapter_key(), prompt) {
-            // The last token's logits are needed.
-            cached = common.min(prompt.len() - 1);
-            live.cache = self.decoder.fork(cache, cached)?;
+    fn cancel(&mut self, id: u64) {
+        self.finish(id, Ok(FinishReason::Cancelled));
+    }
+
+    /// Ends what has taken too long, wherever it is.
+    fn expire(&mut self) {
+        let now = Instant::now();
+        while let Some(id) = self.deadlines.take_due(now) {
+            self.finish(id, Err(Error::Timeout));
         }
-        self.decoder.reserve(&mut live.cache, cached..prompt.len())?;
-        sequence.begin_at(cached);
-        live.start(cached);
-        Ok(())
     }
 
-    /// Ends a sequence, and gives its memory back.
-    fn finish(&mut self, id: u64, end: Result<FinishReason>) {
+    /// A reader has taken so many chunks.
+    fn acknowledge(&mut self, id: u64, chunks: usize) {
+        let Some(live) = self.live.get_mut(&id) else { return };
+        match catch(|| Ok((live.sink.acknowledge(chunks), live.sink.is_full()))) {
+            Ok((true, false)) => self.scheduler.go_on(id),
+            Ok((true, true)) => {}
+            Ok((false, _)) => self.cancel(id),
+            Err(error) => self.finish(id, Err(error)),
+        }
+    }
+
+    /// Ends a request, wherever it is, and gives its memory back.
+    pub(super) fn finish(&mut self, id: u64, end: Result<FinishReason>) {
+        self.deadlines.remove(id);
+        if let Some(pending) = self.pending.remove(&id) {
+            self.bindings.leave(id);
+            match end {
+                Ok(_) => pending.cancel(),
+                Err(error) => pending.fail(error),
+            }
+        } else if self.live.contains_key(&id) {
+            self.finish_sequence(id, end);
+        } else if let Some(place) = self.scores.iter().position(|score| score.id == id) {
+            let score = self.scores.remove(place);
+            let error = end.err().unwrap_or(Error::Stopped);
+            score
+                .into_iter()
+                .for_each(|score| self.finish_score(score, Event::Failed(error.clone())));
+        }
+    }
+
+    fn finish_sequence(&mut self, id: u64, end: Result<FinishReason>) {
         let sequence = self.scheduler.remove(id);
         let Some(mut live) = self.live.remove(&id) else { return };
         let cache = std::mem::replace(&mut live.cache, self.decoder.kv_cache());
+        let held = !self.decoder.pages(&cache).is_empty();
         if let Some(sequence) = sequence.filter(|_| end.is_ok()) {
-            let kept = catch(|| self.keep(live.adapter_key(), sequence.into_computed(), &cache));
-            // Without what it might have kept, it has ended as well.
-            kept.unwrap_or_else(|_| self.prefixes.clear());
+            self.keep(live.adapter_key(), sequence.computed(), &cache);
         }
         drop(cache);
         live.places.clear();
         live.adapter = None;
         live.share.set(0);
-        self.count();
+        // Of thousands that are cancelled in the queue, none changes what is held.
+        if held {
+            self.count();
+        }
         // Whoever hears of the end finds everything given back.
         let (sink, event) = match end {
             Ok(reason) => live.end(reason),
@@ -246,164 +366,18 @@ impl<B: Backend> Worker<B> {
         sink.end(event.unwrap_or_else(Event::Failed));
     }
 
-    fn keep(&mut self, adapter: usize, ids: Vec<u32>, cache: &KvCache<B>) -> Result<()> {
-        if !ids.is_empty() {
+    /// Keeps what was computed for others that begin alike.
+    pub(super) fn keep(&mut self, adapter: usize, ids: Vec<u32>, cache: &KvCache<B>) {
+        if ids.is_empty() {
+            return;
+        }
+        let kept = catch(|| {
             let cache = self.decoder.fork(cache, ids.len())?;
             let pages = self.decoder.pages(&cache);
             self.prefixes.insert(adapter, ids, cache, pages);
-        }
-        Ok(())
+            Ok(())
+        });
+        // Without what it might have kept, it has ended as well.
+        kept.unwrap_or_else(|_| self.prefixes.clear());
     }
-
-    /// What was computed beside a fault may be of it.
-    fn fail(&mut self, ids: impl Iterator<Item = u64>, error: &Error) {
-        self.prefixes.clear();
-        ids.for_each(|id| self.finish(id, Err(error.clone())));
-    }
-
-    fn submit(&mut self, previous: Option<&InFlight<B>>) -> Option<InFlight<B>> {
-        for id in self.scheduler.admit() {
-            if let Err(error) = catch(|| self.start(id)) {
-                self.finish(id, Err(error));
-            }
-        }
-        self.inbox.batch_size.store(self.scheduler.batch_size(), Relaxed);
-        let chunks = self.scheduler.step();
-        if chunks.is_empty() {
-            return None;
-        }
-        match catch(|| self.submit_step(&chunks, previous)) {
-            Ok(in_flight) => Some(in_flight),
-            Err(error) => {
-                self.fail(chunks.iter().map(|chunk| chunk.id), &error);
-                None
-            }
-        }
-    }
-
-    fn submit_step(
-        &mut self,
-        chunks: &[Chunk],
-        previous: Option<&InFlight<B>>,
-    ) -> Result<InFlight<B>> {
-        let begun = Instant::now();
-        let tokens: Vec<Token> = chunks.iter().flat_map(|chunk| chunk.tokens.clone()).collect();
-        let (mut parts, mut outputs, mut end) = (vec![], vec![], 0);
-        for (chunk, live) in chunks.iter().zip(lives(&mut self.live, chunks)) {
-            let rows = end..end + chunk.tokens.len();
-            end = rows.end;
-            outputs.push(end - 1);
-            let adapter = live.adapter.as_ref().map(|(_, bound)| bound.as_ref());
-            let segment = Segment { rows, start: chunk.start };
-            parts.push(Part { segment, cache: &mut live.cache, adapter });
-        }
-        let previous = previous.map(|step| &step.samples);
-        let _turn = self.decoder.backend.turn();
-        let logits = self.decoder.forward(&tokens, previous, &mut parts, &outputs)?;
-        match self.fault.take() {
-            Some(Fault::Panic) => panic!("a test asked for it"),
-            Some(Fault::Error) => return Err(Error::Backend("a test asked for it".into())),
-            None => {}
-        }
-        let draws: Vec<_> =
-            chunks.iter().map(|chunk| chunk.draw.clone().unwrap_or_default()).collect();
-        let samples = self.decoder.backend.sample(&logits, &draws)?;
-        self.decoder.backend.submit(&samples)?;
-        let chunks = chunks.iter().map(|chunk| (chunk.id, chunk.draw.is_some())).collect();
-        Ok(InFlight { samples, chunks, rows: tokens.len(), begun })
-    }
-
-    fn read(&mut self, step: InFlight<B>) {
-        let ids = step.chunks.iter().map(|(id, _)| *id);
-        match catch(|| self.decoder.backend.read(&step.samples)) {
-            Err(error) => self.fail(ids, &error),
-            Ok(samples) => {
-                for (&(id, is_token), sample) in step.chunks.iter().zip(samples) {
-                    let handed = match sample {
-                        Some(sample) if is_token => catch(|| self.hand_out(id, sample)),
-                        Some(_) => Ok(()),
-                        None => Err(Error::Backend("the logits are not finite numbers".into())),
-                    };
-                    handed.unwrap_or_else(|error| self.finish(id, Err(error)));
-                }
-            }
-        }
-        self.count();
-        self.report(&step);
-    }
-
-    fn report(&mut self, step: &InFlight<B>) {
-        let Some(monitor) = &mut self.monitor else { return };
-        let step = Step {
-            sequences: step.chunks.len(),
-            rows: step.rows,
-            waiting: self.scheduler.waiting(),
-            kv_bytes: self.kv_bytes.amount(),
-            prefix_bytes: self.prefixes.bytes(),
-            duration: step.begun.elapsed(),
-        };
-        if !catch(|| Ok(monitor(step))).unwrap_or(false) {
-            self.monitor = None;
-        }
-    }
-
-    /// A sampled token: to its sequence, if that is still there, and to whoever asked for it.
-    fn hand_out(&mut self, id: u64, sample: Sample) -> Result<()> {
-        let Some(sequence) = self.scheduler.running(id) else { return Ok(()) };
-        let Some(live) = self.live.get_mut(&id) else { return Ok(()) };
-        live.note_token();
-        if sequence.task.eos_token_ids.contains(&sample.id) {
-            self.finish(id, Ok(FinishReason::Stop));
-            return Ok(());
-        }
-        let exhausted = sequence.accept(sample.id);
-        let (heard, stopped) = live.tell(sample)?;
-        match (heard, stopped, exhausted) {
-            (false, ..) => self.finish(id, Ok(FinishReason::Cancelled)),
-            (_, true, _) => self.finish(id, Ok(FinishReason::Stop)),
-            (_, _, true) => self.finish(id, Ok(FinishReason::Length)),
-            _ => {}
-        }
-        Ok(())
-    }
-
-    /// One chunk of the score that waits longest.
-    fn advance_scores(&mut self) {
-        let Some(score) = self.scores.front_mut() else { return };
-        let rows = self.prefill_chunk.min(SCORED_ROWS);
-        let end = match catch(|| score.advance(&self.decoder, rows)) {
-            Ok(false) => return self.count(),
-            Ok(true) => Event::Scores(std::mem::take(&mut score.log_probs)),
-            Err(error) => Event::Failed(error),
-        };
-        if let Some(Score { sink, cache, adapter, share, places, .. }) = self.scores.pop_front() {
-            drop((cache, adapter, share, places));
-            self.count();
-            sink.end(end);
-        }
-    }
-
-    fn count(&mut self) {
-        self.inbox.batch_size.store(self.scheduler.batch_size(), Relaxed);
-        let sequences = self.live.values().map(|live| &live.cache);
-        let caches = sequences.chain(self.scores.iter().map(|score| &score.cache));
-        let pages = caches.flat_map(|cache| self.decoder.pages(cache));
-        let mut seen = HashSet::new();
-        let own = pages.filter(|page| !self.prefixes.holds(page) && seen.insert(page.id));
-        self.kv_bytes.set(own.map(|page| page.bytes).sum());
-        self.prefix_bytes.set(self.prefixes.bytes());
-    }
-}
-
-/// What belongs to the sequences of these chunks, in their order.
-fn lives<'a, B: Backend>(
-    live: &'a mut HashMap<u64, Live<B>>,
-    chunks: &[Chunk],
-) -> Vec<&'a mut Live<B>> {
-    let place: HashMap<u64, usize> =
-        chunks.iter().enumerate().map(|(place, chunk)| (chunk.id, place)).collect();
-    let mut lives: Vec<_> =
-        live.iter_mut().filter_map(|(id, live)| Some((*place.get(id)?, live))).collect();
-    lives.sort_by_key(|(place, _)| *place);
-    lives.into_iter().map(|(_, live)| live).collect()
 }

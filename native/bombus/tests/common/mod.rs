@@ -85,10 +85,10 @@ impl Running {
         let (mut ids, mut text, mut all) = (vec![], String::new(), vec![]);
         for event in self.events.iter() {
             match event {
-                Event::Chunk { id, text: more, logprobs } => {
-                    ids.extend(id);
-                    text.push_str(&more);
-                    all.extend(logprobs);
+                Event::Chunk(chunk) => {
+                    ids.extend(chunk.ids);
+                    text.push_str(&chunk.text);
+                    all.extend(chunk.logprobs);
                 }
                 Event::Failed(error) => return Err(error),
                 Event::Done { reason, usage } => {
@@ -108,7 +108,7 @@ pub fn generate(engine: &Engine, request: Request) -> Result<Answer> {
 pub fn start_score(engine: &Engine, ids: &[u32], adapter: Option<Arc<Adapter>>) -> Result<Running> {
     let (sender, events) = channel();
     let sink = Sink::new(move |event| sender.send(event).is_ok());
-    Ok(Running { generation: engine.score(ids.to_vec(), adapter, sink)?, events })
+    Ok(Running { generation: engine.score(ids.to_vec(), adapter, None, sink)?, events })
 }
 
 pub fn score(engine: &Engine, ids: &[u32], adapter: Option<Arc<Adapter>>) -> Result<Vec<f32>> {

@@ -92,6 +92,11 @@ impl Linear {
         self.parts.iter().flat_map(Weights::tensors).map(|tensor| &tensor.file)
     }
 
+    /// The numbers of a row of y; of an embedding, its tokens.
+    pub fn out_features(&self) -> usize {
+        self.parts.iter().map(Weights::out_features).sum()
+    }
+
     /// Row `id` of an embedding.
     pub fn row(&self, id: usize, out: &mut [f32]) {
         self.parts[0].row(id, out);

@@ -190,11 +190,18 @@ impl Backend for Cpu {
         loras: &[LoraRows<Self>],
     ) -> Result<Tensor> {
         let id = |token: &Token| match *token {
-            Token::Id(id) => id as usize,
-            Token::Sampled(row) => previous.map_or(0, |samples| samples.id(row)),
+            Token::Id(id) => Some(id),
+            Token::Sampled(row) => previous.and_then(|samples| samples.id(row)),
         };
+        let ids =
+            tokens.iter().map(id).collect::<Option<Vec<u32>>>().ok_or_else(|| {
+                Error::Backend("a token was not sampled by the step before".into())
+            })?;
+        if let Some(id) = ids.iter().find(|id| **id as usize >= embedding.out_features()) {
+            return Err(Error::Backend(format!("the token id {id} has no row in the embedding")));
+        }
         Ok(self.map(tokens.len(), embedding.width, |row, out| {
-            let id = id(&tokens[row]);
+            let id = ids[row] as usize;
             embedding.row(id, out);
             for LoraRows { lora, .. } in loras.iter().filter(|lora| lora.rows.contains(&row)) {
                 lora.embed(id, out);

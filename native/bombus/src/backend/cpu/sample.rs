@@ -13,8 +13,8 @@ pub struct Samples(Vec<Option<Sample>>);
 
 impl Samples {
     /// The token of a row, where there is one.
-    pub fn id(&self, row: usize) -> usize {
-        self.0[row].as_ref().map_or(0, |sample| sample.id as usize)
+    pub fn id(&self, row: usize) -> Option<u32> {
+        self.0.get(row)?.as_ref().map(|sample| sample.id)
     }
 
     pub fn read(&self) -> Vec<Option<Sample>> {
@@ -80,12 +80,13 @@ fn sample_row(cpu: &Cpu, logits: &[f32], draw: &Draw) -> Option<u32> {
     }
     let mut changed = logits.to_vec();
     let penalty = draw.sampling.repetition_penalty;
-    for &id in &draw.seen {
-        let logit = &mut changed[id as usize];
+    // No request reaches this with ids outside the vocabulary.
+    for &id in draw.seen.iter() {
+        let Some(logit) = changed.get_mut(id as usize) else { continue };
         *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
     }
-    for &(id, bias) in &draw.bias {
-        changed[id as usize] += bias;
+    for (id, bias) in draw.biases() {
+        changed.get_mut(id as usize).into_iter().for_each(|logit| *logit += bias);
     }
     choose(cpu, &changed, draw)
 }

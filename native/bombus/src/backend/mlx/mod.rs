@@ -317,9 +317,9 @@ fn token_ids(tokens: &[Token], previous: Option<&Array>) -> Result<Array> {
         .collect();
     let known = Array::from_slice(&known, &[known.len() as i32]);
     let sampled = |token: &Token| matches!(token, Token::Sampled(_));
-    let Some(previous) = previous.filter(|_| tokens.iter().any(sampled)) else {
+    if !tokens.iter().any(sampled) {
         return Ok(known);
-    };
+    }
     let rows: Vec<usize> = tokens
         .iter()
         .map(|token| match token {
@@ -327,6 +327,10 @@ fn token_ids(tokens: &[Token], previous: Option<&Array>) -> Result<Array> {
             Token::Sampled(row) => *row,
         })
         .collect();
+    let there = previous.map_or(0, |samples| samples.dim(0) as usize);
+    let Some(previous) = previous.filter(|_| rows.iter().all(|row| *row < there)) else {
+        return Err(Error::Backend("a token was not sampled by the step before".into()));
+    };
     let from_previous = take_axis(previous, array::indices(&rows), 0)?;
     let sampled: Vec<bool> = tokens.iter().map(sampled).collect();
     let sampled = Array::from_slice(&sampled, &[sampled.len() as i32]);

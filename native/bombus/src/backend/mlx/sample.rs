@@ -86,8 +86,7 @@ impl Tops {
 /// logits: `[rows, vocab]`
 pub fn sample(logits: &Array, draws: &[Draw], device: Device) -> Result<Samples> {
     let logits = logits.as_dtype(Dtype::Float32)?;
-    let plain =
-        |draw: &Draw| draw.sampling.greedy() && draw.seen.is_empty() && draw.bias.is_empty();
+    let plain = |draw: &Draw| draw.sampling.greedy() && !draw.changes();
     let greedy = match device.is_cuda() && draws.iter().all(plain) {
         true => operations::greedy(&logits)?,
         false => None,
@@ -192,7 +191,7 @@ fn change(logits: Array, draws: &[Draw]) -> Result<Array> {
     if draws.iter().any(|draw| !draw.seen.is_empty()) {
         let mut seen = vec![false; draws.len() * vocab];
         for (draw, seen) in draws.iter().zip(seen.chunks_exact_mut(vocab)) {
-            draw.seen.iter().for_each(|&id| seen[id as usize] = true);
+            draw.seen.iter().for_each(|&id| set(seen, id, |seen| *seen = true));
         }
         let seen = Array::from_slice(&seen, logits.shape());
         let penalty = column(draws, |draw| draw.sampling.repetition_penalty);
@@ -201,14 +200,19 @@ fn change(logits: Array, draws: &[Draw]) -> Result<Array> {
             ops::select(positive, logits.divide(&penalty)?, logits.multiply(&penalty)?)?;
         logits = ops::select(seen, penalized, logits)?;
     }
-    if draws.iter().any(|draw| !draw.bias.is_empty()) {
+    if draws.iter().any(Draw::adds) {
         let mut biases = vec![0f32; draws.len() * vocab];
         for (draw, biases) in draws.iter().zip(biases.chunks_exact_mut(vocab)) {
-            draw.bias.iter().for_each(|&(id, bias)| biases[id as usize] = bias);
+            draw.biases().for_each(|(id, bias)| set(biases, id, |sum| *sum += bias));
         }
         logits = logits.add(Array::from_slice(&biases, logits.shape()))?;
     }
     Ok(logits)
+}
+
+/// No request reaches this with ids outside the vocabulary.
+fn set<T>(row: &mut [T], id: u32, change: impl FnOnce(&mut T)) {
+    _ = row.get_mut(id as usize).map(change);
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use super::{BARRIERS, Mlx, NUMBERS, PRIMITIVES, Shape, array, multiprocessors, o
 use crate::backend::Token;
 use crate::backend::mlx::linear::Matrix;
 use crate::decoder::{BoundAdapter, Decoder};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use mlx_rs::{Array, Dtype, ops, transforms};
 use std::cell::RefCell;
 use std::ffi::CString;
@@ -148,6 +148,10 @@ impl Step {
     /// -> logits `[rows, vocab]` in float32
     pub fn run(&self, rows: &mut [Row], previous: Option<&Array>) -> Result<Array> {
         let count = rows.len();
+        let there = previous.map_or(0, |samples| samples.dim(0) as usize);
+        if rows.iter().any(|row| matches!(row.token, Token::Sampled(row) if row >= there)) {
+            return Err(Error::Backend("a token was not sampled by the step before".into()));
+        }
         let mut plan = self.plan(rows)?;
         let mut workspace = self.workspace.borrow_mut();
         if workspace.rows < count || workspace.plan < plan.len() {

@@ -1,0 +1,106 @@
+//! The adapters bound to a model. One that is not yet is bound layer by layer between the steps of
+//! others, since a large one takes seconds.
+
+use super::live::{InUse, adapter_key};
+use crate::adapter::Adapter;
+use crate::backend::Backend;
+use crate::config::Config;
+use crate::decoder::{BoundAdapter, Decoder, Loras};
+use crate::error::{Result, catch};
+use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
+use std::sync::Arc;
+
+pub struct Bindings<B: Backend> {
+    /// by their adapters' keys
+    bound: HashMap<usize, Rc<BoundAdapter<B>>>,
+    under_way: VecDeque<Binding<B>>,
+}
+
+struct Binding<B: Backend> {
+    adapter: Arc<Adapter>,
+    /// as far as they are bound
+    layers: Vec<Loras<B>>,
+    /// The requests that wait for it.
+    waiting: Vec<u64>,
+}
+
+/// An adapter that is bound now, or cannot be, and the requests that waited for it.
+pub struct Bound {
+    pub adapter: Arc<Adapter>,
+    pub waiting: Vec<u64>,
+    pub result: Result<()>,
+}
+
+impl<B: Backend> Bindings<B> {
+    pub fn new() -> Self {
+        Self { bound: HashMap::new(), under_way: VecDeque::new() }
+    }
+
+    pub fn is_idle(&self) -> bool {
+        self.under_way.is_empty()
+    }
+
+    pub fn get(&self, adapter: &Arc<Adapter>) -> Option<InUse<B>> {
+        let bound = self.bound.get(&adapter_key(Some(adapter)))?;
+        Some((adapter.clone(), bound.clone()))
+    }
+
+    /// Binds it by and by; `id` waits for it.
+    pub fn add(&mut self, adapter: &Arc<Adapter>, id: u64) {
+        let same = |binding: &&mut Binding<B>| Arc::ptr_eq(&binding.adapter, adapter);
+        match self.under_way.iter_mut().find(same) {
+            Some(binding) => binding.waiting.push(id),
+            None => self.under_way.push_back(Binding {
+                adapter: adapter.clone(),
+                layers: vec![],
+                waiting: vec![id],
+            }),
+        }
+    }
+
+    pub fn forget(&mut self, adapter: usize) {
+        self.bound.remove(&adapter);
+    }
+
+    /// Nobody waits for it any more.
+    pub fn leave(&mut self, id: u64) {
+        for binding in &mut self.under_way {
+            binding.waiting.retain(|waiting| *waiting != id);
+        }
+        self.under_way.retain(|binding| !binding.waiting.is_empty());
+    }
+
+    /// One layer of the first that is under way; -> what is bound with it.
+    pub fn advance(&mut self, config: &Config, decoder: &Decoder<B>) -> Option<Bound> {
+        let binding = self.under_way.front_mut()?;
+        let result = match catch(|| binding.advance(config, decoder)) {
+            Ok(None) => return None,
+            Ok(Some(bound)) => {
+                self.bound.insert(adapter_key(Some(&binding.adapter)), Rc::new(bound));
+                Ok(())
+            }
+            Err(error) => Err(error),
+        };
+        let Binding { adapter, waiting, .. } = self.under_way.pop_front()?;
+        Some(Bound { adapter, waiting, result })
+    }
+}
+
+impl<B: Backend> Binding<B> {
+    fn advance(
+        &mut self,
+        config: &Config,
+        decoder: &Decoder<B>,
+    ) -> Result<Option<BoundAdapter<B>>> {
+        if self.layers.is_empty() {
+            self.adapter.check(config)?;
+        }
+        if let Some(layer) = decoder.layers.get(self.layers.len()) {
+            self.layers.push(self.adapter.bind_layer(config, layer, self.layers.len(), decoder)?);
+            return Ok(None);
+        }
+        let layers = std::mem::take(&mut self.layers);
+        Ok(Some(self.adapter.bind_vocabulary(decoder, layers)?))
+    }
+}

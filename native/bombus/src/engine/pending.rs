@@ -1,0 +1,65 @@
+//! Requests that have reached the engine and cannot run yet: their text is not tokens yet, or their
+//! adapter is not bound.
+
+use super::Order;
+use super::queue::Place;
+use super::sink::{Event, Sink, Usage};
+use crate::adapter::Adapter;
+use crate::error::Error;
+use crate::sequence::{FinishReason, Task};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+pub enum Pending {
+    /// Without a task until its text is tokens.
+    Generate(Box<Order>, Option<Task>),
+    Score(Scoring),
+    /// Whether an adapter can be bound.
+    Fit(Arc<Adapter>, Sink),
+}
+
+/// What is to be scored.
+pub struct Scoring {
+    pub ids: Vec<u32>,
+    pub adapter: Option<Arc<Adapter>>,
+    pub sink: Sink,
+    pub places: Vec<Place>,
+}
+
+impl Pending {
+    pub fn adapter(&self) -> Option<&Arc<Adapter>> {
+        match self {
+            Pending::Generate(order, _) => order.adapter.as_ref(),
+            Pending::Score(scoring) => scoring.adapter.as_ref(),
+            Pending::Fit(adapter, _) => Some(adapter),
+        }
+    }
+
+    /// Whoever hears of the end has the places back, and the adapter.
+    pub fn fail(self, error: Error) {
+        self.end(Event::Failed(error));
+    }
+
+    pub fn cancel(self) {
+        let prompt_tokens = match &self {
+            Pending::Generate(_, task) => task.as_ref().map_or(0, |task| task.prompt.len()),
+            _ => return self.fail(Error::Stopped),
+        };
+        let usage = Usage { prompt_tokens, ..Usage::default() };
+        self.end(Event::Done { reason: FinishReason::Cancelled, usage });
+    }
+
+    fn end(self, event: Event) {
+        let (sink, places, adapter) = match self {
+            Pending::Generate(order, _) => {
+                // A text that is not tokens yet need not become any.
+                order.cancelled.store(true, Relaxed);
+                (order.sink, order.places, order.adapter)
+            }
+            Pending::Score(Scoring { sink, places, adapter, .. }) => (sink, places, adapter),
+            Pending::Fit(adapter, sink) => (sink, vec![], Some(adapter)),
+        };
+        drop((places, adapter));
+        sink.end(event);
+    }
+}

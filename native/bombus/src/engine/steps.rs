@@ -1,0 +1,263 @@
+//! A step of the engine's thread: room for it, its rows, its tokens.
+
+use super::Fault;
+use super::live::Live;
+use super::monitor::Step;
+use super::score::Score;
+use super::sink::Event;
+use super::worker::Worker;
+use crate::backend::{Backend, Segment, Token};
+use crate::decoder::Part;
+use crate::error::{Error, Result, catch};
+use crate::sampler::Sample;
+use crate::sequence::{Chunk, FinishReason};
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Instant;
+
+/// The rows of a score that go into a step: each has logits of its own, half a megabyte with a
+/// vocabulary of 150,000.
+const SCORED_ROWS: usize = 64;
+
+/// A step that has been submitted and not read. Every chunk in it has a sample, so that a fault
+/// in any of them shows; only some are tokens.
+pub struct InFlight<B: Backend> {
+    samples: B::Samples,
+    /// Whose the samples are, and whether they are tokens.
+    chunks: Vec<(u64, bool)>,
+    rows: usize,
+    begun: Instant,
+}
+
+impl<B: Backend> Worker<B> {
+    pub(super) fn submit(&mut self, previous: Option<&InFlight<B>>) -> Option<InFlight<B>> {
+        for id in self.scheduler.admit() {
+            if let Err(error) = catch(|| self.start(id)) {
+                self.finish(id, Err(error));
+            }
+        }
+        self.make_room();
+        self.inbox.batch_size.store(self.scheduler.running().len(), Relaxed);
+        let chunks = self.scheduler.step();
+        if chunks.is_empty() {
+            return None;
+        }
+        match catch(|| self.submit_step(&chunks, previous)) {
+            Ok(in_flight) => Some(in_flight),
+            Err(error) => {
+                self.fail(chunks.iter().map(|chunk| chunk.id), &error);
+                None
+            }
+        }
+    }
+
+    /// A sequence joins the batch, with what others have left of its beginning. One that goes on has
+    /// its cache already, if it did not give it up.
+    fn start(&mut self, id: u64) -> Result<()> {
+        let Some(sequence) = self.scheduler.get(id) else { return Ok(()) };
+        if sequence.has_begun() {
+            return Ok(());
+        }
+        let Some(live) = self.live.get_mut(&id) else { return Ok(()) };
+        let tokens = sequence.tokens();
+        let mut cached = 0;
+        if let Some((cache, common)) = self.prefixes.find(live.adapter_key(), &tokens) {
+            // The last token's logits are needed.
+            cached = common.min(tokens.len() - 1);
+            live.cache = self.decoder.fork(cache, cached)?;
+        }
+        sequence.begin_at(cached);
+        live.start(cached);
+        self.reserve(id, cached..tokens.len())
+    }
+
+    /// Room for the next token of all that run. Whom there is no memory for ends, and not the step.
+    fn make_room(&mut self) {
+        let next =
+            |sequence: &crate::sequence::Sequence| Some((sequence.id, sequence.next_position()?));
+        let wanted: Vec<(u64, usize)> = self.scheduler.running().iter().filter_map(next).collect();
+        for (id, position) in wanted {
+            if let Err(error) = catch(|| self.reserve(id, position..position + 1)) {
+                self.finish(id, Err(error));
+            }
+        }
+    }
+
+    fn reserve(&mut self, id: u64, positions: Range<usize>) -> Result<()> {
+        loop {
+            let Some(live) = self.live.get_mut(&id) else { return Ok(()) };
+            match self.decoder.reserve(&mut live.cache, positions.clone()) {
+                Err(Error::OutOfMemory(_)) if self.give_memory_back() => {}
+                reserved => return reserved,
+            }
+        }
+    }
+
+    /// What can be computed again goes first: false where there is nothing of that kind.
+    fn give_memory_back(&mut self) -> bool {
+        if self.prefixes.bytes() > 0 {
+            self.prefixes.clear();
+            return true;
+        }
+        let paused = self.scheduler.longest_paused();
+        paused.is_some_and(|id| self.give_up_cache(id).is_some())
+    }
+
+    /// -> what was in it
+    fn give_up_cache(&mut self, id: u64) -> Option<(usize, Vec<u32>, crate::decoder::KvCache<B>)> {
+        let (sequence, live) = (self.scheduler.get(id)?, self.live.get_mut(&id)?);
+        let computed = sequence.computed();
+        sequence.give_up_cache();
+        let cache = std::mem::replace(&mut live.cache, self.decoder.kv_cache());
+        Some((live.adapter_key(), computed, cache))
+    }
+
+    /// Its reader lags behind: others run meanwhile.
+    fn pause(&mut self, id: u64) {
+        self.scheduler.pause(id);
+        while let Some(id) = self.scheduler.next_to_give_up() {
+            let Some((adapter, computed, cache)) = self.give_up_cache(id) else { return };
+            self.keep(adapter, computed, &cache);
+        }
+    }
+
+    fn submit_step(
+        &mut self,
+        chunks: &[Chunk],
+        previous: Option<&InFlight<B>>,
+    ) -> Result<InFlight<B>> {
+        let begun = Instant::now();
+        let tokens: Vec<Token> = chunks.iter().flat_map(|chunk| chunk.tokens.clone()).collect();
+        let (mut parts, mut outputs, mut end) = (vec![], vec![], 0);
+        for (chunk, live) in chunks.iter().zip(lives(&mut self.live, chunks)) {
+            let rows = end..end + chunk.tokens.len();
+            end = rows.end;
+            outputs.push(end - 1);
+            let adapter = live.adapter.as_ref().map(|(_, bound)| bound.as_ref());
+            let segment = Segment { rows, start: chunk.start };
+            parts.push(Part { segment, cache: &mut live.cache, adapter });
+        }
+        let previous = previous.map(|step| &step.samples);
+        let _turn = self.decoder.backend.turn();
+        let logits = self.decoder.forward(&tokens, previous, &mut parts, &outputs)?;
+        match self.fault.take() {
+            Some(Fault::Panic) => panic!("a test asked for it"),
+            Some(Fault::Error) => return Err(Error::Backend("a test asked for it".into())),
+            None => {}
+        }
+        let draws: Vec<_> =
+            chunks.iter().map(|chunk| chunk.draw.clone().unwrap_or_default()).collect();
+        let samples = self.decoder.backend.sample(&logits, &draws)?;
+        self.decoder.backend.submit(&samples)?;
+        let chunks = chunks.iter().map(|chunk| (chunk.id, chunk.draw.is_some())).collect();
+        Ok(InFlight { samples, chunks, rows: tokens.len(), begun })
+    }
+
+    pub(super) fn read(&mut self, step: InFlight<B>) {
+        let ids = step.chunks.iter().map(|(id, _)| *id);
+        match catch(|| self.decoder.backend.read(&step.samples)) {
+            Err(error) => self.fail(ids, &error),
+            Ok(samples) => {
+                for (&(id, is_token), sample) in step.chunks.iter().zip(samples) {
+                    let handed = match sample {
+                        Some(sample) if is_token => catch(|| self.hand_out(id, sample)),
+                        Some(_) => Ok(()),
+                        None => Err(Error::Backend("the logits are not finite numbers".into())),
+                    };
+                    handed.unwrap_or_else(|error| self.finish(id, Err(error)));
+                }
+            }
+        }
+        self.count();
+        self.report(&step);
+    }
+
+    /// What was computed beside a fault may be of it.
+    fn fail(&mut self, ids: impl Iterator<Item = u64>, error: &Error) {
+        self.prefixes.clear();
+        ids.for_each(|id| self.finish(id, Err(error.clone())));
+    }
+
+    fn report(&mut self, step: &InFlight<B>) {
+        let Some(monitor) = &mut self.monitor else { return };
+        let step = Step {
+            sequences: step.chunks.len(),
+            rows: step.rows,
+            waiting: self.scheduler.waiting(),
+            kv_bytes: self.kv_bytes.amount(),
+            prefix_bytes: self.prefixes.bytes(),
+            duration: step.begun.elapsed(),
+        };
+        if !catch(|| Ok(monitor(step))).unwrap_or(false) {
+            self.monitor = None;
+        }
+    }
+
+    /// A sampled token: to its sequence, if that is still there, and to whoever asked for it.
+    fn hand_out(&mut self, id: u64, sample: Sample) -> Result<()> {
+        let Some(sequence) = self.scheduler.get(id) else { return Ok(()) };
+        let Some(live) = self.live.get_mut(&id) else { return Ok(()) };
+        live.note_token();
+        if sequence.task.eos_token_ids.contains(&sample.id) {
+            self.finish(id, Ok(FinishReason::Stop));
+            return Ok(());
+        }
+        let exhausted = sequence.accept(sample.id);
+        let (heard, stopped) = live.tell(sample)?;
+        match (heard, stopped, exhausted) {
+            (false, ..) => self.finish(id, Ok(FinishReason::Cancelled)),
+            (_, true, _) => self.finish(id, Ok(FinishReason::Stop)),
+            (_, _, true) => self.finish(id, Ok(FinishReason::Length)),
+            _ if live.sink.is_full() => self.pause(id),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// One chunk of the score that waits longest.
+    pub(super) fn advance_scores(&mut self) {
+        let Some(score) = self.scores.front_mut() else { return };
+        let rows = self.prefill_chunk.min(SCORED_ROWS);
+        let end = match catch(|| score.advance(&self.decoder, rows)) {
+            Ok(false) => return self.count(),
+            Ok(true) => Event::Scores(std::mem::take(&mut score.log_probs)),
+            Err(error) => Event::Failed(error),
+        };
+        let score = self.scores.pop_front();
+        score.into_iter().for_each(|score| self.finish_score(score, end.clone()));
+    }
+
+    /// Whoever hears of the end finds everything given back.
+    pub(super) fn finish_score(&mut self, score: Score<B>, end: Event) {
+        let Score { id, sink, cache, adapter, share, places, .. } = score;
+        self.deadlines.remove(id);
+        drop((cache, adapter, share, places));
+        self.count();
+        sink.end(end);
+    }
+
+    pub(super) fn count(&mut self) {
+        self.inbox.batch_size.store(self.scheduler.running().len(), Relaxed);
+        let sequences = self.live.values().map(|live| &live.cache);
+        let caches = sequences.chain(self.scores.iter().map(|score| &score.cache));
+        let pages = caches.flat_map(|cache| self.decoder.pages(cache));
+        let mut seen = HashSet::new();
+        let own = pages.filter(|page| !self.prefixes.holds(page) && seen.insert(page.id));
+        self.kv_bytes.set(own.map(|page| page.bytes).sum());
+        self.prefix_bytes.set(self.prefixes.bytes());
+    }
+}
+
+/// What belongs to the sequences of these chunks, in their order.
+fn lives<'a, B: Backend>(
+    live: &'a mut HashMap<u64, Live<B>>,
+    chunks: &[Chunk],
+) -> Vec<&'a mut Live<B>> {
+    let place: HashMap<u64, usize> =
+        chunks.iter().enumerate().map(|(place, chunk)| (chunk.id, place)).collect();
+    let mut lives: Vec<_> =
+        live.iter_mut().filter_map(|(id, live)| Some((*place.get(id)?, live))).collect();
+    lives.sort_by_key(|(place, _)| *place);
+    lives.into_iter().map(|(_, live)| live).collect()
+}
