@@ -17,6 +17,8 @@ defmodule Bombus.Error do
     * those of a training: see `Bombus.Training.LoRA.train/1`
     * `:timeout` - the request did not end within its `:timeout`
     * `:unloaded` - the model, tokenizer or adapter was freed by `Bombus.unload/2`
+    * `:not_running`, `:no_connection` - there is no serving of that name, or no connection to its node
+    * `:loading` - the serving still loads its model
     * `:stopped` - the model's engine or the serving has stopped
     * `:out_of_memory` - there is none for the prompt's keys and values, or for a step
     * `:backend`, `:panic` - a step failed, and with it all sequences in it; the engine serves on

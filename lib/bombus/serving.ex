@@ -19,7 +19,7 @@ defmodule Bombus.Serving do
       Bombus.Serving.batched_run(MyLLM, "Write a post about coffee")
       Bombus.Serving.stream(MyLLM, "Write a post about coffee")
 
-  It may load the model itself, when it starts and after a crash:
+  It may load the model itself:
 
       children = [{Bombus.Serving, name: MyLLM, model: {:local, "models/Qwen3-8B-MLX-4bit"}}]
 
@@ -34,6 +34,29 @@ defmodule Bombus.Serving do
   together, so many requests wait, first come, first served, and one more is answered with
   `{:error, %Bombus.Error{reason: :overloaded}}` at once. A serving may have narrower ones of its own.
 
+  ## Loading
+
+  A serving with the source of a model starts at once, and loads it afterwards: the start of an
+  application waits for no load and no download. `status/1` says how far it is, `await_ready/2` waits for
+  it. So do callers, for as long as their `:timeout` says and 60 s by default; then they get
+  `{:error, %Bombus.Error{reason: :loading}}`.
+
+  Where the load fails, callers get its error, and it is tried again after 1, 2, 4, ... seconds, at most
+  a minute apart. The process lives on meanwhile: a Hub that is down or a file that is missing does
+  not use up the restarts of a supervisor. It is loaded anew as well where its files change in place:
+  requests that meet the change end with `:io`.
+
+  A serving or model that is given is ready at once, and cannot be loaded anew: where its files change,
+  its status stays `{:failed, error}`. An adapter that does not fit it fails the start.
+
+  ## Time
+
+  A request takes as long as it takes, unless it has a `:timeout`, in milliseconds. That counts from the
+  call: the wait for a model that loads, the queue, the prompt and the text; for a list from the call
+  too, for a stream from its first element on, with the time of its reader. Then it ends with
+  `{:error, %Bombus.Error{reason: :timeout}}`, and its place is free. A step that has begun is finished
+  first. `cancel/1` ends the requests of another process, and keeps what there is so far.
+
   ## Inputs
 
     * a string: a user's message where the tokenizer has a chat template, else a text to be
@@ -42,7 +65,8 @@ defmodule Bombus.Serving do
     * `%{messages: [%{role: "user", content: "..."}]}` - a conversation, with options beside it
     * `%{token_ids: ids}` - token ids as they are, with options beside it
 
-  A list of inputs runs at once, and gives a list of results.
+  A list of inputs gives a list of results, in its order. As many run at once as fill the model's batch
+  twice; the others wait in the calling process, so that a list may be longer than the queue.
 
   ## Options
 
@@ -60,6 +84,18 @@ defmodule Bombus.Serving do
   Otherwise generation is greedy.
 
   ## Errors
+
+  Where a serving does not answer, `batched_run/2` returns and `stream/2` raises an error with one of
+  these reasons, and neither exits:
+
+    * `:not_running` - there is no serving of that name
+    * `:no_connection` - its node is not connected, or got lost while the request ran
+    * `:loading` - it still loads its model
+    * `:stopped` - it stops, or has stopped while the request ran
+    * `:timeout` - it took longer than its `:timeout`
+    * `:overloaded` - the queue is full
+    * `:unsupported` - its node has another version of Bombus
+    * that of a load that has failed
 
   What the caller's code got wrong raises `ArgumentError`: an unknown option, a value out of range, an
   input that is none, a token id outside the vocabulary. What a visitor may have typed does not:

@@ -87,6 +87,13 @@ defmodule Bombus.Fixtures do
     send(pid, {:answer, Bombus.Serving.batched_run(serving, input)})
   end
 
+  def serve(options) do
+    {:ok, _} = Application.ensure_all_started(:bombus)
+    {:ok, supervisor} = Supervisor.start_link([{Bombus.Serving, options}], strategy: :one_for_one)
+    Process.unlink(supervisor)
+    :ok = Bombus.Serving.await_ready(options[:name])
+  end
+
   @doc "A copy of a checkpoint or an adapter that may be broken."
   def copy(folder, dir) do
     target = Path.join(dir, "copy-#{System.unique_integer([:positive])}")

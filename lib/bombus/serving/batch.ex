@@ -114,13 +114,20 @@ defmodule Bombus.Serving.Batch do
   defp ended(batch, {_input, index}, {:error, %Error{reason: :overloaded}} = refused),
     do: %{batch | results: Map.put(batch.results, index, refused), full?: true}
 
+  # To ask each time for a node that is gone may take seconds.
+  defp ended(batch, {_input, index}, {:error, %Error{reason: :no_connection}} = lost),
+    do: end_rest(%{batch | results: Map.put(batch.results, index, lost)}, lost)
+
   defp ended(batch, {_input, index}, result),
     do: %{batch | results: Map.put(batch.results, index, result), full?: false}
 
   # Whoever cancels means all that the process has asked for.
   defp cancel_rest(batch) do
-    cancelled = Request.cancelled(batch.serving.tokenizer != nil)
-    rest = Map.new(batch.todo, fn {_input, index} -> {index, cancelled} end)
+    end_rest(batch, Request.cancelled(batch.serving.tokenizer != nil))
+  end
+
+  defp end_rest(batch, result) do
+    rest = Map.new(batch.todo, fn {_input, index} -> {index, result} end)
     %{batch | todo: [], results: Map.merge(batch.results, rest)}
   end
 end

@@ -37,7 +37,7 @@ defmodule Bombus.Serving.Client do
   catch
     :exit, {:noproc, _call} -> not_running(name)
     :exit, {{:nodedown, node}, _call} -> no_connection(node)
-    :exit, {:timeout, _call} -> Error.error(:timeout, "#{inspect(name)} does not answer")
+    :exit, {:timeout, _call} -> silent(name)
     :exit, _reason -> Error.error(:stopped, "the serving #{inspect(name)} has stopped")
   end
 
@@ -62,6 +62,7 @@ defmodule Bombus.Serving.Client do
   defp find_on(node, name, timeout) do
     :erpc.call(node, __MODULE__, :find_here, [name, timeout], timeout)
   catch
+    :error, {:erpc, :timeout} -> silent(node)
     :error, {:erpc, _reason} -> no_connection(node)
     _kind, _reason -> Error.error(:unsupported, "#{node} has no Bombus, or another version of it")
   end
@@ -98,6 +99,8 @@ defmodule Bombus.Serving.Client do
       "there is no serving #{inspect(name)} (has its supervisor been started?)"
     )
   end
+
+  defp silent(name), do: Error.error(:timeout, "#{inspect(name)} does not answer")
 
   @doc "The error for a node that is gone."
   def no_connection(node), do: Error.error(:no_connection, "there is no connection to #{node}")

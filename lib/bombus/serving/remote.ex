@@ -13,18 +13,41 @@ defmodule Bombus.Serving.Remote do
   def start(serving, input, server, deadline, window) do
     reference = :erlang.alias()
     arguments = [input, server, self(), reference, Deadline.left(deadline), window]
+    monitor = :erlang.spawn_request(node(server), __MODULE__, :own, arguments, [:monitor])
 
-    {owner, monitor} =
-      :erlang.spawn_opt(node(server), __MODULE__, :own, arguments, [:monitor])
+    receive do
+      {:spawn_reply, ^monitor, :ok, owner} ->
+        {:ok,
+         %Request{
+           reference: reference,
+           generation: owner,
+           monitor: monitor,
+           window: window,
+           tokenizer?: serving.tokenizer != nil,
+           deadline: deadline
+         }}
 
-    %Request{
-      reference: reference,
-      generation: owner,
-      monitor: monitor,
-      window: window,
-      tokenizer?: serving.tokenizer != nil,
-      deadline: deadline
-    }
+      {:spawn_reply, ^monitor, :error, _reason} ->
+        :erlang.unalias(reference)
+        Client.no_connection(node(server))
+    after
+      Deadline.left(deadline) ->
+        :erlang.unalias(reference)
+        abandon(monitor)
+        Deadline.error()
+    end
+  end
+
+  # Where it has started meanwhile, it ends by itself: nobody takes what it sends.
+  defp abandon(monitor) do
+    unless :erlang.spawn_request_abandon(monitor) do
+      receive do
+        {:spawn_reply, ^monitor, :ok, owner} -> Process.exit(owner, :kill)
+        {:spawn_reply, ^monitor, :error, _reason} -> :ok
+      end
+
+      Process.demonitor(monitor, [:flush])
+    end
   end
 
   @doc "In the caller: the end comes as for any other."

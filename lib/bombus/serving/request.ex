@@ -22,9 +22,10 @@ defmodule Bombus.Serving.Request do
   def start(serving, input, server, deadline, window \\ nil)
 
   def start(%Serving{} = serving, input, server, deadline, window) when node(server) != node() do
-    request = Remote.start(serving, input, server, deadline, window)
-    Requests.add(request.reference, {:remote, request.generation})
-    {:ok, request}
+    with {:ok, request} <- Remote.start(serving, input, server, deadline, window) do
+      Requests.add(request.reference, {:remote, request.generation})
+      {:ok, request}
+    end
   end
 
   def start(%Serving{} = serving, {prompt, options}, server, deadline, window) do
