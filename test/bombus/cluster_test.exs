@@ -121,6 +121,24 @@ defmodule Bombus.ClusterTest do
     assert [{:error, _}, %{results: [_]}] = Serving.batched_run(there, [input, @input])
   end
 
+  test "a reader here that stops is not sent more than its window", %{there: there} do
+    test = self()
+
+    read = fn id ->
+      send(test, {:read, self()})
+      receive(do: (:go -> id))
+    end
+
+    task = Task.async(fn -> there |> Serving.stream(@input) |> Enum.map(read) end)
+    pid = task.pid
+    assert_receive {:read, ^pid}, 20_000
+    %{results: [%{token_ids: whole}]} = Serving.batched_run(there, @input)
+    {:message_queue_len, waiting} = Process.info(pid, :message_queue_len)
+    assert waiting in 1..100
+    for _ <- 1..400, do: send(pid, :go)
+    assert Task.await(task) == whole
+  end
+
   test "a request there is cancelled from here, and one of here from there", context do
     %{there: there, node: node} = context
     test = self()

@@ -85,6 +85,92 @@ defmodule Bombus.ServingCallsTest do
     end
   end
 
+  describe "timeout" do
+    setup do
+      model = Bombus.load_model!(@endless, max_batch_size: 1)
+      %{serving: Serving.new(model, nil), free?: fn -> Bombus.memory_info().sequences == 0 end}
+    end
+
+    defp reason({:error, %Error{reason: reason}}), do: reason
+    defp reason(%{results: [%{finish_reason: reason}]}), do: reason
+
+    test "ends a request in the queue and where it runs", %{serving: serving, free?: free?} do
+      hold = Task.async(fn -> Serving.run(serving, List.duplicate(@input, 100)) end)
+      assert_soon(fn -> Bombus.memory_info().sequences > 0 end)
+      soon = Map.put(@input, :timeout, 1)
+      assert reason(Serving.run(serving, soon)) == :timeout
+      assert reason(Serving.run(serving, %{soon | timeout: 0})) == :timeout
+      Serving.cancel(hold)
+      Task.await(hold)
+      for _ <- 1..5, do: assert(reason(Serving.run(serving, soon)) == :timeout)
+      assert free?.()
+
+      for timeout <- [nil, :infinity, 60_000] do
+        assert reason(Serving.run(serving, %{soon | timeout: timeout})) == :length
+      end
+    end
+
+    test "is each input's own in a list, and a serving's own default", %{serving: serving} do
+      short = %{@input | max_new_tokens: 3}
+      list = [short, Map.put(@input, :timeout, 1), short]
+      assert Enum.map(Serving.run(serving, list), &reason/1) == [:length, :timeout, :length]
+      hurried = Serving.new(serving.model, nil, timeout: 1)
+      assert reason(Serving.run(hurried, @input)) == :timeout
+      assert reason(Serving.run(hurried, Map.put(short, :timeout, :infinity))) == :length
+      start_supervised!({Serving, name: Hurried, serving: hurried})
+      assert reason(Serving.batched_run(Hurried, @input)) == :timeout
+      assert reason(Serving.batched_run(Hurried, Map.put(short, "timeout", 60_000))) == :length
+    end
+
+    test "is raised by a stream, after what came in time", %{serving: serving, free?: free?} do
+      whole = entry(Serving.run(serving, @input)).token_ids
+      test = self()
+
+      # Its reader stops until the time is over.
+      read = fn id ->
+        send(test, {:read, id})
+        unless free?.(), do: assert_soon(free?)
+      end
+
+      stream = Serving.stream(serving, Map.put(@input, :timeout, 300))
+      assert %Error{reason: :timeout} = catch_error(Enum.each(stream, read))
+      {:messages, messages} = Process.info(self(), :messages)
+      ids = for {:read, id} <- messages, do: id
+      assert ids != [] and List.starts_with?(whole, ids) and length(ids) < 400
+      assert length(messages) == length(ids)
+    end
+
+    test "is a whole number of milliseconds", %{serving: serving} do
+      for wrong <- [-1, 1.5, "1", :never, 0x1_0000_0000] do
+        assert_raise ArgumentError, ~r/:timeout/, fn ->
+          Serving.run(serving, Map.put(@input, :timeout, wrong))
+        end
+      end
+    end
+  end
+
+  test "a reader that stops holds nobody up, and loses nothing" do
+    serving = Serving.new(Bombus.load_model!(@endless, max_batch_size: 1), nil)
+    whole = Serving.run(serving, @input)
+    test = self()
+
+    read = fn id ->
+      send(test, {:read, self()})
+      receive(do: (:go -> id))
+    end
+
+    task = Task.async(fn -> serving |> Serving.stream(@input) |> Enum.map(read) end)
+    assert_receive {:read, pid}, 10_000
+    # Others have its place, again and again.
+    for _ <- 1..3,
+        do: assert(Fixtures.plain(Serving.run(serving, @input)) == Fixtures.plain(whole))
+
+    {:message_queue_len, waiting} = Process.info(pid, :message_queue_len)
+    assert waiting in 1..100
+    for _ <- 1..400, do: send(pid, :go)
+    assert Task.await(task) == entry(whole).token_ids
+  end
+
   describe "cancel" do
     setup do
       model = Bombus.load_model!(@endless, max_batch_size: 2)
@@ -101,7 +187,8 @@ defmodule Bombus.ServingCallsTest do
       end
 
       task = Task.async(fn -> serving |> Serving.stream(input) |> Enum.map(read) end)
-      assert_receive {:read, _pid, _id}, 10_000
+      pid = task.pid
+      assert_receive {:read, ^pid, _id}, 10_000
       task
     end
 
@@ -118,6 +205,11 @@ defmodule Bombus.ServingCallsTest do
       read = rest(task)
       assert List.starts_with?(whole, read)
       assert free?.()
+
+      task = streaming(serving, Map.put(@input, :stream_done, true))
+      Serving.cancel(task.pid)
+      assert {:done, result} = List.last(rest(task))
+      assert entry(result).finish_reason == :cancelled
     end
 
     test "gives what a run has so far", %{serving: serving, free?: free?} do
