@@ -9,6 +9,10 @@ root=$PWD
 tools=$root/.toolchain
 case $root in *[[:space:]]*) echo "setup: move this folder to a path without spaces: $root" >&2; exit 1 ;; esac
 mkdir -p "$tools"
+[ -e "$tools/env" ] || cat <<'END'
+setup: the first time takes about ten minutes on two cores: what Bombus is built with is fetched
+setup: into .toolchain (half a gigabyte), then cargo builds the engine. After that, seconds.
+END
 
 missing() {
   echo "setup: $1 is missing: $2" >&2
@@ -102,7 +106,13 @@ fi
 } > "$tools/env.new"
 mv "$tools/env.new" "$tools/env"
 
-# Where Hex is installed, mix.exs names Nx and telemetry, for the tests that need them.
-if [ ! -d deps/nx ] && (. "$tools/env" && mix hex.info) >/dev/null 2>&1; then
+# Where Hex is installed, mix.exs names Nx and telemetry, for the tests that need them. In this folder
+# Mix would compile all of Bombus to answer that, and say nothing of it.
+has_hex() (
+  . "$tools/env"
+  cd "$tools"
+  mix run --no-mix-exs -e 'Code.ensure_loaded?(Hex) || System.halt(1)' >/dev/null 2>&1
+)
+if [ ! -d deps/nx ] && has_hex; then
   (. "$tools/env" && mix deps.get)
 fi

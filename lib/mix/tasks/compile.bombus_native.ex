@@ -21,6 +21,7 @@ defmodule Mix.Tasks.Compile.BombusNative do
 
     if stale?(library, sources(native)) or linked_mlx(target) != mlx do
       File.mkdir_p!(target)
+      announce(native)
       build(native, mlx_arguments(native, mlx))
       link_mlx(target, mlx)
       install(native, library)
@@ -36,7 +37,8 @@ defmodule Mix.Tasks.Compile.BombusNative do
   end
 
   defp sources(native) do
-    patterns = ~w(Cargo.* */Cargo.toml */build.rs */cpp/* */src/**/*.rs)
+    # CUDA's kernels are in src too: the engine holds their text.
+    patterns = ~w(Cargo.* */Cargo.toml */build.rs */cpp/* */src/**/*.*)
     Enum.flat_map(patterns, &Path.wildcard(Path.join(native, &1)))
   end
 
@@ -65,8 +67,14 @@ defmodule Mix.Tasks.Compile.BombusNative do
 
   defp mlx_arguments(native, mlx) do
     out = Path.join(native, "target/mlx-c")
-    cargo(native, ~w(run --quiet -p xtask -- mlx-c --mlx) ++ [mlx, "--out", out])
+    cargo(native, ~w(run -p xtask -- mlx-c --mlx) ++ [mlx, "--out", out])
     ["--features", "mlx", "--config", Path.join(out, "config.toml")]
+  end
+
+  defp announce(native) do
+    unless File.dir?(Path.join(native, "target/release")) do
+      Mix.shell().info("Building the engine with cargo: some minutes, the first time")
+    end
   end
 
   defp build(native, arguments) do
