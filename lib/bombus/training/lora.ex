@@ -110,7 +110,7 @@ defmodule Bombus.Training.LoRA do
     * `:already_done` - nothing is left to resume
     * `:busy` - another training of this node writes to the same folder
     * `:loss_is_nan`, `:out_of_memory`, `:disk_full`
-    * `:training_killed`, `:training_failed` - with the last words of Python
+    * `:training_killed`, `:training_failed` - with what Python said; `training.log` has all of it
     * `:cancelled`
   """
   @spec train(keyword()) :: {:ok, Path.t()} | {:error, Error.t()}

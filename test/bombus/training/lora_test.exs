@@ -413,7 +413,7 @@ defmodule Bombus.Training.LoRATest do
       for {options, reason} <- [
             {[python: "python-9"], :python_missing},
             {[python: script(dir, "echo no such thing; exit 1")], :training_failed},
-            {[base_model: Path.join(dir, "data")], :training_failed},
+            {[base_model: Path.join(dir, "data")], :not_found},
             {[num_layers: 99], :bad_request}
           ] do
         assert {:error, %Error{reason: ^reason} = error} =
@@ -653,6 +653,18 @@ defmodule Bombus.Training.LoRATest do
             epochs: 1
           ] do
         assert_raise ArgumentError, ~r/#{key}/, fn -> LoRA.train(options(dir, [{key, value}])) end
+      end
+
+      for {options, words} <- [
+            {options(dir, lr: 1), "unknown option :lr, did you mean :learning_rate?"},
+            {Map.new(options(dir, [])), "to be a keyword list (key: value), got a map"},
+            {options(dir, overwrite: 1), "expected :overwrite to be true or false, got: 1"},
+            {options(dir, max_seq_length: 1), "expected :max_seq_length to be"},
+            {options(dir, base_model: {:local, 1}), "expected :base_model to be"},
+            {Keyword.delete(options(dir, []), :base_model), "expected :base_model to be given"}
+          ] do
+        raised = assert_raise ArgumentError, fn -> LoRA.train(options) end
+        assert raised.message =~ words
       end
     end
   end

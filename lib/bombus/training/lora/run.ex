@@ -164,16 +164,11 @@ defmodule Bombus.Training.LoRA.Run do
 
   defp ended(%{last: :done} = state, 0), do: {:ok, state.path}
 
-  defp ended(%{last: %{kind: kind, message: message} = error} = state, _status) do
+  defp ended(%{last: %{kind: kind, message: message} = error}, _status) do
     case {reason(kind, message), error[:module]} do
-      {:training_failed, _module} ->
-        Error.error(:training_failed, "#{message}\n#{last_words(state)}")
-
-      {reason, nil} ->
-        Error.error(reason, message)
-
-      {reason, module} ->
-        Error.error(reason, "Python has no #{module}: #{install()}")
+      {:training_failed, _module} -> Error.error(:training_failed, "#{kind}: #{message}")
+      {reason, nil} -> Error.error(reason, message)
+      {reason, module} -> Error.error(reason, "Python has no #{module}: #{install()}")
     end
   end
 
@@ -195,6 +190,9 @@ defmodule Bombus.Training.LoRA.Run do
   defp reason("BadOption", _message), do: :bad_request
   defp reason("DiskFull", _message), do: :disk_full
   defp reason("MemoryError", _message), do: :out_of_memory
+
+  defp reason(kind, _message) when kind in ["FileNotFoundError", "RepositoryNotFoundError"],
+    do: :not_found
 
   defp reason(_kind, message) do
     if message =~ ~r/out of memory|Unable to allocate|malloc/i,
