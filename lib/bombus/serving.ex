@@ -435,12 +435,11 @@ defmodule Bombus.Serving do
     answers
   end
 
-  defp start(serving, input, server, begun, window \\ nil)
-
-  defp start(serving, {:ok, input}, server, begun, window),
-    do: Request.start(serving, input, server, deadline(input, begun), window)
-
-  defp start(_serving, {:error, error}, _server, _begun, _window), do: {:error, error}
+  defp start(serving, input, server, begun, window \\ nil) do
+    with {:ok, input} <- input do
+      Request.start(serving, input, server, deadline: deadline(input, begun), window: window)
+    end
+  end
 
   defp deadline({_prompt, options}, begun), do: Deadline.new(options.timeout, begun)
 

@@ -106,8 +106,7 @@ defmodule Bombus.Telemetry do
 
   @doc false
   # -> when it began
-  def start(prefix, metadata) do
-    start = System.monotonic_time()
+  def start(prefix, metadata, start \\ System.monotonic_time()) do
     measurements = %{system_time: System.system_time(), monotonic_time: start}
     execute(prefix ++ [:start], measurements, metadata)
     start

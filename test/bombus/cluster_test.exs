@@ -50,13 +50,15 @@ defmodule Bombus.ClusterTest do
   defp until_error(there, input) do
     answers = List.wrap(Serving.batched_run(there, input))
 
-    with nil <- Enum.find_value(answers, &with({:error, error} <- &1, do: error)),
-         do: until_error(there, input)
+    case for {:error, error} <- answers, do: error do
+      [error | _] -> error
+      [] -> until_error(there, input)
+    end
   end
 
   defp reasons(tasks) do
     for task <- tasks, _ <- 1..400, do: send(task.pid, :go)
-    for %Error{reason: reason} <- Task.await_many(tasks, 20_000), do: reason
+    Enum.map(Task.await_many(tasks, 20_000), & &1.reason)
   end
 
   describe "callers end" do

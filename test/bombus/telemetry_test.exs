@@ -63,6 +63,15 @@ defmodule Bombus.TelemetryTest do
     refute_received {[:generation, :stop], _, _}
   end
 
+  test "an input of a list that waits for its turn begins once" do
+    inputs = for n <- 1..9, do: %{token_ids: [n], max_new_tokens: 2}
+    results = Serving.run(serving(max_batch_size: 2, max_queue: 1), inputs)
+    assert Enum.all?(results, &match?(%{results: [_]}, &1))
+    for _ <- inputs, do: assert_received({[:generation, :start], _, _})
+    for _ <- inputs, do: assert_received({[:generation, :stop], _, _})
+    refute_received {[:generation, _], _, _}
+  end
+
   test "the name of the serving is told" do
     start_supervised!({Serving, serving: serving(), name: Told})
     Serving.batched_run(Told, %{token_ids: [1, 2]})

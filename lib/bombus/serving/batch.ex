@@ -45,7 +45,9 @@ defmodule Bombus.Serving.Batch do
   defp start(%{todo: [{{input, deadline}, _index} = next | todo]} = batch) do
     batch = %{batch | todo: todo}
 
-    case Request.start(batch.serving, input, batch.server, deadline) do
+    again? = batch.running != %{}
+
+    case Request.start(batch.serving, input, batch.server, deadline: deadline, again?: again?) do
       {:ok, request} -> put(batch, request, next, [])
       {:error, error} -> ended(batch, next, {:error, error})
     end

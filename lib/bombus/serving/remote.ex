@@ -10,19 +10,23 @@ defmodule Bombus.Serving.Remote do
   In the caller: a request whose `generation` is the process that owns it. Its reference is an alias
   of the caller's, so that nothing comes any more once the caller has gone on to other things.
   """
-  def start(serving, input, server, deadline, window) do
+  def start(serving, input, server, options) do
     reference = :erlang.alias()
-    arguments = [input, server, self(), reference, Deadline.left(deadline), window]
-    monitor = :erlang.spawn_request(node(server), __MODULE__, :own, arguments, [:monitor])
+    deadline = Keyword.get(options, :deadline, :infinity)
+    monitor = :erlang.spawn_request(node(server), __MODULE__, :own, [self()], [:monitor])
 
     receive do
       {:spawn_reply, ^monitor, :ok, owner} ->
+        # No argument of the process: those are logged where it fails.
+        options = Keyword.put(options, :deadline, Deadline.left(deadline))
+        send(owner, {:run, reference, input, server, options})
+
         {:ok,
          %Request{
            reference: reference,
            generation: owner,
            monitor: monitor,
-           window: window,
+           window: options[:window],
            tokenizer?: serving.tokenizer != nil,
            deadline: deadline
          }}
@@ -86,21 +90,29 @@ defmodule Bombus.Serving.Remote do
   end
 
   @doc "On the serving's node: hands on what the engine says, and the errors of a start."
-  def own(input, server, caller, reference, timeout, window) do
+  def own(caller) do
     monitor = Process.monitor(caller)
 
-    case start_here(input, server, timeout, window) do
+    receive do
+      {:DOWN, ^monitor, :process, _pid, _reason} -> :ok
+      {:run, reference, input, server, options} -> run(input, server, options, reference, monitor)
+    end
+  end
+
+  # `:deadline` is what is left, since nodes have clocks of their own.
+  defp run(input, server, options, reference, monitor) do
+    case start_here(input, server, options) do
       {:ok, request} -> hand_on(request, monitor, reference)
       {:error, error} -> send(reference, {reference, {:error, error}})
     end
   end
 
   # Whoever waits for the answer does not see this process end.
-  defp start_here(input, server, timeout, window) do
-    deadline = Deadline.new(timeout)
+  defp start_here(input, server, options) do
+    deadline = Deadline.new(options[:deadline])
 
-    with {:ok, serving, server} <- Client.checkout(server, timeout),
-         do: Request.start(serving, input, server, deadline, window)
+    with {:ok, serving, server} <- Client.checkout(server, Deadline.timeout(deadline)),
+         do: Request.start(serving, input, server, Keyword.put(options, :deadline, deadline))
   rescue
     error ->
       Error.error(

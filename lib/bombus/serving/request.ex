@@ -16,43 +16,49 @@ defmodule Bombus.Serving.Request do
 
   @doc """
   Starts a request. Where `server` is a process, its end is the request's; where that is on another
-  node, the request runs there. With a `window`, so many chunks may lie unread in the mailbox: what
-  comes then is joined to one, and in the end the sequence waits for its reader.
-  """
-  def start(serving, input, server, deadline, window \\ nil)
+  node, the request runs there.
 
-  def start(%Serving{} = serving, input, server, deadline, window) when node(server) != node() do
-    with {:ok, request} <- Remote.start(serving, input, server, deadline, window) do
+    * `:deadline` - when it must have ended
+    * `:window` - so many chunks may lie unread in the mailbox: what comes then is joined to one, and
+      in the end the sequence waits for its reader
+    * `:again?` - where the queue is full, it will be tried again: nobody hears of it
+  """
+  def start(serving, input, server, options \\ [])
+
+  def start(%Serving{} = serving, input, server, options) when node(server) != node() do
+    with {:ok, request} <- Remote.start(serving, input, server, options) do
       Requests.add(request.reference, {:remote, request.generation})
       {:ok, request}
     end
   end
 
-  def start(%Serving{} = serving, {prompt, options}, server, deadline, window) do
+  def start(%Serving{} = serving, {prompt, own}, server, options) do
     reference = make_ref()
-    metadata = metadata(serving, options, reference)
-    begun = Telemetry.start([:bombus, :generation], metadata)
-    limits = %{timeout: Deadline.timeout(deadline), window: window}
-    started = native(serving, prompt, options, limits, reference)
+    now = System.monotonic_time()
+    timeout = Deadline.timeout(Keyword.get(options, :deadline, :infinity))
+    limits = %{timeout: timeout, window: options[:window]}
+    started = Error.from_native(native(serving, prompt, own, limits, reference))
 
-    case started |> Error.from_native() |> told({begun, metadata}) do
-      {:error, error} ->
-        {:error, error}
+    if options[:again?] && match?({:error, %Error{reason: :overloaded}}, started) do
+      started
+    else
+      telemetry = begin(serving, own.adapter, reference, now)
 
-      {:ok, generation} ->
+      with {:ok, generation} <- told(started, telemetry) do
+        request = %__MODULE__{
+          reference: reference,
+          generation: generation,
+          monitor: server && Process.monitor(server),
+          tokenizer?: serving.tokenizer != nil,
+          window: options[:window],
+          telemetry: telemetry,
+          server: server,
+          model: serving.model.ref
+        }
+
         Requests.add(reference, {:local, Native.canceller(generation)})
-
-        {:ok,
-         %__MODULE__{
-           reference: reference,
-           generation: generation,
-           monitor: server && Process.monitor(server),
-           tokenizer?: serving.tokenizer != nil,
-           window: window,
-           telemetry: {begun, metadata},
-           server: server,
-           model: serving.model.ref
-         }}
+        {:ok, request}
+      end
     end
   end
 
@@ -217,13 +223,16 @@ defmodule Bombus.Serving.Request do
     %{token_id: id, logprob: chosen, top: top}
   end
 
-  defp metadata(serving, options, reference) do
-    %{
+  # -> what belongs to its end
+  defp begin(serving, adapter, reference, now) do
+    metadata = %{
       model: serving.model.name,
       serving: serving.name,
-      adapter: options.adapter,
+      adapter: adapter,
       request: reference
     }
+
+    {Telemetry.start([:bombus, :generation], metadata, now), metadata}
   end
 
   # What another node's engine does is told there.
