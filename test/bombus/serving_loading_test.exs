@@ -169,14 +169,18 @@ defmodule Bombus.ServingLoadingTest do
   test "a given model whose files have changed cannot be loaded anew: it says so", %{tmp_dir: dir} do
     folder = Fixtures.copy(@endless, dir)
     model = Bombus.load_model!(folder, device: :cpu)
+    adapter = Fixtures.adapter("f32-untied", "last-qv")
     start!(name: Given, model: model, tokenizer: nil)
-    assert Serving.status(Given).state == :ready
+    start!(name: Adapted, model: model, tokenizer: nil, adapter: adapter)
+    for name <- [Given, Adapted], do: assert(Serving.await_ready(name) == :ok)
     File.touch!(Path.join(folder, "model.safetensors"), 1_000_000_000)
 
     capture_log(fn ->
-      assert {:error, %Error{reason: :io} = error} = Serving.batched_run(Given, @input)
-      assert_soon(fn -> Serving.status(Given).state == {:failed, error} end)
-      assert Serving.batched_run(Given, @input) == {:error, error}
+      for name <- [Given, Adapted] do
+        assert {:error, %Error{reason: :io} = error} = Serving.batched_run(name, @input)
+        assert_soon(fn -> Serving.status(name).state == {:failed, error} end)
+        assert Serving.batched_run(name, @input) == {:error, error}
+      end
     end)
   end
 

@@ -123,6 +123,10 @@ defmodule Bombus.Serving.Loader do
          (options[:adapter] == nil or match?(%Adapter{}, options[:adapter])))
   end
 
+  @doc "Whether the model itself is loaded: then it can be loaded anew."
+  def loads_model?(options),
+    do: options[:serving] == nil and not match?(%Model{}, options[:model])
+
   @doc "The serving, where there is nothing to be loaded, or an error; else nil."
   @spec given(keyword()) :: {:ok, Serving.t()} | {:error, Error.t()} | nil
   def given(options), do: if(given?(options), do: serving(options, nil))

@@ -80,6 +80,8 @@ defmodule Bombus.Serving.Server do
 
   def handle_info({:broken, model, error}, %{serving: %{model: %{ref: model}}} = state) do
     Native.close_group(state.serving.group)
+    # The old model's memory, before there is a new one. Nobody waits for the answer.
+    if Loader.loads_model?(state.options), do: Native.unload_model(model, false, make_ref())
     {:noreply, broken(%{state | serving: nil}, error)}
   end
 
@@ -147,14 +149,12 @@ defmodule Bombus.Serving.Server do
     failures = if steady?, do: 0, else: state.failures
 
     cond do
-      Loader.given?(state.options) ->
+      not Loader.loads_model?(state.options) ->
         Logger.error("#{name(state)} cannot go on: #{Exception.message(error)}")
         %{state | state: {:failed, error}}
 
       failures == 0 ->
         Logger.warning("#{name(state)} loads its model again: #{Exception.message(error)}")
-        # The old model's memory, before there is a new one.
-        :erlang.garbage_collect()
         load(%{state | failures: 1})
 
       true ->
