@@ -184,6 +184,30 @@ defmodule Bombus.ServingLoadingTest do
     end)
   end
 
+  test "a model that is gone is loaded anew" do
+    start!(name: Gone, model: @endless, tokenizer: nil)
+    before = ids(Serving.batched_run(Gone, @input))
+    {:ok, serving, _server} = Serving.Client.checkout(Gone, nil)
+    Bombus.Native.await(&{Bombus.Native.unload_model(serving.model.ref, true, &1), nil})
+
+    capture_log(fn ->
+      assert {:error, %Error{reason: :unloaded}} = Serving.batched_run(Gone, @input)
+      assert ids(Serving.batched_run(Gone, @input)) == before
+    end)
+  end
+
+  test "a fault of a request's adapter is no fault of the model", %{tmp_dir: dir} do
+    folder = Fixtures.copy(Fixtures.adapter("f32-untied", "last-qv"), dir)
+    adapter = Bombus.load_adapter!(folder)
+    start!(name: Sound, model: @endless, tokenizer: nil)
+    assert Serving.await_ready(Sound) == :ok
+    {:ok, serving, _server} = Serving.Client.checkout(Sound, nil)
+    File.touch!(Path.join(folder, "adapters.safetensors"), 1_000_000_000)
+    assert {:error, %Error{}} = Serving.batched_run(Sound, Map.put(@input, :adapter, adapter))
+    assert length(ids(Serving.batched_run(Sound, @input))) == 5
+    assert {:ok, ^serving, _server} = Serving.Client.checkout(Sound, nil)
+  end
+
   describe "an adapter that does not fit" do
     test "fails with the load, before any request" do
       other = Fixtures.adapter("bf16-4bit", "all-layers")

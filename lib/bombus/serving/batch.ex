@@ -70,14 +70,16 @@ defmodule Bombus.Serving.Batch do
       {:DOWN, monitor, :process, _pid, reason} when is_map_key(monitors, monitor) ->
         handle(batch, monitors[monitor], &Request.down(&1, reason))
     after
-      patience(running) -> overdue(batch)
+      patience(batch) -> overdue(batch)
     end
   end
 
-  defp patience(running) do
-    # An atom is above all numbers.
+  # Of requests on another node. An atom is above all numbers.
+  defp patience(%{running: running, server: server}) when node(server) != node() do
     running |> Enum.map(fn {_, {request, _, _}} -> Request.patience(request) end) |> Enum.min()
   end
+
+  defp patience(_batch), do: :infinity
 
   defp overdue(%{running: running} = batch) do
     over =

@@ -6,6 +6,9 @@ defmodule Bombus.Serving.Loader do
   alias Bombus.{Adapter, Error, Hub, Model, Native, Serving, Source, Tokenizer}
   alias Bombus.Serving.Options
 
+  # In milliseconds, for a model that has much to do.
+  @patience 10_000
+
   @what "a child {Bombus.Serving, options}"
   @serving [serving: [doc: "made by `Bombus.Serving.new/3`"]]
   @model [
@@ -180,6 +183,9 @@ defmodule Bombus.Serving.Loader do
 
   defp tell_all(_source, [server, nil]), do: [on_progress: server]
   defp tell_all(_source, [server, own]), do: [on_progress: &{server.(&1), own.(&1)}]
+
+  @doc "What a model says to the shortest question."
+  def probe(model), do: Native.await(&Native.score(model.ref, [0, 0], nil, @patience, &1))
 
   defp check_adapter(_model, nil), do: :ok
 

@@ -92,6 +92,8 @@ defmodule Bombus.Serving.Remote do
   @doc "On the serving's node: hands on what the engine says, and the errors of a start."
   def own(caller) do
     monitor = Process.monitor(caller)
+    # What is written here belongs to this node, not to the caller's.
+    if user = Process.whereis(:user), do: Process.group_leader(self(), user)
 
     receive do
       {:DOWN, ^monitor, :process, _pid, _reason} -> :ok

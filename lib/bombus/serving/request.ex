@@ -42,6 +42,7 @@ defmodule Bombus.Serving.Request do
     if options[:again?] && match?({:error, %Error{reason: :overloaded}}, started) do
       started
     else
+      report(started, server, serving.model.ref)
       telemetry = begin(serving, own.adapter, reference, now)
 
       with {:ok, generation} <- told(started, telemetry) do
@@ -104,13 +105,15 @@ defmodule Bombus.Serving.Request do
     ended(request)
     event = Error.from_native(event)
 
-    # The model's files have changed: the serving can load them again.
-    with {:error, %Error{reason: :io} = error} <- event,
-         server when is_pid(server) <- request.server,
-         do: Server.report(server, request.model, error)
-
+    report(event, request.server, request.model)
     told(event, request.telemetry)
   end
+
+  # The serving may be able to load the model anew.
+  defp report({:error, error}, server, model) when is_pid(server),
+    do: Server.report(server, model, error)
+
+  defp report(_event, _server, _model), do: :ok
 
   defp acknowledge(%{generation: owner, reference: reference}) when is_pid(owner),
     do: Remote.acknowledge(owner, reference)

@@ -20,12 +20,28 @@ defmodule Bombus.Serving.Server do
   @first_pause 1_000
   @longest_pause 60_000
 
-  defstruct [:options, :state, :serving, :loader, :progress, :ready_at, failures: 0, waiting: %{}]
+  # What the model itself answers where it will not answer any more.
+  @broken [:io, :stopped, :unloaded]
+
+  defstruct [
+    :options,
+    :state,
+    :serving,
+    :loader,
+    :probe,
+    :progress,
+    :ready_at,
+    failures: 0,
+    waiting: %{}
+  ]
 
   def start_link(options), do: GenServer.start_link(__MODULE__, options, name: options[:name])
 
-  @doc "A request has found that the model's files are no longer what was loaded."
-  def report(server, model, %Error{} = error), do: send(server, {:broken, model, error})
+  @doc "A request has ended so that its model may be one that does not answer any more."
+  def report(server, model, %Error{reason: reason}) when reason in @broken,
+    do: send(server, {:suspect, model})
+
+  def report(_server, _model, _error), do: :ok
 
   @impl true
   def init(options) do
@@ -44,10 +60,10 @@ defmodule Bombus.Serving.Server do
 
   @impl true
   def handle_call({:checkout, timeout}, from, state) do
-    case state.state do
-      :ready -> {:reply, {:ok, state.serving, self()}, state}
-      :loading -> {:noreply, wait(state, from, timeout)}
-      {:failed, error} -> {:reply, {:error, error}, state}
+    case state do
+      %{state: {:failed, error}} -> {:reply, {:error, error}, state}
+      %{state: :ready, probe: nil} -> {:reply, {:ok, state.serving, self()}, state}
+      _soon -> {:noreply, wait(state, from, timeout)}
     end
   end
 
@@ -78,11 +94,23 @@ defmodule Bombus.Serving.Server do
     {:noreply, failed(state, error)}
   end
 
-  def handle_info({:broken, model, error}, %{serving: %{model: %{ref: model}}} = state) do
-    Native.close_group(state.serving.group)
-    # The old model's memory, before there is a new one. Nobody waits for the answer.
-    if Loader.loads_model?(state.options), do: Native.unload_model(model, false, make_ref())
-    {:noreply, broken(%{state | serving: nil}, error)}
+  # It may have been the request's own adapter: the model itself is asked.
+  def handle_info({:suspect, ref}, %{probe: nil, serving: %{model: %{ref: ref} = model}} = state) do
+    server = self()
+    probe = spawn_link(fn -> send(server, {:probed, self(), Loader.probe(model)}) end)
+    {:noreply, %{state | probe: probe}}
+  end
+
+  def handle_info({:probed, probe, answer}, %{probe: probe} = state) do
+    state = %{state | probe: nil}
+
+    case answer do
+      {:error, %Error{reason: reason} = error} when reason in @broken ->
+        {:noreply, broken(state, error)}
+
+      _it_answers ->
+        {:noreply, answer(state, Map.keys(state.waiting), {:ok, state.serving, self()})}
+    end
   end
 
   def handle_info({:give_up, monitor}, state) do
@@ -144,23 +172,30 @@ defmodule Bombus.Serving.Server do
   end
 
   # The next pause is the first again after a time without a fault.
-  defp broken(state, error) do
+  defp broken(%{serving: serving} = state, error) do
+    Native.close_group(serving.group)
+    state = %{state | serving: nil}
     steady? = now() - state.ready_at > @longest_pause
     failures = if steady?, do: 0, else: state.failures
 
     cond do
       not Loader.loads_model?(state.options) ->
         Logger.error("#{name(state)} cannot go on: #{Exception.message(error)}")
-        %{state | state: {:failed, error}}
+        answer(%{state | state: {:failed, error}}, Map.keys(state.waiting), {:error, error})
 
       failures == 0 ->
         Logger.warning("#{name(state)} loads its model again: #{Exception.message(error)}")
+        give_back(serving.model)
         load(%{state | failures: 1})
 
       true ->
+        give_back(serving.model)
         failed(%{state | failures: failures}, error)
     end
   end
+
+  # The old model's memory, before there is a new one. Nobody waits for the answer.
+  defp give_back(model), do: Native.unload_model(model.ref, false, make_ref())
 
   defp wait(state, {caller, _tag} = from, timeout) do
     monitor = Process.monitor(caller)
