@@ -13,10 +13,12 @@ defmodule Bombus.Hub do
   ## The cache
 
   It is the one of Python's huggingface_hub: what `hf download`, mlx-lm or transformers have downloaded
-  is found, and they find what was downloaded here. `hf cache` shows and cleans it.
+  is found, and they find what was downloaded here. `cached/1` lists it and `delete/1` removes from it, as
+  `hf cache` does.
 
   Only the files that are needed are downloaded, four at once, straight to the disk. An interrupted
-  download goes on where it ended. A file gets its name when its size and its hash are what the Hub
+  download goes on where it ended. A link in the cache that leads out of a repository's folder is not
+  followed, where the folder itself and the cache may be links to another disk. A file gets its name when its size and its hash are what the Hub
   has announced. Processes and VMs that want the same file wait for one download.
 
   ## Errors
@@ -28,8 +30,11 @@ defmodule Bombus.Hub do
     * `:gated`, `:unauthorized` - the message says what to do
     * `:rate_limited` - the Hub asks to wait for more than ten minutes, or again and again; else Bombus
       waits as it is told
-    * `:server_error`, `:no_network` - after five attempts, with growing pauses
-    * `:bad_download` - what came is not what was announced, twice
+    * `:server_error`, `:no_network` - after five attempts, with growing pauses; after two where for 20
+      seconds less than 1 kB came a second. The next call goes on where it was
+    * `:bad_download` - what came is not what was announced, twice; or its size was not announced, and it
+      does not end after 1 GiB
+    * `:io` - a file of the cache cannot be read or written, or is a link out of it
     * `:disk_full`
     * `:offline` - told to stay offline, and not all is in the cache
 
@@ -37,7 +42,7 @@ defmodule Bombus.Hub do
   """
 
   alias Bombus.{Error, Native}
-  alias Bombus.Hub.{Options, Progress}
+  alias Bombus.Hub.{Cache, Options, Progress}
 
   require Logger
 
@@ -57,6 +62,16 @@ defmodule Bombus.Hub do
         }
 
   @type kind :: :model | :tokenizer | :adapter | :any
+
+  @typedoc "A repository in the cache: see `cached/1`."
+  @type repository :: %{
+          id: id(),
+          kind: :model | :adapter | :tokenizer | nil,
+          revisions: [%{commit: String.t(), names: [String.t()], path: Path.t()}],
+          size: non_neg_integer(),
+          path: Path.t(),
+          last_used: DateTime.t() | nil
+        }
 
   @typedoc "An option of a source."
   @type option ::
@@ -116,6 +131,66 @@ defmodule Bombus.Hub do
   end
 
   def cached?(other, _kind) do
+    raise ArgumentError,
+          "expected {:hf, \"owner/name\"}, got: #{Bombus.Options.show(other)}"
+  end
+
+  @doc """
+  What is in the cache: a list of repositories, by their ids.
+
+    * `:id` - `"owner/name"`
+    * `:kind` - `:model`, `:adapter`, `:tokenizer`, or `nil` for something else
+    * `:revisions` - what has been downloaded of it: `:commit`, `:names` (branches and tags that are this
+      commit, as far as is known here) and `:path`, its folder
+    * `:size` - the bytes that it takes on the disk
+    * `:path` - its folder
+    * `:last_used` - when one of its files was last read, as far as the file system notes that
+
+  ## Options
+
+  #{Bombus.Options.docs(Keyword.take(Bombus.Hub.Options.schema(), [:cache_dir]))}
+  ## Examples
+
+      for %{id: id, size: size} <- Bombus.Hub.cached(), do: IO.puts("\#{id}: \#{size} bytes")
+  """
+  @spec cached(cache_dir: Path.t() | nil) :: [repository()]
+  def cached(options \\ []) do
+    table = Keyword.take(Options.schema(), [:cache_dir])
+    options = Bombus.Options.validate!(options, table, "Bombus.Hub.cached/1")
+    Cache.list(Options.cache(options[:cache_dir]))
+  end
+
+  @doc """
+  Removes a repository from the cache, with all its revisions, and returns how many bytes that has
+  freed.
+
+  What is loaded of it goes on working. A download that was interrupted is removed too; while one is
+  running, in whatever process, the answer is `{:error, %Bombus.Error{reason: :busy}}`. What is not in
+  the cache is `:not_found`.
+
+  ## Examples
+
+      {:ok, bytes} = Bombus.Hub.delete("mlx-community/Qwen3-0.6B-4bit")
+      {:ok, bytes} = Bombus.Hub.delete({:hf, "owner/name", cache_dir: "/mnt/models"})
+  """
+  @spec delete(id() | {:hf, id()} | {:hf, id(), [option()]}) ::
+          {:ok, non_neg_integer()} | {:error, Error.t()}
+  def delete({:hf, id}), do: delete({:hf, id, []})
+  def delete(id) when is_binary(id), do: delete({:hf, id, []})
+
+  def delete({:hf, id, options}) do
+    options = Options.validate!(id, options)
+
+    for key <- [:revision, :subdir], options[key] do
+      raise ArgumentError,
+            "expected no #{inspect(key)}: a repository is removed from the cache as a whole"
+    end
+
+    cache = Options.cache(options[:cache_dir])
+    Native.await(&Native.remove_cached(cache, id, &1))
+  end
+
+  def delete(other) do
     raise ArgumentError,
           "expected {:hf, \"owner/name\"}, got: #{Bombus.Options.show(other)}"
   end

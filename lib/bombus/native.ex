@@ -47,6 +47,7 @@ defmodule Bombus.Native do
   def fetch(_wanted, _kind, _reference), do: nif()
   def stop_fetch(_download), do: nif()
   def cached(_wanted, _kind, _reference), do: nif()
+  def remove_cached(_cache, _id, _reference), do: nif()
 
   # Files of tensors.
   def open_tensors(_path, _reference), do: nif()

@@ -16,26 +16,28 @@ defmodule Bombus.Source do
   @spec resolve(t(), Hub.kind(), nil | (Hub.progress() -> term())) ::
           {:ok, Path.t()} | {:error, Error.t()}
   def resolve(source, kind, on_progress \\ nil)
-  def resolve({:hf, id}, kind, on_progress), do: Hub.fetch(id, [], kind, on_progress)
+  def resolve({:hf, id}, kind, on_progress), do: resolve({:hf, id, []}, kind, on_progress)
 
-  def resolve({:hf, id, options}, kind, on_progress),
-    do: Hub.fetch(id, options, kind, on_progress)
+  def resolve({:hf, id, options}, kind, on_progress) do
+    with {:error, error} <- Hub.fetch(id, options, kind, on_progress),
+         do: {:error, nor_a_folder(error, id)}
+  end
 
   def resolve(:demo, _kind, _on_progress), do: folder(shipped("demo"))
 
   def resolve({:demo, name}, _kind, _on_progress) when is_binary(name) do
-    with {:error, _error} <- folder(shipped(Path.join("adapters", name))) do
-      Error.error(
-        :not_found,
-        "there is no demo adapter #{inspect(name)}, only #{demo_adapters()}"
-      )
+    if name in demo_adapters() do
+      folder(shipped(Path.join("adapters", name)))
+    else
+      names = Enum.map_join(demo_adapters(), ", ", &inspect/1)
+      Error.error(:not_found, "there is no demo adapter #{Options.show(name)}, only #{names}")
     end
   end
 
   def resolve({:local, path}, kind, _on_progress) when is_binary(path),
-    do: local(Path.expand(path), kind)
+    do: local(path!(path), kind)
 
-  def resolve(path, kind, _on_progress) when is_binary(path), do: local(Path.expand(path), kind)
+  def resolve(path, kind, _on_progress) when is_binary(path), do: local(path!(path), kind)
 
   def resolve(other, _kind, _on_progress), do: none!(other)
 
@@ -49,8 +51,14 @@ defmodule Bombus.Source do
   end
 
   def check!(:demo), do: :ok
-  def check!({kind, name}) when kind in [:local, :demo] and is_binary(name), do: :ok
-  def check!(path) when is_binary(path), do: :ok
+  def check!({:demo, name}) when is_binary(name), do: :ok
+  def check!({:local, path}) when is_binary(path), do: check!(path)
+
+  def check!(path) when is_binary(path) do
+    _path = path!(path)
+    :ok
+  end
+
   def check!(other), do: none!(other)
 
   defp none!(other) do
@@ -67,7 +75,7 @@ defmodule Bombus.Source do
   def from_word("demo"), do: :demo
 
   def from_word(word) do
-    if not File.exists?(word) and word =~ ~r{^[\w.-]+/[\w.-]+$} and not (word =~ ~r{^\.+/}),
+    if hub_id?(word) and not File.exists?(word),
       do: {:hf, word},
       else: {:local, word}
   end
@@ -80,6 +88,26 @@ defmodule Bombus.Source do
   def name(name) when is_binary(name), do: name
   def name(other), do: Options.show(other)
 
+  # A word may have been meant as either.
+  defp nor_a_folder(%Error{reason: reason, message: message} = error, id)
+       when reason in [:not_found, :unauthorized, :offline, :no_network] do
+    repository? = reason != :not_found or message =~ "is not there"
+
+    if repository? and not File.exists?(id),
+      do: %{error | message: "#{message}. There is no folder `#{id}` here either"},
+      else: error
+  end
+
+  defp nor_a_folder(error, _id), do: error
+
+  defp path!(path) do
+    unless Options.path?(path) do
+      raise ArgumentError, "expected the path of a folder, got: #{Options.show(path)}"
+    end
+
+    Path.expand(path)
+  end
+
   # An adapter may be one of a folder's files of tensors: a checkpoint of a training.
   defp local(path, :adapter), do: if(File.regular?(path), do: {:ok, path}, else: folder(path))
   defp local(path, _kind), do: folder(path)
@@ -88,14 +116,22 @@ defmodule Bombus.Source do
     cond do
       File.dir?(path) -> {:ok, path}
       File.exists?(path) -> Error.error(:not_found, "expected a folder, `#{path}` is a file")
-      true -> Error.error(:not_found, "there is no folder `#{path}` (a string is a local folder)")
+      true -> Error.error(:not_found, "there is no folder `#{path}`" <> nor_an_id(path))
     end
   end
 
+  # A string is a folder, and may have been meant for an id.
+  defp nor_an_id(path) do
+    id = Path.relative_to_cwd(path)
+
+    if id != path and hub_id?(id),
+      do: " (a string is a local folder: for the Hub write {:hf, #{inspect(id)}})",
+      else: " (a string is a local folder)"
+  end
+
+  defp hub_id?(word), do: word =~ ~r{^[\w.-]+/[\w.-]+$} and not (word =~ ~r{^\.+/})
+
   defp shipped(name), do: Application.app_dir(:bombus, Path.join("priv/models", name))
 
-  defp demo_adapters do
-    names = File.ls!(shipped("adapters"))
-    names |> Enum.sort() |> Enum.map_join(", ", &inspect/1)
-  end
+  defp demo_adapters, do: "adapters" |> shipped() |> File.ls!() |> Enum.sort()
 end

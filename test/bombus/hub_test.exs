@@ -918,9 +918,16 @@ defmodule Bombus.HubTest do
           Process.flag(:trap_exit, true)
           HubServer.fault(server, :hub, "HEAD", ~r/config/, [{401, []}])
           child = {Serving, model: {:hf, @id, auth_token: secret}, name: NoServing}
-          {:error, reason} = Supervisor.start_link([child], strategy: :one_for_one)
-          refute inspect(reason) =~ secret
-          refute inspect(reason, structs: false) =~ "no token was sent"
+          {:ok, supervisor} = Supervisor.start_link([child], strategy: :one_for_one)
+
+          Fixtures.assert_soon(fn ->
+            match?(%{state: {:failed, _error}}, Serving.status(NoServing))
+          end)
+
+          status = Serving.status(NoServing)
+          refute inspect(status) =~ secret
+          refute inspect(status, structs: false) =~ "no token was sent"
+          Supervisor.stop(supervisor)
         end)
 
       refute log =~ secret

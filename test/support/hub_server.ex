@@ -12,6 +12,7 @@ defmodule Bombus.HubServer do
       repositories: Map.new(repositories, fn {id, files} -> {id, %{"main" => files}} end),
       faults: [],
       requests: [],
+      sizes?: false,
       hub: port(hub),
       cdn: port(cdn)
     }
@@ -32,6 +33,9 @@ defmodule Bombus.HubServer do
   @doc "All that was asked: `%{host: :hub | :cdn, method:, path:, headers:}`, the first one first."
   def requests(server), do: server |> Agent.get(& &1.requests) |> Enum.reverse()
 
+  @doc "The listing says how large files are from now on, as the real one's does."
+  def list_sizes(server), do: Agent.update(server, &%{&1 | sizes?: true})
+
   def forget(server), do: Agent.update(server, &%{&1 | requests: []})
 
   @doc """
@@ -45,6 +49,10 @@ defmodule Bombus.HubServer do
     * `{:hold, n, pid}` - after n bytes it waits: `pid` gets `{:held, connection}`, which takes `:more`
       for another n and `:go` for the rest
     * `:wrong_bytes` - of the right number
+    * `:endless` - without a length, and without an end
+    * `{:length, n}` - all of it, with a length that lies
+    * `{:body, bytes}` - another body, which nobody has announced
+    * `:slow_headers` - a byte of the head now and then
     * `:no_range` - all of it, whatever part was asked for; `{:cut_from_0, n}` - cut, too
     * `{:headers, function}` - with other headers; `{:no_length, function}` - and without the size
   """
@@ -53,6 +61,9 @@ defmodule Bombus.HubServer do
       %{state | faults: state.faults ++ [{host, method, pattern, answers}]}
     end)
   end
+
+  @doc "No faults any more."
+  def forget_faults(server), do: Agent.update(server, &%{&1 | faults: []})
 
   @doc "The repository's revision is these files from now on."
   def push(server, id, files, revision \\ "main") do
@@ -159,7 +170,7 @@ defmodule Bombus.HubServer do
     case Regex.run(~r{^(.+?)/(revision|tree)/(.+)$}, rest) || [rest, rest, "revision", "main"] do
       [_all, id, what, revision] ->
         with {:ok, commit, files} <- find(state, id, revision) do
-          json(listing(what, id, commit, files))
+          what |> listing(id, commit, files) |> sized(files, state) |> json()
         end
     end
   end
@@ -242,6 +253,13 @@ defmodule Bombus.HubServer do
     end
   end
 
+  defp sized(%{siblings: siblings} = listing, files, %{sizes?: true}) do
+    siblings = for one <- siblings, do: Map.put(one, :size, byte_size(files[one.rfilename]))
+    %{listing | siblings: siblings}
+  end
+
+  defp sized(listing, _files, _state), do: listing
+
   defp json(term), do: {200, [{"Content-Type", "application/json"}], JSON.encode!(term)}
 
   defp answer(socket, request, {status, headers, body}, fault) do
@@ -278,6 +296,21 @@ defmodule Bombus.HubServer do
         hold(socket, n, body)
         :more
 
+      :endless ->
+        write(socket, head?, status, List.keydelete(headers, "X-Linked-Size", 0), nil, body)
+        if head?, do: :closed, else: endless(socket, :binary.copy("x", 100_000))
+
+      {:length, n} ->
+        write(socket, head?, status, headers, n, body)
+        :closed
+
+      {:body, bytes} ->
+        write(socket, head?, 200, headers, byte_size(bytes), bytes)
+
+      :slow_headers ->
+        :inet.setopts(socket, packet: :raw)
+        trickle(socket, "HTTP/1.1 200 X\r\n" <> String.duplicate("A: b\r\n", 10_000), 200)
+
       {:trickle, n} ->
         <<first::binary-size(n), rest::binary>> = body
         write(socket, head?, status, headers, byte_size(body), first)
@@ -296,9 +329,16 @@ defmodule Bombus.HubServer do
   end
 
   # Until the client goes.
-  defp trickle(socket, <<byte, rest::binary>>) do
-    Process.sleep(10)
-    if :gen_tcp.send(socket, <<byte>>) == :ok, do: trickle(socket, rest), else: :closed
+  defp trickle(socket, bytes, pause \\ 10)
+  defp trickle(_socket, "", _pause), do: :closed
+
+  defp trickle(socket, <<byte, rest::binary>>, pause) do
+    Process.sleep(pause)
+    if :gen_tcp.send(socket, <<byte>>) == :ok, do: trickle(socket, rest, pause), else: :closed
+  end
+
+  defp endless(socket, bytes) do
+    if :gen_tcp.send(socket, bytes) == :ok, do: endless(socket, bytes), else: :closed
   end
 
   # Without a length, the body of an answer ends with the connection.

@@ -88,8 +88,11 @@ defmodule Bombus.Hub.Options do
       cache: cache(options[:cache_dir]),
       token: with(token when is_binary(token) <- token(options), do: Native.hide_token(token)),
       offline: offline(options[:offline]),
-      # In milliseconds, before a second attempt. Not for users: tests have no time.
-      pause: Application.get_env(:bombus, :hub_pause, 400)
+      # Not for users: tests have no time. In milliseconds, before a second attempt; over which a body
+      # must not be too slow; the bytes of a file whose size nobody says.
+      pause: Application.get_env(:bombus, :hub_pause, 400),
+      pace: Application.get_env(:bombus, :hub_pace, 20_000),
+      most: Application.get_env(:bombus, :hub_most, 0x4000_0000)
     }
   end
 

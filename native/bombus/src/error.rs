@@ -50,6 +50,8 @@ pub enum Error {
     DiskFull(String),
     #[error("{0}")]
     BadDownload(String),
+    #[error("{0}")]
+    Busy(String),
     #[error("out of memory: {0}")]
     OutOfMemory(String),
     #[error("{0}")]
@@ -90,6 +92,7 @@ impl Error {
             Error::Offline(_) => "offline",
             Error::DiskFull(_) => "disk_full",
             Error::BadDownload(_) => "bad_download",
+            Error::Busy(_) => "busy",
             Error::OutOfMemory(_) => "out_of_memory",
             Error::Backend(_) => "backend",
             Error::Panic(_) => "panic",

@@ -4,6 +4,7 @@ use crate::answer::{Address, result_term};
 use bombus::error::{Error, Result, catch};
 use bombus::hub::{self, Event, Kind, Settings, Source, Token, Watch};
 use rustler::{Encoder, Env, LocalPid, Monitor, NifMap, NifUnitEnum, Resource, ResourceArc, Term};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -49,6 +50,10 @@ struct Wanted {
     offline: bool,
     /// milliseconds
     pause: u64,
+    /// milliseconds
+    pace: u64,
+    /// bytes
+    most: u64,
     id: String,
     revision: String,
     subdir: Option<String>,
@@ -56,12 +61,13 @@ struct Wanted {
 
 impl Wanted {
     fn split(self) -> (Settings, Source) {
-        let Wanted { endpoint, cache, token, offline, pause, id, revision, subdir } = self;
-        let (token, pause) = (token.map(|token| token.0.clone()), Duration::from_millis(pause));
-        (
-            Settings { endpoint, cache: cache.into(), token, offline, pause },
-            Source { id, revision, subdir },
-        )
+        let Wanted { endpoint, cache, token, offline, pause, pace, most, id, revision, subdir } =
+            self;
+        let token = token.map(|token| token.0.clone());
+        let (pause, pace) = (Duration::from_millis(pause), Duration::from_millis(pace));
+        let settings =
+            Settings { endpoint, cache: cache.into(), token, offline, pause, pace, most };
+        (settings, Source { id, revision, subdir })
     }
 }
 
@@ -129,6 +135,14 @@ fn cached<'a>(env: Env<'a>, wanted: Wanted, kind: KindOption, reference: Term<'a
     let started = Address::caller(env, reference).answer_later(move || {
         Ok(hub::cached(&settings, &source, kind.into())?.display().to_string())
     });
+    result_term(env, &started.map(|()| rustler::types::atom::ok()))
+}
+
+/// Answers `{reference, {:ok, bytes} | {:error, {reason, message}}}`.
+#[rustler::nif]
+fn remove_cached<'a>(env: Env<'a>, cache: String, id: String, reference: Term<'a>) -> Term<'a> {
+    let work = move || hub::remove(Path::new(&cache), &id);
+    let started = Address::caller(env, reference).answer_later(work);
     result_term(env, &started.map(|()| rustler::types::atom::ok()))
 }
 

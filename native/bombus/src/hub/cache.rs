@@ -10,22 +10,27 @@
 //! .locks/models--owner--name/<etag>.lock
 //! ```
 
-use super::client::Found;
+use super::client::{Found, is_name};
 use super::is_commit;
 use super::watch::Watch;
 use crate::error::{Error, Result};
+use crate::files;
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
-use std::fs::{self, File, TryLockError};
+use rustix::fs::OFlags;
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 pub struct Repository {
     folders: CacheRepo,
-    folder: PathBuf,
-    locks: PathBuf,
+    pub folder: PathBuf,
+    pub locks: PathBuf,
 }
+
+/// Bytes of a file that holds a commit's name.
+const REFERENCE: u64 = 1024;
 
 /// How often a lock that another process holds is tried again.
 const NAP: Duration = Duration::from_millis(100);
@@ -48,8 +53,9 @@ impl Repository {
         if is_commit(revision) {
             return Some(revision.to_owned());
         }
-        let commit = fs::read_to_string(self.folder.join("refs").join(revision)).ok()?;
-        Some(commit.trim().to_owned()).filter(|commit| !commit.is_empty())
+        let path = self.folder.join("refs").join(revision);
+        let commit = self.is_inside(&path).then(|| files::read_text(&path, REFERENCE).ok())??;
+        Some(commit.trim().to_owned()).filter(|commit| is_name(commit))
     }
 
     pub fn set_commit(&self, revision: &str, commit: &str) -> Result<()> {
@@ -57,7 +63,7 @@ impl Repository {
             return Ok(());
         }
         let path = self.folder.join("refs").join(revision);
-        make_folder_of(&path)?;
+        self.make_place(&path)?;
         // Nobody reads half of it.
         put(&path, |new| fs::write(new, commit))
     }
@@ -75,6 +81,45 @@ impl Repository {
         self.folder.join("blobs").join(etag)
     }
 
+    /// Whether a snapshot has a file, whose bytes are in the repository's folder too.
+    pub fn has(&self, commit: &str, path: &str) -> bool {
+        self.is_inside(&self.pointer(commit, path))
+    }
+
+    /// Whether something is there, and no link leads out of the repository's folder. The folder
+    /// itself, or the whole cache, may be a link to another disk.
+    fn is_inside(&self, path: &Path) -> bool {
+        let folder = fs::canonicalize(&self.folder);
+        fs::canonicalize(path).is_ok_and(|path| folder.is_ok_and(|folder| path.starts_with(folder)))
+    }
+
+    /// Fails where a folder of a snapshot has a link out of the repository's folder: loading would
+    /// follow it.
+    pub fn check_links(&self, snapshot: &Path) -> Result<()> {
+        let entries = fs::read_dir(snapshot).map_err(|error| Error::io(snapshot, &error))?;
+        for entry in entries.flatten() {
+            let path = entry.path();
+            if path.exists() && !self.is_inside(&path) {
+                return Err(leads_out(&path));
+            }
+        }
+        Ok(())
+    }
+
+    /// Fails where a link leads what is written at `path` out of the repository's folder.
+    pub fn check_place(&self, path: &Path) -> Result<()> {
+        fs::create_dir_all(&self.folder).map_err(|error| failed(&self.folder, &error))?;
+        match path.ancestors().skip(1).find(|folder| folder.exists()) {
+            Some(folder) if !self.is_inside(folder) => Err(leads_out(folder)),
+            _ => Ok(()),
+        }
+    }
+
+    fn make_place(&self, path: &Path) -> Result<()> {
+        self.check_place(path)?;
+        make_folder_of(path)
+    }
+
     pub fn is_absent(&self, commit: &str, path: &str) -> bool {
         self.no_exist(commit, path).exists()
     }
@@ -82,8 +127,8 @@ impl Repository {
     /// Spares a question next time; no matter if it cannot be noted.
     pub fn set_absent(&self, commit: &str, path: &str) {
         let note = self.no_exist(commit, path);
-        if !note.exists() && make_folder_of(&note).is_ok() {
-            _ = File::create(&note);
+        if !note.exists() && self.make_place(&note).is_ok() {
+            _ = File::create_new(&note);
         }
     }
 
@@ -94,7 +139,7 @@ impl Repository {
     /// Puts a blob into a snapshot.
     pub fn link(&self, commit: &str, path: &str, etag: &str) -> Result<()> {
         let pointer = self.pointer(commit, path);
-        make_folder_of(&pointer)?;
+        self.make_place(&pointer)?;
         // From snapshots/<commit>/<folders of the path>.
         let up = "../".repeat(2 + path.matches('/').count());
         let target = format!("{up}blobs/{etag}");
@@ -109,12 +154,12 @@ impl Repository {
     pub fn lock(&self, etag: &str, watch: &Watch, mut nap: impl FnMut()) -> Result<File> {
         let path = self.locks.join(format!("{etag}.lock"));
         make_folder_of(&path)?;
+        if self.locks.is_symlink() {
+            return Err(leads_out(&self.locks));
+        }
         let mut told_at = Some(Instant::now() + SILENCE);
         loop {
-            let file = File::options().create(true).append(true).open(&path);
-            // Another user's can be locked, too.
-            let file = file.or_else(|_| File::open(&path));
-            let file = file.map_err(|error| failed(&path, &error))?;
+            let file = open_lock(&path).map_err(|error| failed(&path, &error))?;
             match file.try_lock() {
                 // filelock removes its file when it lets go: a lock on that would be one's own.
                 Ok(()) if is_at(&file, &path) => return Ok(file),
@@ -140,6 +185,7 @@ impl Repository {
         if missing == 0 {
             return Ok(());
         }
+        self.check_place(&blobs.join("one"))?;
         fs::create_dir_all(&blobs).map_err(|error| failed(&blobs, &error))?;
         let Ok(disk) = rustix::fs::statvfs(&blobs) else { return Ok(()) };
         let free = disk.f_bavail.saturating_mul(disk.f_frsize);
@@ -156,10 +202,26 @@ impl Repository {
 
     fn missing_bytes(&self, file: &Found) -> u64 {
         let blob = self.blob(&file.etag);
-        let length = |path: &Path| fs::metadata(path).map_or(0, |metadata| metadata.len());
+        let length = |path: &Path| fs::symlink_metadata(path).map_or(0, |metadata| metadata.len());
         let here = if blob.exists() { length(&blob) } else { length(&incomplete(&blob)) };
         file.size.unwrap_or(0).saturating_sub(here)
     }
+}
+
+/// A lock's file, made where there is none; never what a link leads to, nor a FIFO that waits.
+pub fn open_lock(path: &Path) -> io::Result<File> {
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32;
+    let own = OpenOptions::new().create(true).append(true).custom_flags(flags).open(path);
+    // Another user's can be locked, too.
+    own.or_else(|_| OpenOptions::new().read(true).custom_flags(flags).open(path))
+}
+
+fn leads_out(path: &Path) -> Error {
+    Error::Io(format!(
+        "`{}` is, or is behind, a link out of the repository's folder in the cache: remove it, and it is \
+         downloaded again",
+        path.display()
+    ))
 }
 
 /// Where a blob is while it comes. It stays after an interruption, for the next one to go on.

@@ -7,9 +7,12 @@
 //! `utils/_http.py`.
 
 use super::address::{encoded, host, is_same_origin, joined, page, uri};
+use super::pace::{self, Paced};
 use super::watch::Watch;
 use super::{Settings, Source};
 use crate::error::{Error, Result};
+use crate::files;
+use std::collections::HashMap;
 use std::fmt;
 use std::io::{ErrorKind, Read};
 use std::sync::OnceLock;
@@ -56,19 +59,23 @@ struct Listing {
 #[derive(serde::Deserialize)]
 struct Sibling {
     rfilename: String,
+    /// Where the question has `blobs=true`.
+    size: Option<u64>,
 }
 
 /// Why an attempt failed, and whether there may be another.
 pub struct Trouble {
     pub error: Error,
     pub again: Again,
-    /// Some bytes came: it was not in vain.
+    /// Many bytes came: it was not in vain.
     pub progress: bool,
 }
 
 pub enum Again {
     No,
     Soon,
+    /// After so little that there are fewer attempts.
+    Slow,
     /// As the Hub says.
     After(Duration),
 }
@@ -80,7 +87,7 @@ impl From<Error> for Trouble {
 }
 
 pub struct Client<'a> {
-    settings: &'a Settings,
+    pub settings: &'a Settings,
     source: &'a Source,
     pub watch: &'a Watch,
     endpoint: Uri,
@@ -95,6 +102,8 @@ pub enum Patience {
 }
 
 const ATTEMPTS: u32 = 5;
+/// So many of them count for one that was slow, which takes long.
+const SLOW: u32 = 3;
 /// What the Hub may make us wait, all together: twice its window for counting requests.
 const LONGEST_WAIT: Duration = Duration::from_secs(600);
 /// Whatever is longer is as good as this.
@@ -180,16 +189,24 @@ impl<'a> Client<'a> {
         Ok(siblings.into_iter().map(|sibling| sibling.rfilename).collect())
     }
 
+    /// The sizes of all files of a commit.
+    pub fn sizes(&self, commit: &str) -> Result<HashMap<String, u64>> {
+        let siblings = self.listing(commit)?.siblings;
+        let sized = |sibling: Sibling| Some((sibling.rfilename, sibling.size?));
+        Ok(siblings.into_iter().filter_map(sized).collect())
+    }
+
     fn listing(&self, revision: &str) -> Result<Listing> {
         let (endpoint, id) = (&self.settings.endpoint, &self.source.id);
-        let url = uri(&format!("{endpoint}/api/models/{id}/revision/{}", encoded(revision)))?;
+        let url =
+            uri(&format!("{endpoint}/api/models/{id}/revision/{}?blobs=true", encoded(revision)))?;
         self.patiently(Patience::Long, || {
             let response = self.get(url.clone(), 0)?;
             let mut text = vec![];
-            let read = response.into_body().into_reader().take(LISTING).read_to_end(&mut text);
+            let read = self.body(response).take(LISTING).read_to_end(&mut text);
             read.map_err(|error| self.unreachable(&url, error.into()))?;
             let name = self.name();
-            serde_json::from_slice(&text)
+            files::parse::<Listing>(&text)
                 .map_err(|error| Error::Server(format!("{name}: no valid listing: {error}")).into())
         })
     }
@@ -203,6 +220,11 @@ impl<'a> Client<'a> {
             }
             _ => Err(self.refused(&response)),
         }
+    }
+
+    /// The bytes of an answer; an error where they come too slowly.
+    pub fn body(&self, response: Response<Body>) -> impl Read + use<> {
+        Paced::new(response.into_body().into_reader(), self.settings.pace)
     }
 
     /// Tries until it works, or will not.
@@ -222,16 +244,20 @@ impl<'a> Client<'a> {
                 Ok(value) => return Ok(value),
                 Err(trouble) => trouble,
             };
-            attempts = if trouble.progress { 1 } else { attempts + 1 };
+            attempts = match trouble.again {
+                _ if trouble.progress => 1,
+                Again::Slow => attempts + SLOW,
+                _ => attempts + 1,
+            };
             let pause = match trouble.again {
-                Again::Soon => self.settings.pause * 2u32.pow(attempts - 1),
+                Again::Soon | Again::Slow => self.settings.pause * 2u32.pow(attempts - 1),
                 Again::After(pause) => {
                     waited += pause;
                     pause
                 }
                 Again::No => return Err(trouble.error),
             };
-            if attempts == most || waited > longest {
+            if attempts >= most || waited > longest {
                 return Err(trouble.error);
             }
             self.watch.waiting(trouble.error.to_string(), pause);
@@ -324,6 +350,7 @@ impl<'a> Client<'a> {
             // A certificate does not get better.
             ureq::Error::Tls(_) | ureq::Error::Rustls(_) => Again::No,
             ureq::Error::Io(ref error) if error.kind() == ErrorKind::InvalidData => Again::No,
+            ureq::Error::Io(ref error) if pace::is_slow(error) => Again::Slow,
             // They would show the address, which may be signed.
             ureq::Error::BadUri(_) | ureq::Error::Http(_) => {
                 return Error::Server(format!("{name}: {host} has no address that works")).into();
@@ -437,9 +464,12 @@ fn normalized(etag: &str) -> &str {
 }
 
 /// Whether what a server says can be the name of a file in the cache.
-fn is_name(name: &str) -> bool {
+pub fn is_name(name: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
-    !name.is_empty() && name.len() <= 200 && !name.starts_with('.') && name.bytes().all(plain)
+    // What is not whole yet, and the locks.
+    let ours = [".incomplete", ".lock"].iter().any(|end| name.ends_with(end));
+    let begins = !name.starts_with('.');
+    !name.is_empty() && name.len() <= 200 && begins && !ours && name.bytes().all(plain)
 }
 
 #[cfg(test)]
@@ -469,7 +499,9 @@ mod tests {
 
     #[test]
     fn a_server_names_no_file_outside_of_the_cache() {
-        for name in ["", "..", "../x", "a/b", ".hidden", "a b", "a\0", &"x".repeat(201)] {
+        for name in
+            ["", "..", "../x", "a/b", ".hidden", "a b", "a\0", "a.incomplete", &"x".repeat(201)]
+        {
             assert!(!is_name(name), "{name:?}");
         }
         assert!(is_name("6d2c5a0f9b") && is_name("a-b_c.1"));

@@ -8,10 +8,14 @@ use crate::error::{Error, Result};
 use ring::digest::{Context, SHA1_FOR_LEGACY_USE_ONLY, SHA256};
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use ureq::http::{StatusCode, Uri};
 
 const BUFFER: usize = 256 * 1024;
+/// An attempt that brought less is as good as none: else a server that ends each of them after a
+/// byte would hold the download for ever.
+const PROGRESS: u64 = 64 * 1024;
 
 pub fn download(client: &Client, url: &Uri, found: &Found, repository: &Repository) -> Result<()> {
     let blob = repository.blob(&found.etag);
@@ -23,7 +27,8 @@ pub fn download(client: &Client, url: &Uri, found: &Found, repository: &Reposito
         let _lock = repository.lock(&found.etag, client.watch, others_bytes)?;
         // Whoever had the lock may have brought it.
         if !is_whole(&blob, found) {
-            bring(client, url, found, &path, &mut counted)?;
+            repository.check_place(&path)?;
+            bring(client, url, found, &path, &mut counted).inspect_err(|_| tidy(&path, found))?;
             fs::rename(&path, &blob).map_err(|error| cache::failed(&blob, &error))?;
         }
     }
@@ -35,8 +40,27 @@ fn length(path: &Path) -> u64 {
     fs::metadata(path).map_or(0, |metadata| metadata.len())
 }
 
+/// A link is none, wherever it leads to: a download takes its place.
 fn is_whole(blob: &Path, found: &Found) -> bool {
-    blob.exists() && found.size.is_none_or(|size| size == length(blob))
+    let here = fs::symlink_metadata(blob).ok().filter(fs::Metadata::is_file);
+    here.is_some_and(|here| found.size.is_none_or(|size| size == here.len()))
+}
+
+/// Removes what no later download can go on with.
+fn tidy(path: &Path, found: &Found) {
+    if found.size.is_none() || length(path) == 0 {
+        _ = fs::remove_file(path);
+    }
+}
+
+/// Removes what is no file of its own: a link would be written through, a FIFO waited for. A device
+/// holds nothing that could be lost.
+fn make_way(path: &Path) {
+    let is_file = fs::symlink_metadata(path).is_ok_and(|there| there.is_file());
+    let is_device = fs::metadata(path).is_ok_and(|there| there.file_type().is_char_device());
+    if !is_file && !is_device {
+        _ = fs::remove_file(path);
+    }
 }
 
 fn bring(
@@ -46,13 +70,13 @@ fn bring(
     path: &Path,
     counted: &mut Counted,
 ) -> Result<()> {
-    let mut partial = Partial::open(path, found, client.watch)?;
+    let mut partial = Partial::open(path, found, client)?;
     // What was there may be wrong, or a byte was lost on the way: once more, from the start.
     let mut second = false;
     client.patiently(Patience::Long, || {
         partial.fetch(client, url, counted)?;
         match partial.check(url) {
-            Err(error) if !second => {
+            Err(error) if !second && !partial.is_endless() => {
                 second = true;
                 partial.clear()?;
                 Err(Trouble { error, again: Again::Soon, progress: false })
@@ -78,6 +102,8 @@ struct Partial<'a> {
     furthest: u64,
     /// As announced, by the file's head or with its first byte.
     size: Option<u64>,
+    /// Where it is not announced, the bytes that it may have.
+    most: u64,
     etag: &'a str,
     digests: Digests,
     watch: &'a Watch,
@@ -85,13 +111,15 @@ struct Partial<'a> {
 
 impl<'a> Partial<'a> {
     /// Goes on with what is there.
-    fn open(path: &Path, found: &'a Found, watch: &'a Watch) -> Result<Self> {
+    fn open(path: &Path, found: &'a Found, client: &Client<'a>) -> Result<Self> {
+        make_way(path);
         let file = File::options().create(true).append(true).read(true).open(path);
         let file = file.map_err(|error| cache::failed(path, &error))?;
         let (etag, size) = (found.etag.as_str(), found.size);
         let digests = Digests::new(etag, size);
-        let path = path.to_owned();
-        let mut partial = Self { path, file, length: 0, furthest: 0, size, etag, digests, watch };
+        let (path, watch, most) = (path.to_owned(), client.watch, client.settings.most);
+        let mut partial =
+            Self { path, file, length: 0, furthest: 0, size, most, etag, digests, watch };
         // Where nobody says how long it should be, it may be too long.
         match size.is_none_or(|size| length(&partial.path) > size) {
             true => partial.clear()?,
@@ -154,10 +182,13 @@ impl<'a> Partial<'a> {
             self.size = announced(&response);
             self.read_again()?;
         }
-        let received = self.receive(client, url, response.into_body().into_reader(), counted);
-        let progress = self.length > self.furthest;
+        let received = self.receive(client, url, client.body(response), counted);
+        let progress = self.length >= self.furthest + PROGRESS;
         self.furthest = self.furthest.max(self.length);
-        received.map_err(|trouble| Trouble { progress, ..trouble })
+        received.map_err(|trouble| match trouble.again {
+            Again::Slow => trouble,
+            _ => Trouble { progress, ..trouble },
+        })
     }
 
     fn receive(
@@ -169,7 +200,7 @@ impl<'a> Partial<'a> {
     ) -> Result<(), Trouble> {
         let mut buffer = vec![0; BUFFER];
         // Too much is as wrong as too little: the check says so.
-        while self.size.is_none_or(|size| self.length <= size) {
+        while self.length <= self.size.unwrap_or(self.most) {
             client.watch.check()?;
             match body.read(&mut buffer) {
                 Ok(0) if self.size.is_some_and(|size| self.length < size) => {
@@ -194,8 +225,19 @@ impl<'a> Partial<'a> {
         Ok(())
     }
 
+    /// Whether more came than a file may have whose size nobody says.
+    fn is_endless(&self) -> bool {
+        self.size.is_none() && self.length > self.most
+    }
+
     fn check(&mut self, url: &Uri) -> Result<()> {
         let file = url.path();
+        if self.is_endless() {
+            return Err(Error::BadDownload(format!(
+                "`{file}` came without a size, and does not end after {}",
+                cache::size(self.most)
+            )));
+        }
         if self.size.is_none() && !self.digests.is_empty() {
             // git's name of it begins with its size.
             self.size = Some(self.length);

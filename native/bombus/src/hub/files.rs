@@ -1,7 +1,7 @@
 //! Which files are needed, and how they are got: from the cache alone, or from the Hub.
 
 use super::Source;
-use super::cache::Repository;
+use super::cache::{self, Repository};
 use super::client::{Client, Found, Patience, Reply};
 use super::download;
 use super::is_commit;
@@ -10,7 +10,7 @@ use crate::tensor_file::{self, INDEX, SINGLE};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// What is wanted of a repository.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -51,7 +51,8 @@ impl Kind {
             Kind::Adapter => adapter(files),
             Kind::Any if has(files, "config.json")? => {
                 model(files)?;
-                if has(files, "tokenizer.json")? { tokenizer(files) } else { Ok(()) }
+                let has_tokenizer = has(files, "tokenizer.json")? || has(files, "merges.txt")?;
+                if has_tokenizer { tokenizer(files) } else { Ok(()) }
             }
             Kind::Any if has(files, "adapter_config.json")? => adapter(files),
             Kind::Any => Err(files.missing("config.json` nor `adapter_config.json")),
@@ -66,21 +67,49 @@ fn model(files: &dyn Files) -> Result<()> {
     }
     if there[2] {
         let shards = tensor_file::read_index(&files.folder().join(INDEX))?;
-        return require(files, &shards.keys().map(String::as_str).collect::<Vec<_>>());
-    }
-    if has(files, SINGLE)? {
+        let shards: Vec<_> = shards.keys().map(String::as_str).collect();
+        if shards.len() <= MOST_SHARDS && is_whole(&shards) && all(files, &shards)? {
+            return Ok(());
+        }
+    // An index that was left from another checkpoint is no reason to fail: mlx-lm takes all files.
+    } else if has(files, SINGLE)? {
         return Ok(());
     }
     let names = files.list()?;
     let shards: Vec<_> =
         names.iter().map(String::as_str).filter(|name| tensor_file::is_shard(name)).collect();
-    if shards.is_empty() { Err(files.missing(SINGLE)) } else { require(files, &shards) }
+    match shards.len() {
+        0 => Err(files.missing(SINGLE)),
+        many if many > MOST_SHARDS => Err(Error::Checkpoint(format!("it has {many} shards"))),
+        _ => require(files, &shards),
+    }
+}
+
+/// A checkpoint of more files is none.
+const MOST_SHARDS: usize = 4096;
+
+/// Whether names such as `model-00001-of-00002.safetensors` are as many as they say.
+fn is_whole(shards: &[&str]) -> bool {
+    let count = |name: &str| -> Option<usize> {
+        name.strip_suffix(".safetensors")?.rsplit_once("-of-")?.1.parse().ok()
+    };
+    shards.iter().all(|name| count(name).is_none_or(|count| count <= shards.len()))
 }
 
 fn tokenizer(files: &dyn Files) -> Result<()> {
     // First, so that a tokenizer that is there has all that belongs to it.
-    files.get(&["tokenizer_config.json", "chat_template.jinja"])?;
-    require(files, &["tokenizer.json"])
+    files.get(&[
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    ])?;
+    if has(files, "tokenizer.json")? {
+        return Ok(());
+    }
+    // Older ones are in two files, and the model's configuration says of which class.
+    let older = files.get(&["vocab.json", "merges.txt", "config.json"])?;
+    if older[0] && older[1] { Ok(()) } else { Err(files.missing("tokenizer.json")) }
 }
 
 fn adapter(files: &dyn Files) -> Result<()> {
@@ -95,6 +124,10 @@ fn adapter(files: &dyn Files) -> Result<()> {
 
 fn has(files: &dyn Files, name: &str) -> Result<bool> {
     Ok(files.get(&[name])?[0])
+}
+
+fn all(files: &dyn Files, names: &[&str]) -> Result<bool> {
+    Ok(files.get(names)?.into_iter().all(|there| there))
 }
 
 fn require(files: &dyn Files, names: &[&str]) -> Result<()> {
@@ -118,7 +151,7 @@ impl Files for Cached<'_> {
     fn get(&self, names: &[&str]) -> Result<Vec<bool>> {
         let there = |name: &&str| {
             let path = self.source.path(name);
-            match self.repository.pointer(self.commit, &path).exists() {
+            match self.repository.has(self.commit, &path) {
                 false if self.sure && !self.repository.is_absent(self.commit, &path) => {
                     Err(self.missing(name))
                 }
@@ -157,6 +190,8 @@ pub struct Remote<'a> {
     commit: String,
     /// What was said already, by paths in the repository.
     known: Mutex<HashMap<String, Reply>>,
+    /// Of all files, where they were asked for.
+    sizes: OnceLock<HashMap<String, u64>>,
 }
 
 /// So many files at once.
@@ -180,7 +215,8 @@ impl<'a> Remote<'a> {
             known.insert(path, reply);
             commit
         };
-        Ok(Self { client, repository, source, commit, known: Mutex::new(known) })
+        let (known, sizes) = (Mutex::new(known), OnceLock::new());
+        Ok(Self { client, repository, source, commit, known, sizes })
     }
 
     pub fn commit(&self) -> &str {
@@ -190,19 +226,43 @@ impl<'a> Remote<'a> {
     fn head(&self, name: &str) -> Result<Reply> {
         let path = self.source.path(name);
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(&path);
-        let pointer = self.repository.pointer(&self.commit, &path);
         let reply = match known {
-            _ if pointer.exists() => return Ok(Reply::Here),
+            _ if self.repository.has(&self.commit, &path) => return Ok(Reply::Here),
             Some(reply) => reply,
             None if self.repository.is_absent(&self.commit, &path) => {
                 return Ok(Reply::Absent { for_good: true });
             }
             None => self.client.head(&self.commit, &path)?,
         };
-        if reply == (Reply::Absent { for_good: true }) {
-            self.repository.set_absent(&self.commit, &path);
+        match reply {
+            Reply::Absent { for_good: true } => self.repository.set_absent(&self.commit, &path),
+            Reply::Found(found) if found.size.is_none() => {
+                return Ok(Reply::Found(Found { size: self.listed_size(&path), ..found }));
+            }
+            _ => {}
         }
         Ok(reply)
+    }
+
+    /// The size that the Hub's listing says, where a file's own head says none.
+    fn listed_size(&self, path: &str) -> Option<u64> {
+        let sizes = self.sizes.get_or_init(|| self.client.sizes(&self.commit).unwrap_or_default());
+        sizes.get(path).copied()
+    }
+
+    /// Fails where a file of fields is larger than any that is read.
+    fn check_size(&self, name: &str, found: &Found) -> Result<()> {
+        match found.size {
+            Some(size) if size > crate::files::VOCABULARY && !name.ends_with(".safetensors") => {
+                Err(Error::BadDownload(format!(
+                    "`{name}` of `{}` is announced with {}: such a file may have {}",
+                    self.source.id,
+                    cache::size(size),
+                    cache::size(crate::files::VOCABULARY)
+                )))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn download(&self, name: &str, found: &Found) -> Result<()> {
@@ -221,6 +281,7 @@ impl Files for Remote<'_> {
         let mut wanted: Vec<(&str, Found)> = vec![];
         for (name, reply) in names.iter().zip(replies) {
             if let Reply::Found(found) = reply {
+                self.check_size(name, &found)?;
                 watch.expect(found.size.unwrap_or(0));
                 wanted.push((name, found));
             }

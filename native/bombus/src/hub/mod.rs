@@ -2,7 +2,8 @@
 //! huggingface_hub uses: what one has downloaded, the other finds.
 //!
 //! `client` asks the Hub (at an `address`), `cache` is the folders on disk, `download` brings one
-//! file, `files` says which ones are needed, `watch` is what the caller hears and says meanwhile.
+//! file (at a `pace`), `files` says which ones are needed, `watch` is what the caller hears and says
+//! meanwhile, `removal` takes a repository out of the cache.
 //!
 //! Of the hf-hub crate only the names of the cache's folders are used. Its version 1 is 232 crates,
 //! and neither resumes, nor checks what it has, nor waits as it is told; 0.5 sends the token to
@@ -13,10 +14,13 @@ mod cache;
 mod client;
 mod download;
 mod files;
+mod pace;
+mod removal;
 mod watch;
 
 pub use client::Token;
 pub use files::Kind;
+pub use removal::remove;
 pub use watch::{Event, Watch};
 
 use crate::error::{Error, Result};
@@ -38,6 +42,10 @@ pub struct Settings {
     pub offline: bool,
     /// Before the second attempt of a request; twice as long before each one after it.
     pub pause: Duration,
+    /// Over so long a body must not be too slow.
+    pub pace: Duration,
+    /// Bytes of a file whose size nobody says.
+    pub most: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -59,6 +67,7 @@ pub fn fetch(settings: &Settings, source: &Source, kind: Kind, watch: &Watch) ->
         let known =
             Cached { repository: &repository, source, commit: &source.revision, sure: true };
         if kind.collect(&known).is_ok() {
+            repository.check_links(&known.folder())?;
             return Ok(known.folder());
         }
     }
@@ -87,6 +96,7 @@ pub fn cached(settings: &Settings, source: &Source, kind: Kind) -> Result<PathBu
     let commit = commit.ok_or_else(|| Error::NotFound("nothing of it".into()))?;
     let cached = Cached { repository: &repository, source, commit: &commit, sure: false };
     kind.collect(&cached)?;
+    repository.check_links(&cached.folder())?;
     Ok(cached.folder())
 }
 
@@ -102,10 +112,11 @@ fn update(
     let client = Client::new(settings, source, watch)?;
     let remote = Remote::new(&client, repository, source, kind, patience)?;
     kind.collect(&remote)?;
+    repository.check_links(&remote.folder())?;
     // All is there: a cache that cannot be written to is no reason to fail.
     _ = repository.set_commit(&source.revision, remote.commit());
     watch.finish();
-    Ok(source.folder(repository.snapshot(remote.commit())))
+    Ok(remote.folder())
 }
 
 fn not_cached(source: &Source, missing: &Error) -> Error {
