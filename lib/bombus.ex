@@ -21,8 +21,9 @@ defmodule Bombus do
 
   ## Errors
 
-  What the world did comes back as `{:error, %Bombus.Error{}}`; what the caller wrote wrongly
-  raises `ArgumentError`. Every `load_x` has a `load_x!`, which raises both.
+  Errors for data, raises for code: what the world did, or a visitor typed, comes back as
+  `{:error, %Bombus.Error{}}`; what the caller's code got wrong raises `ArgumentError`, which says what
+  was expected. Every `load_x` has a `load_x!`, which raises both.
   """
 
   alias Bombus.{Adapter, Error, Hub, Model, Native, Options, Source, Telemetry, Tokenizer}

@@ -10,9 +10,10 @@ defmodule Bombus.Error do
     * `:unsupported` - the file is fine, but Bombus cannot use it
     * `:quantization_mismatch` - the checkpoint is quantized already, and not as `:quantization` says
     * `:no_gpu` - `device: :gpu` where MLX finds none, or is not built in
-    * `:bad_request`, `:prompt_too_long` - found only once the text was tokens
+    * `:bad_request`, `:prompt_too_long` - of a text that somebody typed: it is empty, not UTF-8, refused
+      by the chat template, or longer than the context
     * `:revision_not_found`, `:gated`, `:unauthorized`, `:rate_limited`, `:server_error`, `:no_network`,
-      `:offline`, `:disk_full`, `:bad_download` - of the Hub: see `Bombus.Hub`
+      `:offline`, `:disk_full`, `:bad_download`, `:busy` - of the Hub: see `Bombus.Hub`
     * `:overloaded` - the queue is full
     * those of a training: see `Bombus.Training.LoRA.train/1`
     * `:timeout` - the request did not end within its `:timeout`
@@ -26,7 +27,51 @@ defmodule Bombus.Error do
   What the caller wrote wrongly raises `ArgumentError` instead.
   """
 
-  @type t :: %__MODULE__{reason: atom(), message: String.t()}
+  @type reason ::
+          :already_done
+          | :already_there
+          | :backend
+          | :bad_adapter
+          | :bad_checkpoint
+          | :bad_config
+          | :bad_download
+          | :bad_request
+          | :bad_tokenizer
+          | :bad_training_data
+          | :busy
+          | :cancelled
+          | :disk_full
+          | :gated
+          | :io
+          | :loading
+          | :loss_is_nan
+          | :mlx_lm_missing
+          | :no_connection
+          | :no_gpu
+          | :no_network
+          | :no_valid_content
+          | :not_found
+          | :not_running
+          | :offline
+          | :out_of_memory
+          | :overloaded
+          | :panic
+          | :prompt_too_long
+          | :python_missing
+          | :quantization_mismatch
+          | :rate_limited
+          | :revision_not_found
+          | :server_error
+          | :stopped
+          | :timeout
+          | :too_few_rows
+          | :training_failed
+          | :training_killed
+          | :unauthorized
+          | :unloaded
+          | :unsupported
+
+  @type t :: %__MODULE__{reason: reason(), message: String.t()}
 
   defexception [:reason, :message]
 

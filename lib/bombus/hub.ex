@@ -17,9 +17,11 @@ defmodule Bombus.Hub do
   `hf cache` does.
 
   Only the files that are needed are downloaded, four at once, straight to the disk. An interrupted
-  download goes on where it ended. A link in the cache that leads out of a repository's folder is not
-  followed, where the folder itself and the cache may be links to another disk. A file gets its name when its size and its hash are what the Hub
+  download goes on where it ended. A file gets its name when its size and its hash are what the Hub
   has announced. Processes and VMs that want the same file wait for one download.
+
+  The cache may be a link to another disk, and so may a repository's folder in it. A link that leads from
+  there to a file outside is not followed.
 
   ## Errors
 
@@ -36,6 +38,7 @@ defmodule Bombus.Hub do
       does not end after 1 GiB
     * `:io` - a file of the cache cannot be read or written, or is a link out of it
     * `:disk_full`
+    * `:busy` - `delete/1` while a download runs
     * `:offline` - told to stay offline, and not all is in the cache
 
   Where all is in the cache already, a Hub that cannot be reached, fails or limits is a warning in the log.

@@ -267,8 +267,16 @@ defmodule Bombus.Options do
 
   defp line(name, doc, entry) do
     required = if entry[:required], do: " (required)", else: ""
-    text = String.trim(doc) <> default(entry)
-    "  * `#{inspect(name)}`#{required} - #{String.replace(text, "\n", "\n    ")}\n"
+    text = doc |> String.trim() |> with_default(default(entry)) |> String.replace("\n", "\n    ")
+    "  * `#{inspect(name)}`#{required} - #{text}\n"
+  end
+
+  # It stands before a list of values.
+  defp with_default(doc, default) do
+    case String.split(doc, ":\n  * ", parts: 2) do
+      [text, values] -> "#{text}#{default}\n  * #{values}"
+      [text] -> text <> default
+    end
   end
 
   defp default(entry) do

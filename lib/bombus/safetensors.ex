@@ -121,7 +121,7 @@ defmodule Bombus.Safetensors do
   @spec write(Path.t(), %{String.t() => tensor()}, keyword()) :: :ok | {:error, Error.t()}
   def write(path, tensors, options \\ []) do
     options = Options.validate!(options, @write, "Bombus.Safetensors.write/3")
-    entries = Enum.map(tensors, &entry!/1)
+    entries = tensors |> pairs!() |> Enum.map(&entry!/1)
     names = Enum.map(entries, &elem(&1, 0))
 
     if names != Enum.uniq(names) or "__metadata__" in names do
@@ -132,7 +132,7 @@ defmodule Bombus.Safetensors do
     metadata = options[:metadata]
 
     with {:ok, _written} <-
-           Native.await(&Native.write_tensors(Path.expand(path), entries, metadata, &1)) do
+           Native.await(&Native.write_tensors(path!(path), entries, metadata, &1)) do
       :ok
     end
   end
@@ -142,12 +142,17 @@ defmodule Bombus.Safetensors do
   def dtype(type), do: @dtypes[type]
   def type(dtype), do: @types[dtype]
 
-  defp open(path) when not is_binary(path) do
-    raise ArgumentError, "expected a path, got: #{inspect(path)}"
+  defp open(path) do
+    path = path!(path)
+    Native.await(&Native.open_tensors(path, &1))
   end
 
-  defp open(path) do
-    Native.await(&Native.open_tensors(Path.expand(path), &1))
+  defp path!(path) do
+    unless Options.path?(path) do
+      raise ArgumentError, "expected a path, got: #{Options.show(path)}"
+    end
+
+    Path.expand(path)
   end
 
   defp tensor(files, known, name, path) do
@@ -158,6 +163,12 @@ defmodule Bombus.Safetensors do
       :missing -> Error.error(:not_found, "there is no tensor `#{name}` in `#{path}`")
       {:error, error} -> {:error, error}
     end
+  end
+
+  defp pairs!(tensors) do
+    if is_non_struct_map(tensors) or Options.proper_list?(tensors),
+      do: tensors,
+      else: raise(ArgumentError, "expected tensors by their names, got: #{Options.show(tensors)}")
   end
 
   defp entry!({name, tensor}) when is_binary(name) or is_atom(name) do
