@@ -6,13 +6,13 @@ mod text_stream;
 pub use text_stream::TextStream;
 
 use crate::error::{Error, Result};
-use chat_template::ChatTemplate;
+use chat_template::ChatTemplates;
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    chat_template: Option<ChatTemplate>,
+    chat_template: Option<ChatTemplates>,
     bos_token: Option<String>,
     eos_token_id: Option<u32>,
 }
@@ -36,6 +36,11 @@ impl Tokenizer {
 
     pub fn has_chat_template(&self) -> bool {
         self.chat_template.is_some()
+    }
+
+    /// The names that the chat templates take from outside, beside the messages.
+    pub fn template_options(&self) -> Vec<String> {
+        self.chat_template.as_ref().map(ChatTemplates::options).unwrap_or_default()
     }
 
     /// As in mlx-lm, this token ends a text too, whatever `config.json` says.
@@ -99,23 +104,9 @@ impl Config {
         value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
     }
 
-    /// `chat_template.jinja` where there is one, else the field: a template, or a list of named
-    /// ones.
-    fn chat_template(&self, folder: &Path) -> Result<Option<ChatTemplate>> {
-        let path = folder.join("chat_template.jinja");
-        if path.exists() {
-            let text = std::fs::read_to_string(&path).map_err(|error| Error::io(&path, &error))?;
-            return ChatTemplate::new(&path, text, self.special_tokens()).map(Some);
-        }
-        let text = match self.fields.get("chat_template") {
-            None | Some(Value::Null) => return Ok(None),
-            Some(Value::String(text)) => text.clone(),
-            Some(named) => default_of(named).ok_or_else(|| {
-                let path = self.path.display();
-                Error::Tokenizer(format!("`{path}`: `chat_template`: expected a template"))
-            })?,
-        };
-        ChatTemplate::new(&self.path, text, self.special_tokens()).map(Some)
+    fn chat_template(&self, folder: &Path) -> Result<Option<ChatTemplates>> {
+        let field = self.fields.get("chat_template");
+        ChatTemplates::open(folder, (&self.path, field), self.special_tokens())
     }
 
     fn special_tokens(&self) -> Map<String, Value> {
@@ -123,11 +114,4 @@ impl Config {
         let token = |name: &str| Some((name.to_owned(), self.token(name)?.into()));
         names.into_iter().filter_map(token).collect()
     }
-}
-
-/// `[{"name": "default", "template": "..."}, ...]`
-fn default_of(named: &Value) -> Option<String> {
-    let named = named.as_array()?;
-    let default = named.iter().find(|template| template["name"] == "default")?;
-    default["template"].as_str().map(str::to_owned)
 }

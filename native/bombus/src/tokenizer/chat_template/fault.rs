@@ -1,0 +1,40 @@
+//! Why a template cannot be read or rendered.
+
+pub type Outcome<T> = std::result::Result<T, Fault>;
+
+#[derive(Debug)]
+pub struct Fault {
+    pub message: String,
+    /// The template's line, 0 where it is not known yet.
+    pub line: u32,
+}
+
+impl Fault {
+    #[cold]
+    pub fn new(message: impl Into<String>) -> Self {
+        Self { message: message.into(), line: 0 }
+    }
+
+    /// The innermost line stays.
+    pub fn at(mut self, line: u32) -> Self {
+        if self.line == 0 {
+            self.line = line;
+        }
+        self
+    }
+}
+
+impl std::fmt::Display for Fault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.line {
+            0 => write!(f, "{}", self.message),
+            line => write!(f, "{} (line {line})", self.message),
+        }
+    }
+}
+
+/// `return Err(...)` with a formatted message.
+macro_rules! fail {
+    ($($text:tt)*) => { return Err($crate::tokenizer::chat_template::fault::Fault::new(format!($($text)*))) };
+}
+pub(crate) use fail;
