@@ -15,6 +15,8 @@ pub enum Error {
     #[error("{0}")]
     Io(String),
     #[error("{0}")]
+    AlreadyThere(String),
+    #[error("{0}")]
     Config(String),
     #[error("{0}")]
     Checkpoint(String),
@@ -74,6 +76,7 @@ impl Error {
         match self {
             Error::NotFound(_) => "not_found",
             Error::Io(_) => "io",
+            Error::AlreadyThere(_) => "already_there",
             Error::Config(_) => "bad_config",
             Error::Checkpoint(_) => "bad_checkpoint",
             Error::Tokenizer(_) => "bad_tokenizer",

@@ -5,27 +5,48 @@
 //! handler puts anonymous pages there, and gives every other SIGBUS to whoever had it before.
 
 use crate::error::{Error, Result};
+use crate::files;
 use memmap2::Mmap;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::time::SystemTime;
 
-/// A file, mapped for reading.
+/// A file, mapped for reading. It is not kept open: the map keeps its bytes.
 #[derive(Debug)]
 pub struct MappedFile {
     path: PathBuf,
-    file: File,
     stamp: Stamp,
     guarded: Guarded,
     map: Mmap,
 }
 
-/// What tells a file that was written to from one that was not.
-type Stamp = (u64, Option<SystemTime>);
+/// What tells a file from others, and one that was written to from one that was not.
+#[derive(Debug, PartialEq)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    length: u64,
+    modified: Option<SystemTime>,
+}
+
+impl Stamp {
+    fn new(metadata: &Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            length: metadata.len(),
+            modified: metadata.modified().ok(),
+        }
+    }
+
+    fn is_same_file(&self, other: &Self) -> bool {
+        (self.device, self.inode) == (other.device, other.inode)
+    }
+}
 
 /// A piece of a mapped file, which lives as long as this.
 #[derive(Clone, Debug)]
@@ -37,15 +58,18 @@ pub struct Mapped {
 impl MappedFile {
     /// Fails on a file of less than `least` bytes.
     pub fn open(path: &Path, least: u64) -> Result<Self> {
-        let file = File::open(path).map_err(|error| Error::io(path, &error))?;
-        let stamp = stamp(&file, path)?;
-        if stamp.0 < least {
-            let path = path.display();
-            return Err(Error::Checkpoint(format!("`{path}` is too short to hold a header")));
+        let file = files::open(path)?;
+        let stamp = Stamp::new(&file.metadata().map_err(|error| Error::io(path, &error))?);
+        if stamp.length < least {
+            let problem = match stamp.length {
+                0 => "is empty: the download or the copy has not ended",
+                _ => "is too short to hold a header",
+            };
+            return Err(Error::Checkpoint(format!("`{}` {problem}", path.display())));
         }
         let map = map(&file).map_err(|error| Error::io(path, &error))?;
         let guarded = Guarded::new(&map)?;
-        Ok(Self { path: path.to_owned(), file, stamp, guarded, map })
+        Ok(Self { path: path.to_owned(), stamp, guarded, map })
     }
 
     pub fn path(&self) -> &Path {
@@ -56,12 +80,10 @@ impl MappedFile {
         &self.map
     }
 
-    /// The bytes in `range`, read from the file.
+    /// A copy of the bytes in `range`.
     pub fn read(&self, range: Range<usize>) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; range.len()];
-        let read = self.file.read_exact_at(&mut bytes, range.start as u64);
+        let bytes = self.map[range].to_vec();
         self.check()?;
-        read.map_err(|error| Error::io(&self.path, &error))?;
         Ok(bytes)
     }
 
@@ -74,7 +96,10 @@ impl MappedFile {
     /// Fails where the file was written to since it was opened: what was read of it meanwhile may
     /// be of both versions.
     pub fn check(&self) -> Result<()> {
-        if self.guarded.is_whole() && stamp(&self.file, &self.path)? == self.stamp {
+        // A file that has lost its name to another can still be read, and hardly be written to.
+        let now = std::fs::metadata(&self.path).map(|metadata| Stamp::new(&metadata));
+        let same = now.map_or(true, |now| !now.is_same_file(&self.stamp) || now == self.stamp);
+        if self.guarded.is_whole() && same {
             return Ok(());
         }
         Err(Error::Io(format!("`{}` changed while it was in use", self.path.display())))
@@ -102,14 +127,6 @@ impl Mapped {
     pub fn copy(&self, range: Range<usize>) -> Vec<u8> {
         self.bytes()[range].to_vec()
     }
-}
-
-fn stamp(file: &File, path: &Path) -> Result<Stamp> {
-    let metadata = file.metadata().map_err(|error| Error::io(path, &error))?;
-    if metadata.is_dir() {
-        return Err(Error::Io(format!("`{}` is a folder", path.display())));
-    }
-    Ok((metadata.len(), metadata.modified().ok()))
 }
 
 #[allow(unsafe_code)]

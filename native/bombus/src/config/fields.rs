@@ -12,8 +12,7 @@ pub struct Fields {
 
 impl Fields {
     pub fn open(path: &Path) -> Result<Self> {
-        let wrong = |problem| Error::Config(format!("not a JSON object: {problem}"));
-        let map = files::json(path, files::FIELDS, wrong)?;
+        let map = files::json(path, files::FIELDS, Error::Config)?;
         Ok(Self { path: path.to_owned(), map })
     }
 
@@ -73,17 +72,21 @@ impl Fields {
         }
     }
 
-    /// An id, a list of them, or nothing.
+    /// An id, a list of them, or nothing. What is a number, and no token's, is left out.
     pub fn token_ids(&self, field: &str) -> Result<Vec<u32>> {
-        let ids = match self.value(field) {
+        let ids: Option<Vec<Option<u32>>> = match self.value(field) {
             None => return Ok(vec![]),
             Some(Value::Array(ids)) => ids.iter().map(token_id).collect(),
             Some(id) => token_id(id).map(|id| vec![id]),
         };
-        ids.ok_or_else(|| self.error(field, "expected a token id or a list of them"))
+        let ids = ids.ok_or_else(|| self.error(field, "expected a token id or a list of them"))?;
+        Ok(ids.into_iter().flatten().collect())
     }
 }
 
-fn token_id(value: &Value) -> Option<u32> {
-    u32::try_from(value.as_u64()?).ok()
+/// None: no number; Some(None): no token's
+fn token_id(value: &Value) -> Option<Option<u32>> {
+    let number = value.as_f64()?;
+    let whole = number.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(&number);
+    Some(whole.then_some(number as u32))
 }

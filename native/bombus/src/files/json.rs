@@ -1,7 +1,7 @@
 //! JSON as Python writes it: `json.dump` puts `NaN` and `Infinity` where a float has no number.
 
-use super::read;
-use crate::error::Result;
+use super::read_or;
+use crate::error::{Error, Result};
 use serde::de::DeserializeOwned;
 use std::borrow::Cow;
 use std::path::Path;
@@ -10,10 +10,14 @@ use std::path::Path;
 pub fn json<T: DeserializeOwned>(
     path: &Path,
     most: u64,
-    wrong: impl FnOnce(String) -> crate::error::Error,
+    wrong: impl Fn(String) -> Error,
 ) -> Result<T> {
-    let bytes = read(path, most)?;
-    parse(&bytes).map_err(|error| wrong(format!("`{}`: {error}", path.display())))
+    let bytes = read_or(path, most, &wrong)?;
+    if bytes.trim_ascii().is_empty() {
+        let path = path.display();
+        return Err(wrong(format!("`{path}` is empty: the download or the copy has not ended")));
+    }
+    parse(&bytes).map_err(|error| wrong(format!("`{}` is no valid JSON: {error}", path.display())))
 }
 
 /// Values nested more than 128 deep are refused.

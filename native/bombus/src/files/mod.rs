@@ -1,18 +1,22 @@
-//! Small files of a repository, read whole: configurations, tokenizers, templates.
+//! Small files of a repository, read whole: configurations, tokenizers, templates. And new files.
 //!
 //! They come from outside. Only a regular file is read (a FIFO would hold its reader for ever, a
 //! device has no end), and only up to a size, so that no file decides how much memory is taken.
 
+mod content;
 mod json;
+mod new_file;
 
 use crate::error::{Error, Result};
 use rustix::fs::OFlags;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, FileType, OpenOptions};
 use std::io::Read;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
+pub use content::{HEAD, mistaken_tensors, other_formats};
 pub use json::{json, parse};
+pub use new_file::{NewFile, write_error};
 
 /// Bytes that a `config.json`, an index, or another file of fields may have.
 pub const FIELDS: u64 = 64 << 20;
@@ -23,8 +27,22 @@ pub const VOCABULARY: u64 = 256 << 20;
 /// Bytes that a chat template may have.
 pub const TEMPLATE: u64 = 4 << 20;
 
-/// The bytes of a regular file that has at most `most`.
+/// The bytes of a regular file that has at most `most`, and is not plainly something else.
 pub fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
+    let unread = |what| Error::Io(format!("could not read {what}"));
+    read_or(path, most, unread)
+}
+
+/// The same; `wrong`: the error for what is something else
+pub fn read_or(path: &Path, most: u64, wrong: impl FnOnce(String) -> Error) -> Result<Vec<u8>> {
+    let bytes = read_bytes(path, most)?;
+    match content::mistaken(&bytes) {
+        Some(what) => Err(wrong(format!("`{}`: {what}", path.display()))),
+        None => Ok(bytes),
+    }
+}
+
+fn read_bytes(path: &Path, most: u64) -> Result<Vec<u8>> {
     let file = open(path)?;
     let size = file.metadata().map_err(|error| Error::io(path, &error))?.len();
     if size > most {
@@ -53,13 +71,18 @@ pub fn open(path: &Path) -> Result<File> {
     if kind.is_file() {
         return Ok(file);
     }
-    let kind = match kind {
+    let kind = self::kind(kind);
+    Err(Error::Io(format!("could not read `{}`: expected a file, it is {kind}", path.display())))
+}
+
+/// What is no regular file.
+fn kind(kind: FileType) -> &'static str {
+    match kind {
         kind if kind.is_dir() => "a folder",
         kind if kind.is_fifo() => "a FIFO",
         kind if kind.is_socket() => "a socket",
         _ => "a device",
-    };
-    Err(Error::Io(format!("could not read `{}`: expected a file, it is {kind}", path.display())))
+    }
 }
 
 fn too_large(path: &Path, most: u64) -> Error {
