@@ -33,6 +33,15 @@ defmodule Bombus do
   @type adapter_option ::
           {:scale, number() | nil} | {:on_progress, (Hub.progress() -> term()) | nil}
 
+  @save_model [
+    overwrite: [
+      type: :boolean,
+      default: false,
+      doc:
+        "true puts the model in the place of another one that is in the folder, which is " <>
+          "`{:error, %Bombus.Error{reason: :already_there}}` without it. Files that are no model's stay"
+    ]
+  ]
   @load_tokenizer [on_progress: Hub.Options.on_progress()]
   # The engine computes in float32.
   @load_adapter [
@@ -48,7 +57,12 @@ defmodule Bombus do
   ]
 
   @doc """
-  Loads a model: a folder with `config.json` and safetensors in MLX's format.
+  Loads a model: a folder with `config.json` and safetensors, dense or in MLX's format.
+
+  AWQ's and GPTQ's 4 bits are brought into MLX's format while they are loaded, with the same numbers, through
+  a file in the system's folder for temporary files, where there must be room for it; `save_model/3` keeps it.
+  (Groups of 32, 64 or 128 consecutive inputs; not `desc_act`.) Of several files `model*.safetensors` those
+  are taken that are a whole model, whatever an index says that is left from before.
 
   ## Options
 
@@ -80,27 +94,34 @@ defmodule Bombus do
   def load_model!(source, options \\ []), do: Error.unwrap!(load_model(source, options))
 
   @doc """
-  Writes the checkpoint of a model to a folder, in MLX's format: quantized where loading did that. What
-  `load_model/2` has loaded from there, mlx-lm reads too.
+  Writes the checkpoint of a model to a folder, in MLX's format: quantized where loading did that, as MLX
+  has it where it was AWQ's or GPTQ's. mlx-lm reads what is there too. The tokenizer and all other files of
+  the source go along, but for weights in other formats.
 
-  The files of the model's source must still be there.
+  All or nothing: the files are written beside their places and renamed when all of them are whole. The
+  files of the model's source must still be there, and are never written to, not by links either.
+
+  ## Options
+
+  #{Options.docs(@save_model)}
+  Where the disk has no room, the reason is `:disk_full`.
 
   ## Examples
 
       {:ok, model} = Bombus.load_model({:local, "models/Qwen3-0.6B"}, quantization: :int4)
       :ok = Bombus.save_model(model, "models/Qwen3-0.6B-4bit")
   """
-  @spec save_model(Model.t(), Path.t()) :: :ok | {:error, Error.t()}
-  def save_model(model, path) do
+  @spec save_model(Model.t(), Path.t(), overwrite: boolean()) :: :ok | {:error, Error.t()}
+  def save_model(model, path, options \\ []) do
     model = Options.handle!(model, Model)
+    options = Options.validate!(options, @save_model, "Bombus.save_model/3")
 
     unless Options.path?(path) do
       raise ArgumentError, "expected the path of a folder, got: #{Options.show(path)}"
     end
 
-    with {:ok, _saved} <- Native.await(&Native.save_model(model.ref, Path.expand(path), &1)) do
-      :ok
-    end
+    save = &Native.save_model(model.ref, Path.expand(path), options[:overwrite], &1)
+    with {:ok, _saved} <- Native.await(save), do: :ok
   end
 
   @doc """

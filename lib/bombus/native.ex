@@ -13,7 +13,7 @@ defmodule Bombus.Native do
   end
 
   def load_model(_path, _options, _reference), do: nif()
-  def save_model(_model, _path, _reference), do: nif()
+  def save_model(_model, _path, _overwrite, _reference), do: nif()
   def load_adapter(_path, _scale, _reference), do: nif()
   def load_tokenizer(_path, _reference), do: nif()
   def generate(_model, _tokenizer, _adapter, _group, _prompt, _options, _reference), do: nif()

@@ -146,6 +146,20 @@ defmodule Bombus.HubTest do
       File.rm!(shard)
       refute Hub.cached?("owner/bare")
 
+      # An index from before, beside a file that has everything.
+      whole = files(Fixtures.checkpoint("f32-eos-list"))
+      left = JSON.encode!(%{weight_map: %{"a" => "model-00001-of-00002.safetensors"}})
+      HubServer.push(server, "owner/left", Map.put(whole, index, left))
+      assert {:ok, model} = Bombus.load_model({:hf, "owner/left"})
+      assert {:ok, _scores} = Bombus.score(model, [1, 2, 3, 4])
+      assert {:ok, _model} = Bombus.load_model({:hf, "owner/left", offline: true})
+      # Or beside shards, of which it misses some.
+      few = JSON.encode!(%{weight_map: %{"a" => "model-00001-of-00003.safetensors"}})
+      HubServer.push(server, "owner/few", Map.put(files, index, few))
+      assert {:ok, model} = Bombus.load_model({:hf, "owner/few"})
+      assert Bombus.score(model, [1, 2, 3, 4]) == {:ok, expected}
+      assert {:ok, _model} = Bombus.load_model({:hf, "owner/few", offline: true})
+
       hostile = JSON.encode!(%{weight_map: %{"a" => "../../../outside.safetensors"}})
       HubServer.push(server, "owner/hostile", %{"config.json" => "{}", index => hostile})
       assert {:error, error} = Bombus.load_model({:hf, "owner/hostile"})

@@ -46,3 +46,11 @@ pub fn projections(config: &Config, layer: usize) -> [Module; PROJECTIONS.len()]
 pub fn vocabulary(config: &Config, path: &str) -> Module {
     Module { path: path.into(), in_features: config.hidden_size, out_features: config.vocab_size }
 }
+
+/// All linear layers, the embedding, and the head where it is not the embedding.
+pub fn all_modules(config: &Config) -> impl Iterator<Item = Module> {
+    let layers = (0..config.num_hidden_layers).flat_map(|layer| projections(config, layer));
+    let head = (!config.tie_word_embeddings).then_some("lm_head");
+    let ends = ["model.embed_tokens"].into_iter().chain(head);
+    layers.chain(ends.map(|path| vocabulary(config, path)))
+}

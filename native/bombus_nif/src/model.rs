@@ -165,10 +165,11 @@ fn save_model<'a>(
     env: Env<'a>,
     model: ResourceArc<ModelHandle>,
     path: String,
+    overwrite: bool,
     reference: Term<'a>,
 ) -> Term<'a> {
     let started = Address::caller(env, reference).answer_later(move || {
-        model.0.save(&PathBuf::from(path))?;
+        model.0.save(&PathBuf::from(path), overwrite)?;
         Ok(rustler::types::atom::ok())
     });
     result_term(env, &started.map(|()| rustler::types::atom::ok()))

@@ -1,27 +1,15 @@
 //! A checkpoint's `config.json` and `generation_config.json`, checked field by field.
 
 mod fields;
+mod quantization;
+
+pub use quantization::{QuantMethod, Quantization};
 
 use crate::error::{Error, Result};
 use fields::Fields;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::path::Path;
-
-/// Affine group quantization: `w = scale * code + bias`, one pair for every `group_size`
-/// weights of a row, codes of `bits` packed from the low bits into u32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Quantization {
-    pub group_size: usize,
-    pub bits: usize,
-}
-
-impl Quantization {
-    /// Whether MLX has this layout.
-    pub fn is_affine(&self) -> bool {
-        matches!(self.bits, 2..=6 | 8) && matches!(self.group_size, 32 | 64 | 128)
-    }
-}
 
 /// The shape of a decoder-only transformer, with the names of `config.json`.
 #[derive(Clone, Debug)]
@@ -43,6 +31,8 @@ pub struct Config {
     pub quantization: Option<Quantization>,
     /// module path -> its own quantization; None: left as it is
     pub overrides: BTreeMap<String, Option<Quantization>>,
+    /// another format's quantization, which `quantization_config` names
+    pub quant_method: Option<QuantMethod>,
     /// `generation_config.json` as it stands; empty where there is none
     pub generation: Map<String, Value>,
 }
@@ -56,6 +46,13 @@ impl Config {
             false => Fields { path: generation_path, map: Map::new() },
         };
         Self::parse(&fields, generation)
+    }
+
+    /// Whether a tensor is left out, as in mlx-lm and transformers: a head that is the embedding, and
+    /// what some converters write of the rotation.
+    pub fn leaves_out(&self, name: &str) -> bool {
+        name.ends_with("rotary_emb.inv_freq")
+            || (self.tie_word_embeddings && name.starts_with("lm_head."))
     }
 
     fn parse(fields: &Fields, generation: Fields) -> Result<Self> {
@@ -79,10 +76,18 @@ impl Config {
             eos_token_ids: eos_token_ids(fields, &generation)?,
             quantization: quantization.default,
             overrides: quantization.overrides,
+            quant_method: fields.quant_method()?,
             generation: generation.map,
         };
         config.check(fields)?;
-        Ok(config)
+        Ok(config.with_known_eos())
+    }
+
+    /// Without ids that the vocabulary has not: no token is one of them.
+    fn with_known_eos(mut self) -> Self {
+        let vocab_size = self.vocab_size;
+        self.eos_token_ids.retain(|id| (*id as usize) < vocab_size);
+        self
     }
 
     fn check(&self, fields: &Fields) -> Result<()> {
@@ -91,6 +96,9 @@ impl Config {
         }
         if !self.head_dim.is_multiple_of(2) {
             return Err(fields.error("head_dim", "it must be even"));
+        }
+        if self.num_attention_heads.saturating_mul(self.head_dim) > i32::MAX as usize {
+            return Err(fields.error("head_dim", "it is too large for so many heads"));
         }
         if !(self.rms_norm_eps >= 0.0 && self.rms_norm_eps.is_finite()) {
             return Err(fields.error("rms_norm_eps", "expected a number of at least 0"));
@@ -107,6 +115,10 @@ fn check_family(fields: &Fields) -> Result<()> {
         let message = "`model_file` asks to run code from the checkpoint, which is refused";
         return Err(Error::Unsupported(format!("`{}`: {message}", fields.path.display())));
     }
+    if fields.value("model_type").is_none() && fields.map.contains_key("peft_type") {
+        let message = "is an adapter's: load it with `Bombus.load_adapter`";
+        return Err(Error::Config(format!("`{}` {message}", fields.path.display())));
+    }
     let family = fields.text("model_type")?;
     if family != "qwen3" {
         let path = fields.path.display();
@@ -121,11 +133,6 @@ fn check_family(fields: &Fields) -> Result<()> {
 fn eos_token_ids(config: &Fields, generation: &Fields) -> Result<Vec<u32>> {
     let ids = generation.token_ids("eos_token_id")?;
     if ids.is_empty() { config.token_ids("eos_token_id") } else { Ok(ids) }
-}
-
-struct Quantizations {
-    default: Option<Quantization>,
-    overrides: BTreeMap<String, Option<Quantization>>,
 }
 
 impl Fields {
@@ -145,53 +152,6 @@ impl Fields {
             }
         }
         Ok(self.number_or("rope_theta", DEFAULT)? as f32)
-    }
-
-    /// `quantization: {group_size, bits, mode?, "<module path>": {...} | false}`, also under
-    /// the name `quantization_config`.
-    fn quantization(&self) -> Result<Quantizations> {
-        let none = Quantizations { default: None, overrides: BTreeMap::new() };
-        let fields = match self.object("quantization")? {
-            None => self.object("quantization_config")?,
-            some => some,
-        };
-        let Some(fields) = fields else { return Ok(none) };
-        let default = fields.one_quantization(None)?;
-        let mut overrides = BTreeMap::new();
-        for (module, value) in &fields.map {
-            match value {
-                Value::Object(_) => {
-                    let own = fields.object(module)?.map(|own| own.one_quantization(Some(default)));
-                    overrides.insert(module.clone(), own.transpose()?);
-                }
-                Value::Bool(false) => _ = overrides.insert(module.clone(), None),
-                Value::Bool(true) => _ = overrides.insert(module.clone(), Some(default)),
-                _ => {}
-            }
-        }
-        Ok(Quantizations { default: Some(default), overrides })
-    }
-
-    fn one_quantization(&self, default: Option<Quantization>) -> Result<Quantization> {
-        if let Some(mode) = self.value("mode")
-            && mode != "affine"
-        {
-            let path = self.path.display();
-            let message = format!("`{path}`: the quantization mode {mode} is not supported");
-            return Err(Error::Unsupported(message));
-        }
-        let optional = |field: &str| match default {
-            Some(_) => self.optional_size(field),
-            None => self.size(field).map(Some),
-        };
-        let group_size = optional("group_size")?.or(default.map(|q| q.group_size)).unwrap_or(64);
-        let bits = optional("bits")?.or(default.map(|q| q.bits)).unwrap_or(4);
-        let quantization = Quantization { group_size, bits };
-        if !quantization.is_affine() {
-            let field = if matches!(group_size, 32 | 64 | 128) { "bits" } else { "group_size" };
-            return Err(self.error(field, "expected bits 2 to 6 or 8, group_size 32, 64 or 128"));
-        }
-        Ok(quantization)
     }
 }
 

@@ -191,7 +191,7 @@ impl Engine {
         if limits.max_batch_size == 0 || limits.prefill_chunk == 0 {
             return Err(Error::Request("expected a max_batch_size and a prefill_chunk".into()));
         }
-        let config = Arc::new(Config::open(folder)?);
+        let config = Arc::new(checkpoint::open(folder)?.0);
         let queue = Queue::new(&limits);
         let longest = config.max_position_embeddings;
         let context = limits.max_context.map_or(longest, |max| max.min(longest));
@@ -213,12 +213,14 @@ impl Engine {
     }
 
     /// Writes the checkpoint that was loaded to another folder, quantized where loading did that.
-    pub fn save(&self, to: &Path) -> Result<()> {
+    /// `overwrite`: a model that is there goes
+    pub fn save(&self, to: &Path, overwrite: bool) -> Result<()> {
         if self.is_unloaded() {
             return Err(self.gone());
         }
         let (from, layout) = &self.source;
-        convert::save(from, &self.config, *layout, to)
+        let (config, tensors) = checkpoint::open(from)?;
+        convert::save(from, (&config, &tensors), *layout, to, overwrite)
     }
 
     /// How the layers are quantized that `config` says nothing of.

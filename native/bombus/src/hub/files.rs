@@ -65,21 +65,25 @@ fn model(files: &dyn Files) -> Result<()> {
     if !there[0] {
         return Err(files.missing("config.json"));
     }
-    if there[2] {
-        let shards = tensor_file::read_index(&files.folder().join(INDEX))?;
-        let shards: Vec<_> = shards.keys().map(String::as_str).collect();
-        if shards.len() <= MOST_SHARDS && is_whole(&shards) && all(files, &shards)? {
-            return Ok(());
+    let index = there[2].then(|| tensor_file::read_index(&files.folder().join(INDEX)));
+    match &index {
+        Some(Ok(shards)) => {
+            let shards: Vec<_> = shards.keys().map(String::as_str).collect();
+            if shards.len() <= MOST_SHARDS && is_whole(&shards) && all(files, &shards)? {
+                return Ok(());
+            }
         }
-    // An index that was left from another checkpoint is no reason to fail: mlx-lm takes all files.
-    } else if has(files, SINGLE)? {
-        return Ok(());
+        // One that is wrong, or was left from another checkpoint, is no reason to fail: mlx-lm takes
+        // all files.
+        Some(Err(_)) => {}
+        None if has(files, SINGLE)? => return Ok(()),
+        None => {}
     }
     let names = files.list()?;
     let shards: Vec<_> =
         names.iter().map(String::as_str).filter(|name| tensor_file::is_shard(name)).collect();
     match shards.len() {
-        0 => Err(files.missing(SINGLE)),
+        0 => Err(index.and_then(Result::err).unwrap_or_else(|| files.missing(SINGLE))),
         many if many > MOST_SHARDS => Err(Error::Checkpoint(format!("it has {many} shards"))),
         _ => require(files, &shards),
     }

@@ -1,5 +1,9 @@
 //! From a folder to a decoder: finds every tensor by its module path, checks its shape and hands
-//! it to the backend.
+//! it to the backend. `source` opens the folder.
+
+mod source;
+
+pub use source::open;
 
 use crate::backend::{AttentionShape, Backend, LinearWeights, QuantizedWeights};
 use crate::config::{Config, Quantization};
@@ -20,10 +24,8 @@ pub fn load<B: Backend>(
     layout: Option<Quantization>,
     backend: B,
 ) -> Result<Decoder<B>> {
-    let mut tensors = TensorFiles::open(folder)?;
-    if let Some(layout) = layout.filter(|_| convert::is_dense(config, &tensors)) {
-        tensors = convert::quantized(config, &tensors, layout)?;
-    }
+    let tensors = open(folder)?.1;
+    let tensors = convert::for_loading(config, tensors, layout)?;
     let checkpoint = Checkpoint { config, tensors, taken: RefCell::default() };
     let layers: Result<_> =
         (0..config.num_hidden_layers).map(|index| checkpoint.layer(index, &backend)).collect();
@@ -152,13 +154,8 @@ impl Checkpoint<'_> {
     /// A tensor that no module takes says that the model is not what its config says.
     fn check_all_taken(&self) -> Result<()> {
         let taken = self.taken.borrow();
-        let ignored = |name: &str| {
-            // Written by some converters; mlx-lm leaves them out too.
-            name.ends_with("rotary_emb.inv_freq")
-                || (self.config.tie_word_embeddings && name.starts_with("lm_head."))
-        };
-        let left: Vec<&str> =
-            self.tensors.names().filter(|name| !taken.contains(*name) && !ignored(name)).collect();
+        let is_left = |name: &&str| !taken.contains(*name) && !self.config.leaves_out(name);
+        let left: Vec<&str> = self.tensors.names().filter(is_left).collect();
         if left.is_empty() {
             return Ok(());
         }
@@ -180,7 +177,7 @@ fn layout_of(module: &Module, weight: &TensorView, scales: &TensorView) -> Resul
     };
     let layout = Quantization {
         group_size: module.in_features.checked_div(groups).unwrap_or(0),
-        bits: columns * 32 / module.in_features,
+        bits: columns.checked_mul(32).map_or(0, |bits| bits / module.in_features),
     };
     match layout.is_affine() {
         true => Ok(layout),

@@ -1,0 +1,175 @@
+//! A model's folder: its configuration and its tensors, held against each other before anything is
+//! allocated by a number of the one that the other does not have.
+
+use crate::config::{Config, Quantization};
+use crate::convert::is_packed;
+use crate::error::{Error, Result};
+use crate::files;
+use crate::modules::projections;
+use crate::tensor_file::TensorFiles;
+use safetensors::tensor::Dtype;
+use std::path::Path;
+
+/// The configuration, whose quantization is that of the tensors.
+pub fn open(folder: &Path) -> Result<(Config, TensorFiles)> {
+    let path = folder.join("config.json");
+    if !path.exists() {
+        let there = files::other_formats(folder).map(|there| format!("; {there}"));
+        let folder = folder.display();
+        let there = there.unwrap_or_default();
+        return Err(Error::NotFound(format!("there is no `config.json` in `{folder}`{there}")));
+    }
+    let mut config = Config::open(folder)?;
+    let tensors = TensorFiles::choose(folder, |tensors, _| missing(&config, tensors).is_none())?;
+    refuse_other_formats(&path, &config, &tensors)?;
+    if let Some(name) = missing(&config, &tensors) {
+        return Err(absent(&path, &config, &tensors, &name));
+    }
+    if is_packed(&tensors) {
+        config.quantization = Some(packed_layout(&config));
+    } else if !tensors.names().any(|name| name.ends_with(".scales")) {
+        // What stands in the configuration is left from before.
+        config.quantization = None;
+        config.overrides.clear();
+    }
+    Ok((config, tensors))
+}
+
+fn packed_layout(config: &Config) -> Quantization {
+    let group_size = config.quant_method.as_ref().and_then(|method| method.group_size);
+    // As mlx-lm: what is not said is AWQ's default.
+    Quantization { bits: 4, group_size: group_size.unwrap_or(128) }
+}
+
+/// The first module that has no weight. As many layers are looked at as the files have.
+fn missing(config: &Config, tensors: &TensorFiles) -> Option<String> {
+    let layers = (0..config.num_hidden_layers).flat_map(|layer| {
+        let norms =
+            ["input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"];
+        let norms = norms.map(|norm| format!("model.layers.{layer}.{norm}"));
+        norms.into_iter().chain(projections(config, layer).map(|module| module.path))
+    });
+    let ends = ["model.embed_tokens", "model.norm"].map(str::to_owned);
+    let head = (!config.tie_word_embeddings).then(|| "lm_head".to_owned());
+    let has = |path: &String| {
+        ["weight", "qweight"].iter().any(|kind| tensors.contains(&format!("{path}.{kind}")))
+    };
+    ends.into_iter().chain(layers).chain(head).find(|path| !has(path))
+}
+
+fn absent(path: &Path, config: &Config, tensors: &TensorFiles, module: &str) -> Error {
+    let name = format!("{module}.weight");
+    let layers = tensors.names().filter_map(layer_of).max().map_or(0, |last| last + 1);
+    let wanted = config.num_hidden_layers;
+    let hint = match layer_of(&name) {
+        Some(_) if layers < wanted => {
+            format!("; `{}` says that there are {wanted} layers, here are {layers}", path.display())
+        }
+        _ => String::new(),
+    };
+    let place = tensors.place();
+    Error::Checkpoint(format!("the tensor `{name}` is missing from `{place}`{hint}"))
+}
+
+/// 3 for `model.layers.3.mlp.up_proj.weight`
+fn layer_of(name: &str) -> Option<usize> {
+    name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
+}
+
+/// Weights that are neither dense nor MLX's, by whatever method.
+fn refuse_other_formats(path: &Path, config: &Config, tensors: &TensorFiles) -> Result<()> {
+    let method = config.quant_method.as_ref().map(|method| method.name.as_str());
+    let found = tensors.names().find_map(|name| {
+        let dtype = tensors.get(name)?.dtype;
+        kind_of(name, dtype).map(|kind| (name, kind))
+    });
+    let place = tensors.place();
+    let (name, kind) = match found {
+        None => return Ok(()),
+        Some((_, Kind::Packed)) if matches!(method, Some("awq" | "gptq")) => return Ok(()),
+        Some((name, Kind::Packed)) if method.is_none() => {
+            return Err(Error::Unsupported(format!(
+                "`{place}`: `{name}` is AWQ's or GPTQ's, and `{}` has no `quantization_config` that \
+                 says which and how: take it from the model's repository",
+                path.display()
+            )));
+        }
+        Some(found) => found,
+    };
+    let kind = method.map_or_else(
+        || format!("`{place}`: `{name}` is of {}, which is not supported", kind.name()),
+        |method| format!("`{}`: the quant_method `{method}` is not supported", path.display()),
+    );
+    Err(Error::Unsupported(format!(
+        "{kind}: load the dense model, with `quantization: :int4` where it is to be small, or a version \
+         in MLX's format (`mlx_lm.convert --hf-path <the dense model> -q` makes one); dense, in MLX's, \
+         and AWQ's and GPTQ's 4 bits can be loaded"
+    )))
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kind {
+    /// AWQ or GPTQ
+    Packed,
+    Fp8,
+    BitsAndBytes,
+    Other,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Packed => "AWQ or GPTQ",
+            Kind::Fp8 => "a model in fp8",
+            Kind::BitsAndBytes => "bitsandbytes",
+            Kind::Other => "another format's quantization",
+        }
+    }
+}
+
+/// What tensor names of other formats end in.
+const OTHER_NAMES: [&str; 20] = [
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_scale_2",
+    ".weight_scales",
+    ".weight_global_scale",
+    ".weight_zero_point",
+    ".weight_shape",
+    ".weight._data",
+    ".weight._scale",
+    ".weight_blocks",
+    ".q_weight",
+    ".q_scale",
+    ".q_perm",
+    ".W_q",
+    ".codes",
+    ".codebooks",
+    ".indices",
+    ".centroids.weight",
+    ".Qidxs",
+    ".trellis",
+];
+
+fn kind_of(name: &str, dtype: Dtype) -> Option<Kind> {
+    let has = |ends: &[&str]| ends.iter().any(|end| name.ends_with(end));
+    let fp8 = matches!(
+        dtype,
+        Dtype::F8_E4M3 | Dtype::F8_E5M2 | Dtype::F8_E4M3FNUZ | Dtype::F8_E5M2FNUZ | Dtype::F8_E8M0
+    );
+    if has(&[".qweight", ".qzeros", ".g_idx"]) {
+        Some(Kind::Packed)
+    } else if fp8 || has(&[".weight_scale_inv"]) {
+        Some(Kind::Fp8)
+    } else if has(&[".absmax", ".quant_map", ".SCB", ".nested_absmax"])
+        || name.contains(".quant_state.")
+    {
+        Some(Kind::BitsAndBytes)
+    } else if has(&OTHER_NAMES)
+        || (has(&[".weight", ".scales"]) && matches!(dtype, Dtype::I8 | Dtype::U8))
+    {
+        Some(Kind::Other)
+    } else {
+        None
+    }
+}

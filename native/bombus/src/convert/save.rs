@@ -1,0 +1,270 @@
+//! A model's checkpoint, written to another folder: all or nothing.
+
+use super::{Step, is_dense, is_packed, kept, steps, write};
+use crate::config::{Config, Quantization};
+use crate::error::{Error, Result};
+use crate::files::{self, NewFile, write_error};
+use crate::tensor_file::{INDEX, SINGLE, TensorFiles, is_shard, read_index};
+use serde_json::{Map, Value, json};
+use std::collections::BTreeSet;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+/// Writes the checkpoint of `from`, whose `config` and `tensors` these are, to `to`: quantized where
+/// there is a layout and it is dense, without tensors that no module takes, and with all files
+/// beside it that are no weights. `overwrite`: another model that is in `to` goes
+pub fn save(
+    from: &Path,
+    (config, tensors): (&Config, &TensorFiles),
+    layout: Option<Quantization>,
+    to: &Path,
+    overwrite: bool,
+) -> Result<()> {
+    let target = Target::prepare(from, to, overwrite)?;
+    let layout = layout.filter(|_| is_dense(config, tensors));
+    let quantization = match layout {
+        None if is_packed(tensors) => config.quantization,
+        layout => layout,
+    };
+    match steps(config, tensors, layout)?.or_else(|| without_left_out(config, tensors)) {
+        Some(steps) => {
+            let file = target.create(SINGLE)?;
+            write(&steps, tensors, file.file(), &to.join(SINGLE))?;
+            file.finish()?;
+        }
+        None => copy_tensors(from, tensors, &target)?,
+    }
+    write_config(from, config, quantization, &target)?;
+    copy_others(from, &target)?;
+    target.finish()
+}
+
+/// All tensors but those that are left out; none where that is all of them.
+fn without_left_out(config: &Config, tensors: &TensorFiles) -> Option<Vec<Step>> {
+    let step = |(name, view): (&str, _)| Step::copy(name, &view, view.dtype);
+    let all = tensors.names().all(|name| !config.leaves_out(name));
+    (!all).then(|| kept(config, tensors).map(step).collect())
+}
+
+fn copy_tensors(from: &Path, tensors: &TensorFiles, target: &Target) -> Result<()> {
+    let mut names = BTreeSet::new();
+    for path in tensors.paths() {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        target.copy(path, &name)?;
+        names.insert(name);
+    }
+    // An index that is left from before would be believed by others.
+    match read_index(&from.join(INDEX)) {
+        Ok(index) if index.keys().eq(&names) => target.copy(&from.join(INDEX), INDEX),
+        _ => Ok(()),
+    }
+}
+
+fn write_config(
+    from: &Path,
+    config: &Config,
+    quantization: Option<Quantization>,
+    target: &Target,
+) -> Result<()> {
+    let (from, name) = (from.join("config.json"), "config.json");
+    let left_from_before = config.quantization.is_none();
+    let mut fields: Map<String, Value> = files::json(&from, files::FIELDS, Error::Config)?;
+    // mlx-lm writes both, and reads the first.
+    let names = ["quantization", "quantization_config"];
+    let has_any = names.iter().any(|name| fields.contains_key(*name));
+    match quantization {
+        Some(Quantization { group_size, bits }) => {
+            let quantization = json!({"group_size": group_size, "bits": bits, "mode": "affine"});
+            for name in names {
+                fields.insert(name.into(), quantization.clone());
+            }
+        }
+        None if left_from_before && has_any => {
+            fields.retain(|name, _| !names.contains(&name.as_str()));
+        }
+        None => return target.copy(&from, name),
+    }
+    let mut file = target.create(name)?;
+    file.write(format!("{:#}\n", Value::Object(fields)).as_bytes())?;
+    file.finish()
+}
+
+/// Tokenizer, templates, model card: all that is no weights.
+fn copy_others(from: &Path, target: &Target) -> Result<()> {
+    let entries = fs::read_dir(from).map_err(|error| Error::io(from, &error))?;
+    for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if path.is_file() && name != "config.json" && !is_weights(&name) {
+            target.copy(&path, &name)?;
+        }
+    }
+    Ok(())
+}
+
+fn is_weights(name: &str) -> bool {
+    const ENDS: [&str; 14] = [
+        ".safetensors",
+        ".index.json",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".pkl",
+        ".gguf",
+        ".npz",
+        ".h5",
+        ".msgpack",
+        ".onnx",
+        ".incomplete",
+        ".part",
+    ];
+    let name = name.to_ascii_lowercase();
+    ENDS.iter().any(|end| name.ends_with(end))
+}
+
+/// A folder that is filled beside its files' places, which they take when all is there.
+struct Target {
+    to: PathBuf,
+    /// Within `to` where that is there, which may be on a disk of its own; else beside it.
+    staging: TempDir,
+    is_new: bool,
+    parents: Parents,
+}
+
+impl Target {
+    fn prepare(from: &Path, to: &Path, overwrite: bool) -> Result<Self> {
+        let there = fs::metadata(to).ok();
+        if there.as_ref().is_some_and(|there| !there.is_dir()) {
+            let message =
+                format!("could not write `{}`: expected a folder, it is a file", to.display());
+            return Err(Error::Io(message));
+        }
+        if let (Some(there), Ok(source)) = (&there, fs::metadata(from))
+            && (there.dev(), there.ino()) == (source.dev(), source.ino())
+        {
+            let message = "is where the model was loaded from: save it to another folder";
+            return Err(Error::Io(format!("`{}` {message}", to.display())));
+        }
+        if let Some(name) = there.as_ref().and_then(|_| model_in(to)).filter(|_| !overwrite) {
+            return Err(Error::AlreadyThere(format!(
+                "there is a model in `{}` (`{name}`): give `overwrite: true` to put another in its place",
+                to.display()
+            )));
+        }
+        let parent = to.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let parent = parent.unwrap_or(Path::new("."));
+        let is_new = there.is_none();
+        let parents = if is_new { Parents::create(parent)? } else { Parents::default() };
+        let staging = tempfile::Builder::new()
+            .prefix(".bombus-")
+            .suffix(".part")
+            .permissions(Permissions::from_mode(0o777))
+            .tempdir_in(if is_new { parent } else { to })
+            .map_err(|error| write_error(to, &error))?;
+        Ok(Self { to: to.to_owned(), staging, is_new, parents })
+    }
+
+    fn create(&self, name: &str) -> Result<NewFile> {
+        NewFile::create_as(&self.staging.path().join(name), &self.to.join(name))
+    }
+
+    fn copy(&self, from: &Path, name: &str) -> Result<()> {
+        let mut file = self.create(name)?;
+        file.copy(from)?;
+        file.finish()
+    }
+
+    fn finish(mut self) -> Result<()> {
+        let failed = |error: std::io::Error| write_error(&self.to, &error);
+        match self.is_new {
+            true => fs::rename(self.staging.path(), &self.to).map_err(failed)?,
+            false => self.put_files()?,
+        }
+        self.staging.disable_cleanup(self.is_new);
+        self.parents.keep();
+        Ok(())
+    }
+
+    /// Each file in the place of one that was there; what was the other model's goes.
+    fn put_files(&self) -> Result<()> {
+        let staged = names(self.staging.path())?;
+        if let Some(name) = staged.iter().find(|name| self.to.join(name).is_dir()) {
+            let path = self.to.join(name);
+            let message = format!("could not write `{}`: it is a folder", path.display());
+            return Err(Error::Io(message));
+        }
+        for name in &staged {
+            let path = self.to.join(name);
+            let put = fs::rename(self.staging.path().join(name), &path);
+            put.map_err(|error| write_error(&path, &error))?;
+        }
+        for name in names(&self.to)?.iter().filter(|name| is_of_model(name)) {
+            let path = self.to.join(name);
+            if !staged.contains(name) && !path.is_dir() {
+                fs::remove_file(&path).map_err(|error| write_error(&path, &error))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn names(folder: &Path) -> Result<BTreeSet<String>> {
+    let entries = fs::read_dir(folder).map_err(|error| Error::io(folder, &error))?;
+    Ok(entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
+}
+
+/// The file that tells that a model is in a folder.
+fn model_in(folder: &Path) -> Option<String> {
+    names(folder).ok()?.into_iter().find(|name| name == "config.json" || is_shard(name))
+}
+
+/// Files that would be taken for the new model's.
+fn is_of_model(name: &str) -> bool {
+    const NAMES: [&str; 12] = [
+        "config.json",
+        "generation_config.json",
+        INDEX,
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "chat_template.jinja",
+        "chat_template.json",
+    ];
+    is_shard(name) || NAMES.contains(&name)
+}
+
+/// The folders above that had to be made, which go again where nothing comes of it.
+#[derive(Default)]
+struct Parents(Vec<PathBuf>);
+
+impl Parents {
+    fn create(folder: &Path) -> Result<Self> {
+        let missing = folder.ancestors().filter(|folder| !folder.as_os_str().is_empty());
+        let mut missing: Vec<_> = missing.take_while(|folder| !folder.exists()).collect();
+        missing.reverse();
+        let mut made = Self::default();
+        for folder in missing {
+            fs::create_dir(folder).map_err(|error| write_error(folder, &error))?;
+            made.0.push(folder.to_owned());
+        }
+        Ok(made)
+    }
+
+    fn keep(&mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for Parents {
+    fn drop(&mut self) {
+        for folder in self.0.iter().rev() {
+            _ = fs::remove_dir(folder);
+        }
+    }
+}
