@@ -9,15 +9,16 @@ defmodule Bombus.Safetensors do
       :ok = Bombus.Safetensors.write("copy.safetensors", tensors)
 
   A path is a file, or a folder with a checkpoint: `model.safetensors`, or the shards that
-  `model.safetensors.index.json` names. The safetensors crate checks every header.
+  `model.safetensors.index.json` names, or else every `model*.safetensors`. The safetensors crate checks
+  every header.
 
   Files are mapped, and a tensor's binary is where it lies in the file: reading a checkpoint of many
   gigabytes takes milliseconds, and memory only for what is looked at. Where a file is written to
   while its tensors are in use, their bytes are of both versions, and zeros where it has become
   shorter: write to another file, and rename it.
 
-  Errors are `{:error, %Bombus.Error{reason: reason}}` with `:not_found`, `:io`, or `:bad_checkpoint`
-  for what is no such file.
+  Errors are `{:error, %Bombus.Error{reason: reason}}` with `:not_found`, `:io`, `:disk_full`, or
+  `:bad_checkpoint` for what is no such file.
   """
 
   alias Bombus.{Error, Native, Options, Tensor}
@@ -112,7 +113,8 @@ defmodule Bombus.Safetensors do
   end
 
   @doc """
-  Writes tensors, Nx's or `Bombus.Tensor`s, to a file, which is there when it is whole.
+  Writes tensors, Nx's or `Bombus.Tensor`s, to a file, which is there when it is whole: it is written beside
+  its place and renamed. A link in its place is replaced, and what it points to is left alone.
 
   ## Options
 

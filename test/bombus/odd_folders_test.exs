@@ -287,6 +287,13 @@ defmodule Bombus.OddFoldersTest do
       end
     end
 
+    test "a generation_config.json that is no JSON says nothing, as in mlx-lm", %{folder: folder} do
+      for text <- ["", "{", "<html>"] do
+        File.write!(Path.join(folder, "generation_config.json"), text)
+        assert scores(folder) == expected()
+      end
+    end
+
     test "NaN and Infinity are read as Python writes them", %{folder: folder} do
       path = Path.join(folder, "config.json")
       text = path |> File.read!() |> String.replace_prefix("{", ~s({"a": NaN, "b": [-Infinity],))

@@ -19,7 +19,9 @@ defmodule Bombus.SaveModelTest do
   defp add(folder, tensors), do: Fixtures.edit_tensor_list(folder, @tensors, &(tensors ++ &1))
 
   defp contents(folder) do
-    for name <- File.ls!(folder), into: %{}, do: {name, File.read!(Path.join(folder, name))}
+    for path <- Path.wildcard(folder <> "/**"), File.regular?(path), into: %{} do
+      {Path.relative_to(path, folder), File.read!(path)}
+    end
   end
 
   # What mlx-lm says of a checkpoint: "ok", or why it refuses it.
@@ -96,6 +98,8 @@ defmodule Bombus.SaveModelTest do
       target = copy("f32-three-shards", dir)
       File.write!(Path.join(target, "notes.md"), "mine")
       File.write!(Path.join(target, "chat_template.jinja"), "theirs")
+      File.mkdir_p!(Path.join(target, "additional_chat_templates"))
+      File.write!(Path.join(target, "additional_chat_templates/tool.jinja"), "theirs")
       before = contents(target)
 
       assert {:error, %Error{reason: :already_there} = error} = Bombus.save_model(model, target)
@@ -145,11 +149,14 @@ defmodule Bombus.SaveModelTest do
       )
 
       File.write!(Path.join(folder, "tokenizer.model"), "kept")
+      File.mkdir_p!(Path.join(folder, "additional_chat_templates"))
+      File.write!(Path.join(folder, "additional_chat_templates/tool.jinja"), "kept")
       saved = Path.join(dir, "saved")
       :ok = Bombus.save_model(Bombus.load_model!(folder), saved)
 
-      assert Enum.sort(File.ls!(saved)) ==
-               ~w(config.json expected.json model.safetensors tokenizer.model)
+      assert Enum.sort(Map.keys(contents(saved))) ==
+               ~w(additional_chat_templates/tool.jinja config.json expected.json model.safetensors
+                  tokenizer.model)
     end
 
     test "a configuration loses a quantization that is left from before", %{tmp_dir: dir} do

@@ -40,7 +40,9 @@ impl Array {
     /// The last axis, and how many rows of it there are.
     fn matrix(&self) -> (usize, usize) {
         let columns = self.shape.last().copied().unwrap_or(0);
-        (self.shape.iter().rev().skip(1).product(), columns)
+        // Without numbers, the axes may have any size.
+        let rows = self.shape.iter().rev().skip(1).fold(1usize, |n, axis| n.saturating_mul(*axis));
+        (rows, columns)
     }
 }
 
@@ -112,7 +114,7 @@ pub fn quantize(device: Device, w: &Array, scheme: Scheme) -> Result<Quantized> 
     scheme.check()?;
     let (rows, columns) = w.matrix();
     let group_size = scheme.layout.group_size;
-    if w.shape.len() < 2 || rows * columns == 0 || !columns.is_multiple_of(group_size) {
+    if w.shape.len() < 2 || w.bytes.is_empty() || !columns.is_multiple_of(group_size) {
         return Err(Error::Request(format!(
             "expected a matrix whose rows are groups of {group_size}, got one of shape {:?}",
             w.shape
@@ -178,7 +180,8 @@ fn check_quantized(matrix: &Quantized, scheme: Scheme) -> Result<()> {
     scheme.check()?;
     let Quantization { group_size, bits } = scheme.layout;
     let Quantized { weight, scales, biases } = matrix;
-    let packed = scales.shape_with_last(scales.matrix().1 * group_size * bits / 32);
+    let columns = scales.matrix().1.checked_mul(group_size * bits).map_or(0, |bits| bits / 32);
+    let packed = scales.shape_with_last(columns);
     let whole = match (scheme.mode, biases) {
         (Mode::Affine, Some(biases)) => {
             matches!(scales.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
@@ -187,7 +190,10 @@ fn check_quantized(matrix: &Quantized, scheme: Scheme) -> Result<()> {
         (Mode::Affine, None) => false,
         (_, biases) => scales.dtype == Dtype::U8 && biases.is_none(),
     };
-    let fits = weight.dtype == Dtype::U32 && weight.shape == packed && scales.shape.len() >= 2;
+    let fits = weight.dtype == Dtype::U32
+        && weight.shape == packed
+        && scales.shape.len() >= 2
+        && !scales.bytes.is_empty();
     match whole && fits {
         true => Ok(()),
         false => {

@@ -41,9 +41,12 @@ impl Config {
     pub fn open(folder: &Path) -> Result<Self> {
         let fields = Fields::open(&folder.join("config.json"))?;
         let generation_path = folder.join("generation_config.json");
-        let generation = match generation_path.exists() {
-            true => Fields::open(&generation_path)?,
-            false => Fields { path: generation_path, map: Map::new() },
+        let none = || Fields { path: generation_path.clone(), map: Map::new() };
+        let generation = match generation_path.exists().then(|| Fields::open(&generation_path)) {
+            Some(Err(error)) if !matches!(error, Error::Config(_)) => return Err(error),
+            // As in mlx-lm and transformers: one that is no JSON says nothing.
+            Some(generation) => generation.unwrap_or_else(|_| none()),
+            None => none(),
         };
         Self::parse(&fields, generation)
     }

@@ -93,15 +93,28 @@ fn write_config(
 
 /// Tokenizer, templates, model card: all that is no weights.
 fn copy_others(from: &Path, target: &Target) -> Result<()> {
-    let entries = fs::read_dir(from).map_err(|error| Error::io(from, &error))?;
-    for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    for name in names(from)? {
+        let path = from.join(&name);
         if path.is_file() && name != "config.json" && !is_weights(&name) {
             target.copy(&path, &name)?;
         }
     }
+    let templates = from.join(TEMPLATES);
+    if !templates.is_dir() {
+        return Ok(());
+    }
+    target.create_folder(TEMPLATES)?;
+    for name in names(&templates)? {
+        let path = templates.join(&name);
+        if path.is_file() {
+            target.copy(&path, &format!("{TEMPLATES}/{name}"))?;
+        }
+    }
     Ok(())
 }
+
+/// The folder in which transformers keeps templates that have names.
+const TEMPLATES: &str = "additional_chat_templates";
 
 fn is_weights(name: &str) -> bool {
     const ENDS: [&str; 14] = [
@@ -130,6 +143,7 @@ struct Target {
     /// Within `to` where that is there, which may be on a disk of its own; else beside it.
     staging: TempDir,
     is_new: bool,
+    overwrite: bool,
     parents: Parents,
 }
 
@@ -163,11 +177,16 @@ impl Target {
             .permissions(Permissions::from_mode(0o777))
             .tempdir_in(if is_new { parent } else { to })
             .map_err(|error| write_error(to, &error))?;
-        Ok(Self { to: to.to_owned(), staging, is_new, parents })
+        Ok(Self { to: to.to_owned(), staging, is_new, overwrite, parents })
     }
 
     fn create(&self, name: &str) -> Result<NewFile> {
         NewFile::create_as(&self.staging.path().join(name), &self.to.join(name))
+    }
+
+    fn create_folder(&self, name: &str) -> Result<()> {
+        let made = fs::create_dir(self.staging.path().join(name));
+        made.map_err(|error| write_error(&self.to.join(name), &error))
     }
 
     fn copy(&self, from: &Path, name: &str) -> Result<()> {
@@ -190,23 +209,34 @@ impl Target {
     /// Each file in the place of one that was there; what was the other model's goes.
     fn put_files(&self) -> Result<()> {
         let staged = names(self.staging.path())?;
-        if let Some(name) = staged.iter().find(|name| self.to.join(name).is_dir()) {
+        let is_folder = |name: &&String| *name != TEMPLATES && self.to.join(name).is_dir();
+        if let Some(name) = staged.iter().find(is_folder) {
             let path = self.to.join(name);
             let message = format!("could not write `{}`: it is a folder", path.display());
             return Err(Error::Io(message));
+        }
+        if staged.contains(TEMPLATES) || self.overwrite {
+            self.remove(TEMPLATES)?;
         }
         for name in &staged {
             let path = self.to.join(name);
             let put = fs::rename(self.staging.path().join(name), &path);
             put.map_err(|error| write_error(&path, &error))?;
         }
-        for name in names(&self.to)?.iter().filter(|name| is_of_model(name)) {
-            let path = self.to.join(name);
-            if !staged.contains(name) && !path.is_dir() {
-                fs::remove_file(&path).map_err(|error| write_error(&path, &error))?;
-            }
-        }
-        Ok(())
+        let there = if self.overwrite { names(&self.to)? } else { BTreeSet::new() };
+        let left = there.iter().filter(|name| is_of_model(name) && !staged.contains(*name));
+        left.into_iter().try_for_each(|name| self.remove(name))
+    }
+
+    /// Removes a file of the model that was there, or its folder of templates.
+    fn remove(&self, name: &str) -> Result<()> {
+        let path = self.to.join(name);
+        let removed = match fs::symlink_metadata(&path) {
+            Ok(there) if there.is_dir() && name == TEMPLATES => fs::remove_dir_all(&path),
+            Ok(there) if !there.is_dir() => fs::remove_file(&path),
+            _ => Ok(()),
+        };
+        removed.map_err(|error| write_error(&path, &error))
     }
 }
 
