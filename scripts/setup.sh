@@ -10,7 +10,7 @@ tools=$root/.toolchain
 case $root in *[[:space:]]*) echo "setup: move this folder to a path without spaces: $root" >&2; exit 1 ;; esac
 mkdir -p "$tools"
 [ -e "$tools/env" ] || cat <<'END'
-setup: the first time takes about ten minutes on two cores: what Bombus is built with is fetched
+setup: the first time takes five to ten minutes on two cores: what Bombus is built with is fetched
 setup: into .toolchain (half a gigabyte), then cargo builds the engine. After that, seconds.
 END
 

@@ -130,4 +130,51 @@ defmodule Mix.Tasks.Bombus.ChatTest do
   test "it says what it is" do
     assert capture_io(fn -> Chat.run(["-h"]) end) =~ "/adapter NAME"
   end
+
+  @python System.find_executable("python3")
+
+  describe "in a terminal" do
+    @describetag skip: if(@python == nil, do: "there is no python3, which has terminals")
+
+    # Python copies between its own streams and a terminal that it makes.
+    defp terminal(arguments) do
+      spawn = "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)"
+      mix = System.find_executable("mix")
+      arguments = ["-c", spawn, mix, "bombus.chat", "--device", "cpu" | arguments]
+      port = Port.open({:spawn_executable, @python}, [:binary, :exit_status, args: arguments])
+      {:os_pid, os_pid} = Port.info(port, :os_pid)
+      on_exit(fn -> System.cmd("kill", ["-KILL", "#{os_pid}"], stderr_to_stdout: true) end)
+      port
+    end
+
+    defp wait_for(port, words, seen \\ "") do
+      if String.contains?(seen, words) do
+        seen
+      else
+        receive do
+          {^port, {:data, bytes}} -> wait_for(port, words, seen <> bytes)
+          {^port, {:exit_status, status}} -> flunk("it ended with #{status}: #{seen}")
+        after
+          30_000 -> flunk("no #{inspect(words)} in: #{seen}")
+        end
+      end
+    end
+
+    test "Ctrl-C stops an answer, not the conversation" do
+      # So hot that it has more than a thousand tokens.
+      port = terminal(~w(--temperature 8 --seed 4 --max-new-tokens 2000))
+      wait_for(port, "> ")
+      Port.command(port, "half a line\x03")
+      wait_for(port, "/quit or Ctrl-D")
+      Port.command(port, "Write\n")
+      wait_for(port, "Write\r\n")
+      assert_receive {^port, {:data, _text}}, 30_000
+      Port.command(port, "\x03")
+      assert wait_for(port, " [stopped]") |> String.length() < 20_000
+      Port.command(port, "/adapter\n")
+      wait_for(port, "* none")
+      Port.command(port, "/quit\n")
+      assert_receive {^port, {:exit_status, 0}}, 30_000
+    end
+  end
 end

@@ -73,7 +73,9 @@ defmodule Mix.Tasks.Compile.BombusNative do
 
   defp announce(native) do
     unless File.dir?(Path.join(native, "target/release")) do
-      Mix.shell().info("Building the engine with cargo: some minutes, the first time")
+      Mix.shell().info(
+        "Building the engine with cargo: about five minutes on two cores, the first time"
+      )
     end
   end
 
