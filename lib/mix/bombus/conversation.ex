@@ -223,6 +223,11 @@ defmodule Mix.Bombus.Conversation do
     end
   end
 
+  defp failed(state, %Error{reason: :prompt_too_long} = error) do
+    problem(error.message <> " (/reset begins a new conversation)")
+    %{state | failed?: true}
+  end
+
   defp failed(state, error) do
     problem(Exception.message(error))
     %{state | failed?: true}

@@ -14,17 +14,35 @@ defmodule Bombus.Training.LoRA.Data do
     options = Options.validate!(options, :prepare)
     contents!(contents)
     dir!(dir)
-    spool = part(dir, "rows")
+    made? = not File.dir?(dir)
 
     try do
-      contents
-      |> Stream.with_index(1)
-      |> Enum.reduce(start(spool, options), &take/2)
-      |> write(dir)
+      ok!(File.mkdir_p(dir))
+      with_file(part(dir, "rows"), [:read, :write], &prepare_in(&1, contents, dir, options))
     catch
       {:io, reason} -> io(dir, reason)
     after
-      File.rm(spool)
+      # What is not empty stays.
+      if made?, do: File.rmdir(dir)
+    end
+  end
+
+  defp prepare_in(spool, contents, dir, options) do
+    contents
+    |> Stream.with_index(1)
+    |> Enum.reduce(start(spool, options), &take/2)
+    |> write(dir)
+  end
+
+  # A file of its own, which is closed and gone afterwards, unless it was renamed.
+  defp with_file(path, modes, fun) do
+    file = ok!(:file.open(path, [:exclusive, :raw, :binary | modes]))
+
+    try do
+      fun.(file)
+    after
+      :file.close(file)
+      File.rm(path)
     end
   end
 
@@ -46,7 +64,6 @@ defmodule Bombus.Training.LoRA.Data do
   defp start(spool, options) do
     %{
       spool: spool,
-      file: nil,
       options: options,
       random: :rand.seed_s(:exsss, options.shuffle_seed),
       size: 0,
@@ -60,7 +77,7 @@ defmodule Bombus.Training.LoRA.Data do
   defp take({row, number}, state) do
     with {:ok, object} <- Row.conversation(row, state.options),
          {:ok, line} <- line(object) do
-      keep(open(state), line)
+      keep(state, line)
     else
       {:skip, reason} -> skip(state, number, reason)
     end
@@ -72,16 +89,8 @@ defmodule Bombus.Training.LoRA.Data do
     _error -> {:skip, "it has something that is no JSON"}
   end
 
-  # The folder is made for the first row.
-  defp open(%{file: nil} = state) do
-    ok!(File.mkdir_p(Path.dirname(state.spool)))
-    %{state | file: ok!(:file.open(state.spool, [:read, :write, :exclusive, :raw, :binary]))}
-  end
-
-  defp open(state), do: state
-
   defp keep(state, line) do
-    ok!(:file.pwrite(state.file, state.size, line))
+    ok!(:file.pwrite(state.spool, state.size, line))
     {key, random} = :rand.uniform_s(state.random)
     place = {key, state.size, byte_size(line)}
     size = state.size + byte_size(line)
@@ -102,19 +111,16 @@ defmodule Bombus.Training.LoRA.Data do
     Error.error(:no_valid_content, "there is no row to train with" <> why(report(state, 0, 0)))
   end
 
+  # Both are whole before the first takes the place of an earlier one.
   defp write(state, dir) do
     {train, valid} = split(Enum.sort(state.places), state.options.split_ratio)
-    # Both are whole before the first takes the place of an earlier one.
-    parts =
-      for {name, places} <- [train: train, valid: valid], do: {name, part(dir, name), places}
 
-    try do
-      for {_name, part, places} <- parts, do: copy(state.file, part, places)
-      for {name, part, _places} <- parts, do: ok!(File.rename(part, jsonl(dir, name)))
-    after
-      :file.close(state.file)
-      for {_name, part, _places} <- parts, do: File.rm(part)
-    end
+    filled(part(dir, "train"), state.spool, train, fn train_part ->
+      filled(part(dir, "valid"), state.spool, valid, fn valid_part ->
+        ok!(File.rename(train_part, Path.join(dir, "train.jsonl")))
+        ok!(File.rename(valid_part, Path.join(dir, "valid.jsonl")))
+      end)
+    end)
 
     {:ok, report(state, length(train), length(valid))}
   end
@@ -126,15 +132,17 @@ defmodule Bombus.Training.LoRA.Data do
     Enum.split(places, (count * ratio) |> round() |> max(1) |> min(most))
   end
 
-  defp copy(spool, part, places) do
-    file = ok!(:file.open(part, [:write, :exclusive, :raw, :binary, :delayed_write]))
+  # Runs the function while the path holds the rows of these places.
+  defp filled(path, spool, places, fun) do
+    with_file(path, [:write, :delayed_write], fn file ->
+      for {_key, place, size} <- places do
+        ok!(:file.write(file, ok!(:file.pread(spool, place, size))))
+      end
 
-    for {_key, place, size} <- places do
-      ok!(:file.write(file, ok!(:file.pread(spool, place, size))))
-    end
-
-    # What was delayed may fail only now.
-    ok!(:file.close(file))
+      # What was delayed may fail only now.
+      ok!(:file.close(file))
+      fun.(path)
+    end)
   end
 
   defp report(state, train, valid) do
@@ -155,8 +163,6 @@ defmodule Bombus.Training.LoRA.Data do
     counted = Enum.map_join(reasons, "; ", fn {reason, count} -> "#{reason} (#{count})" end)
     "; rows left out: #{skipped}, the first of them row #{first.row}: #{counted}"
   end
-
-  defp jsonl(dir, name), do: Path.join(dir, "#{name}.jsonl")
 
   defp part(dir, name) do
     Path.join(dir, ".#{name}.#{System.pid()}-#{System.unique_integer([:positive])}.part")
