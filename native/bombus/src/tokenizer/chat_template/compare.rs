@@ -22,6 +22,7 @@ pub fn equal(limits: &Limits, left: &Value, right: &Value) -> Outcome<bool> {
                 return Ok(false);
             }
             for (key, (_, value)) in &left.entries {
+                limits.read(key.size())?;
                 match right.entries.get(key) {
                     Some((_, other)) if equal(limits, value, other)? => {}
                     _different => return Ok(false),
@@ -113,7 +114,7 @@ pub fn contains(limits: &Limits, container: &Value, value: &Value) -> Outcome<bo
     match container {
         Value::Text(text) => match value {
             Value::Text(part) => {
-                limits.read(text.len())?;
+                limits.read(text.len() + part.len())?;
                 Ok(text.contains(&**part))
             }
             Value::Undefined(_) => fail!("'in <string>' requires a string, not Undefined"),

@@ -227,7 +227,7 @@ fn map(renderer: &mut Renderer, value: &Value, mut given: Given) -> Outcome<Valu
         let name = given.positional.remove(0);
         let name = text(&name)?;
         for item in &items.items {
-            renderer.limits.steps(1)?;
+            renderer.limits.steps(1 + given.count())?;
             mapped.push(renderer.filter(name, item, given.clone())?);
         }
     }
@@ -245,6 +245,7 @@ fn select(
     let test = if given.positional.is_empty() { None } else { Some(given.positional.remove(0)) };
     let mut selected = vec![];
     for item in &items.items {
+        renderer.limits.steps(1 + given.count())?;
         let tested = match attribute {
             Some(attribute) => by_path(&renderer.limits, item, attribute, None)?,
             None => item.clone(),
@@ -274,6 +275,7 @@ pub fn by_path(
             index => member::item(limits, value, index),
         };
     };
+    limits.read(path.len())?;
     let mut value = value.clone();
     for part in path.split('.') {
         limits.steps(1)?;

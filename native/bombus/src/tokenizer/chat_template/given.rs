@@ -11,6 +11,10 @@ pub struct Given {
 }
 
 impl Given {
+    pub fn count(&self) -> usize {
+        self.positional.len() + self.keywords.len()
+    }
+
     /// The values of these parameters. A name that begins with `/` takes no keyword, as in
     /// Python's own signatures.
     pub fn bind<const N: usize>(mut self, names: [&str; N]) -> Outcome<[Option<Value>; N]> {

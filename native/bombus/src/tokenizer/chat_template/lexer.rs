@@ -17,6 +17,8 @@ pub enum Token {
     Operator(&'static str),
 }
 
+const LONGEST_NAME: usize = 1_000;
+
 /// The longest first.
 const OPERATORS: [&str; 26] = [
     "**", "//", "==", "!=", ">=", "<=", "+", "-", "/", "*", "%", "~", "[", "]", "(", ")", "{", "}",
@@ -169,6 +171,9 @@ impl<'a> Lexer<'a> {
         } else if first == '_' || first.is_alphanumeric() {
             let length = self.rest.find(|c: char| c != '_' && !c.is_alphanumeric());
             let name = self.take(length.unwrap_or(self.rest.len()));
+            if name.len() > LONGEST_NAME {
+                fail!("a name is longer than {LONGEST_NAME} bytes");
+            }
             self.push(Token::Name(name.to_owned()));
         } else if matches!(first, '\'' | '"') {
             self.string(first)?;

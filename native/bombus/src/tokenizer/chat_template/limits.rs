@@ -12,8 +12,9 @@ pub const STACK: usize = 64 << 20;
 /// A long conversation takes some hundred steps a message.
 const STEPS: u64 = 20_000_000;
 const BYTES: u64 = 128 << 20;
-/// What one byte of the conversation adds to both.
-const PER_BYTE: u64 = 32;
+/// What one byte of the conversation adds to them.
+const STEPS_PER_BYTE: u64 = 8;
+const BYTES_PER_BYTE: u64 = 32;
 /// How many bytes are copied or read for one step.
 const BYTES_PER_STEP: u64 = 32;
 
@@ -27,10 +28,10 @@ pub struct Limits {
 impl Limits {
     /// `input`: bytes of the conversation and its options
     pub fn new(input: usize) -> Self {
-        let more = (input as u64).saturating_mul(PER_BYTE);
+        let more = |each: u64| (input as u64).saturating_mul(each);
         Self {
-            steps: Cell::new(STEPS.saturating_add(more)),
-            bytes: Cell::new(BYTES.saturating_add(more)),
+            steps: Cell::new(STEPS.saturating_add(more(STEPS_PER_BYTE))),
+            bytes: Cell::new(BYTES.saturating_add(more(BYTES_PER_BYTE))),
             level: Cell::new(0),
         }
     }

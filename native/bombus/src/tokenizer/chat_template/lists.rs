@@ -28,7 +28,10 @@ pub fn apply(limits: &Limits, name: &str, value: &Value, given: Given) -> Outcom
         }
         "last" => {
             given.none()?;
-            let last = reversible(limits, value)?.last().cloned();
+            if matches!(value, Value::Iterator(_)) {
+                fail!("'generator' object is not reversible");
+            }
+            let last = value.items(limits)?.items.last().cloned();
             Ok(last.unwrap_or_else(|| Value::undefined("No last item, sequence was empty.")))
         }
         "reverse" => {
@@ -44,14 +47,6 @@ pub fn apply(limits: &Limits, name: &str, value: &Value, given: Given) -> Outcom
         "groupby" => group_by(limits, value, given),
         "batch" => batch(limits, value, given),
         _slice => slice(limits, value, given),
-    }
-}
-
-/// A generator cannot be read from its end.
-fn reversible(limits: &Limits, value: &Value) -> Outcome<Vec<Value>> {
-    match value {
-        Value::Iterator(_) => fail!("'generator' object is not reversible"),
-        other => Ok(other.items(limits)?.items.clone()),
     }
 }
 

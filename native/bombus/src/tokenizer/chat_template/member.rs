@@ -18,6 +18,7 @@ const LIST_CHANGES: [&str; 8] =
     ["append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort"];
 
 pub fn attribute(limits: &Limits, value: &Value, name: &Name) -> Outcome<Value> {
+    limits.read(name.len())?;
     if let Value::Undefined(message) = value {
         fail!("{message}");
     }
@@ -25,7 +26,7 @@ pub fn attribute(limits: &Limits, value: &Value, name: &Name) -> Outcome<Value> 
         return Ok(found);
     }
     let found = operators::item(limits, value, &Value::Text(name.clone()))?;
-    Ok(found.unwrap_or_else(|| missing(value, name)))
+    found.map_or_else(|| missing(limits, value, name), Ok)
 }
 
 pub fn item(limits: &Limits, value: &Value, key: &Value) -> Outcome<Value> {
@@ -33,15 +34,23 @@ pub fn item(limits: &Limits, value: &Value, key: &Value) -> Outcome<Value> {
         return Ok(found);
     }
     if let Value::Text(name) = key {
-        return Ok(own_attribute(limits, value, name)?.unwrap_or_else(|| missing(value, name)));
+        limits.read(name.len())?;
+        let found = own_attribute(limits, value, name)?;
+        return found.map_or_else(|| missing(limits, value, name), Ok);
     }
     let key = repr(limits, key)?;
-    Ok(Value::Undefined(format!("{} has no element {key}", value.object_name()).into()))
+    undefined(limits, format!("{} has no element {key}", value.object_name()))
 }
 
-fn missing(value: &Value, name: &str) -> Value {
+fn missing(limits: &Limits, value: &Value, name: &str) -> Outcome<Value> {
+    let shown: String = name.chars().take(100).collect();
     let object = quoted(&value.object_name());
-    Value::Undefined(format!("{object} has no attribute {}", quoted(name)).into())
+    undefined(limits, format!("{object} has no attribute {}", quoted(&shown)))
+}
+
+pub fn undefined(limits: &Limits, message: String) -> Outcome<Value> {
+    limits.bytes(message.len())?;
+    Ok(Value::Undefined(message.into()))
 }
 
 /// What the value's Python class has, before its items are looked at.
@@ -55,7 +64,7 @@ fn own_attribute(limits: &Limits, value: &Value, name: &Name) -> Outcome<Option<
     if name.starts_with("__") || changes.contains(&name_str) {
         let kind = value.type_name();
         let message = format!("access to attribute '{name}' of '{kind}' object is unsafe.");
-        return Ok(Some(Value::Undefined(message.into())));
+        return undefined(limits, message).map(Some);
     }
     let is_method = match value {
         Value::Text(_) => strings::METHODS.contains(&name_str),
@@ -69,6 +78,7 @@ fn own_attribute(limits: &Limits, value: &Value, name: &Name) -> Outcome<Option<
         _none => false,
     };
     if is_method {
+        limits.bytes(size_of::<Method>())?;
         let method = Method { value: value.clone(), name: name.clone() };
         return Ok(Some(Value::Method(Rc::new(method))));
     }

@@ -7,6 +7,9 @@ use super::operators;
 use super::value::Value;
 
 pub fn apply(limits: &Limits, name: &str, value: &Value, given: Given) -> Outcome<Value> {
+    if let Value::Text(text) = value {
+        limits.read(text.len())?;
+    }
     match name {
         "abs" => {
             given.none()?;

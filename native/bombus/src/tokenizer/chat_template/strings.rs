@@ -272,7 +272,9 @@ fn title(value: &str) -> String {
 fn strip(limits: &Limits, value: &str, name: &str, given: Given) -> Outcome<Value> {
     let [chars] = given.bind(["/"])?;
     let chars = chars.filter(|chars| !matches!(chars, Value::None));
-    made(limits, stripped(value, name, chars.as_ref().map(text).transpose()?).to_owned())
+    let chars = chars.as_ref().map(text).transpose()?;
+    limits.bytes(chars.map_or(0, |chars| chars.len() * size_of::<Value>()))?;
+    made(limits, stripped(value, name, chars).to_owned())
 }
 
 pub fn stripped<'a>(value: &'a str, name: &str, chars: Option<&str>) -> &'a str {
@@ -290,6 +292,7 @@ fn split(limits: &Limits, value: &str, from_end: bool, given: Given) -> Outcome<
         None => texts(limits, words(value, most)),
         Some(separator) => {
             let separator = text(&separator)?;
+            limits.read(separator.len())?;
             if separator.is_empty() {
                 fail!("empty separator");
             }
@@ -351,6 +354,7 @@ pub fn lines(value: &str, keep: bool) -> Vec<&str> {
 fn partition(limits: &Limits, value: &str, name: &str, given: Given) -> Outcome<Value> {
     let separator = given.one()?;
     let separator = text(&separator)?;
+    limits.read(separator.len())?;
     if separator.is_empty() {
         fail!("empty separator");
     }
@@ -390,6 +394,9 @@ fn affix(limits: &Limits, value: &str, prefix: bool, given: Given) -> Outcome<Va
         return Ok(Value::Bool(false));
     };
     let is = |affix: &str| if prefix { value.starts_with(affix) } else { value.ends_with(affix) };
+    if let Value::Text(affix) = &affix {
+        limits.read(affix.len())?;
+    }
     let Value::Tuple(options) = &affix else { return Ok(Value::Bool(is(text(&affix)?))) };
     for option in &options.items {
         let option = text(option)?;
@@ -428,6 +435,7 @@ fn count(limits: &Limits, value: &str, given: Given) -> Outcome<Value> {
 
 /// At most so many times; all of them where the number is negative.
 pub fn replace(limits: &Limits, value: &str, old: &str, new: &str, times: i128) -> Outcome<String> {
+    limits.read(old.len())?;
     let most = usize::try_from(times).unwrap_or(usize::MAX);
     let mut writer = Writer::new(limits);
     let mut last = 0;
@@ -441,7 +449,7 @@ pub fn replace(limits: &Limits, value: &str, old: &str, new: &str, times: i128) 
 }
 
 pub fn pad(limits: &Limits, value: &str, name: &str, width: i128, fill: &str) -> Outcome<Value> {
-    if fill.chars().count() != 1 {
+    if fill.chars().nth(1).is_some() || fill.is_empty() {
         fail!("the fill character must be exactly one character long");
     }
     let length = value.chars().count();

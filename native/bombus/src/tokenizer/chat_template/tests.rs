@@ -69,6 +69,11 @@ fn hostile_templates_end_in_errors() {
             "{{% set n = namespace(x=[], y=[]) %}}{{% for i in range(200) %}}{{% set n.x = [n.x, n.x] %}}{{% set n.y = [n.y, n.y] %}}{{% endfor %}}{end}"
         )
     };
+    let big = |step: &str| {
+        format!(
+            "{{% set n = namespace(x='y' * 9999999) %}}{{% for a in range(99999) %}}{step}{{% endfor %}}"
+        )
+    };
     let hostile = [
         format!("{{{{ {}1 }}}}", long("-", 60_000)),
         format!("{{{{ {}1 }}}}", long("not ", 60_000)),
@@ -130,6 +135,18 @@ fn hostile_templates_end_in_errors() {
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}".into(),
         "{% for a in range(99999) %}{{ range(99999) | list | length }}{% endfor %}".into(),
         "{% for a in range(99999) %}{{ 'x' * 999 }}{% endfor %}{% for a in range(9999) %}{{ 'x' * 99999 }}{% endfor %}".into(),
+        big("{{ 'a'.strip(n.x) }}"),
+        big("{{ 'a'.split(n.x) }}"),
+        big("{{ 'a' | replace(n.x, 'b') }}"),
+        big("{{ n.x in n.x }}"),
+        big("{{ n.x | int }}"),
+        big("{{ {n.x: 1} == {n.x: 1} }}"),
+        big("{{ messages[0][n.x] is defined }}"),
+        big("{{ 'a' | center(n.x | length) | length }}"),
+        big("{{ n.x % 1 }}"),
+        "{% set n = range(99999) | list %}{% for a in n %}{{ n | last }}{{ n | reverse | first }}{% endfor %}".into(),
+        "{% set n = ['a.' * 9999] %}{% for a in range(99999) %}{{ n | map(attribute=n[0]) | list | length }}{% endfor %}".into(),
+        format!("{{% for a in range(99999) %}}{{% set {} = 1 %}}{{% endfor %}}", long("a", 99_999)),
     ];
     for template in hostile {
         let shown: String = template.chars().take(200).collect();

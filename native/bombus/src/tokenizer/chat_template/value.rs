@@ -165,6 +165,17 @@ impl Key {
     }
 }
 
+impl Key {
+    /// About how many bytes are read to find it.
+    pub fn size(&self) -> usize {
+        match self {
+            Self::Text(text) => text.len(),
+            Self::Tuple(keys) => keys.iter().map(Self::size).sum::<usize>() + keys.len(),
+            _number => 1,
+        }
+    }
+}
+
 fn float_key(value: f64) -> Key {
     let whole = value as i128;
     if whole as f64 == value && whole != i128::MAX {

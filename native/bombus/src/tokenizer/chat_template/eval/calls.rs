@@ -65,6 +65,8 @@ impl Renderer {
         let scope = Scope::inside(&closure.scope);
         let count = definition.parameters.len();
         let rest = given.positional.split_off(given.positional.len().min(count));
+        // Each parameter may look at each keyword.
+        self.limits.steps((count + 1).saturating_mul(given.keywords.len() + 1))?;
         let mut keyword = |name: &str| {
             let at = given.keywords.iter().position(|(known, _)| &**known == name)?;
             Some(given.keywords.remove(at).1)
@@ -79,11 +81,11 @@ impl Renderer {
                     None => Value::Undefined(format!("parameter '{name}' was not provided").into()),
                 },
             };
-            scope.set(name, value);
+            scope.set(&self.limits, name, value)?;
         }
         if definition.caller {
             let caller = keyword("caller").unwrap_or_else(|| Value::undefined("No caller defined"));
-            scope.set(&"caller".into(), caller);
+            scope.set(&self.limits, &"caller".into(), caller)?;
         }
         let keywords = std::mem::take(&mut given.keywords);
         self.extra_arguments(definition, rest, keywords, &scope)?;
@@ -108,10 +110,12 @@ impl Renderer {
         }
         if definition.kwargs {
             let pairs = keywords.into_iter().map(|(name, value)| (Value::Text(name), value));
-            scope.set(&"kwargs".into(), Value::dict(&self.limits, pairs.collect())?);
+            let kwargs = Value::dict(&self.limits, pairs.collect())?;
+            scope.set(&self.limits, &"kwargs".into(), kwargs)?;
         }
         if definition.varargs {
-            scope.set(&"varargs".into(), Value::tuple(&self.limits, rest)?);
+            let varargs = Value::tuple(&self.limits, rest)?;
+            scope.set(&self.limits, &"varargs".into(), varargs)?;
         }
         Ok(())
     }

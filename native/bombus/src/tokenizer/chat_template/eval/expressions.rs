@@ -18,12 +18,10 @@ impl Renderer {
             Node::Int(value) => Ok(Value::Int(*value)),
             Node::Float(value) => Ok(Value::Float(*value)),
             Node::Text(text) => Ok(Value::Text(text.clone())),
-            Node::Name(name) => {
-                self.limits.steps(1)?;
-                Ok(scope
-                    .get(name)
-                    .unwrap_or_else(|| Value::Undefined(format!("'{name}' is undefined").into())))
-            }
+            Node::Name(name) => match scope.get(&self.limits, name)? {
+                Some(value) => Ok(value),
+                None => member::undefined(&self.limits, format!("'{name}' is undefined")),
+            },
             _nested => self.deeper(|renderer| renderer.compound(expression, scope)),
         }
     }
@@ -211,6 +209,7 @@ impl Renderer {
             let Value::Dict(dict) = self.value(dict, scope)? else {
                 fail!("`**` takes a dict");
             };
+            self.limits.bytes(dict.entries.len() * 2 * size_of::<Value>())?;
             for (name, value) in dict.entries.values() {
                 let Value::Text(name) = name else { fail!("keywords are strings") };
                 keywords.push((name.clone(), value.clone()));

@@ -35,9 +35,11 @@ enum Next {
 pub fn render(body: &Body, limits: Limits, names: Vec<(Name, Value)>) -> Outcome<String> {
     let scope = Rc::new(Scope::default());
     for name in functions::NAMES {
-        scope.set(&name.into(), Value::Function(name));
+        scope.set(&limits, &name.into(), Value::Function(name))?;
     }
-    names.into_iter().for_each(|(name, value)| scope.set(&name, value));
+    for (name, value) in names {
+        scope.set(&limits, &name, value)?;
+    }
     let mut renderer =
         Renderer { limits, text: String::new(), namespaces: vec![], scopes: vec![], loops: vec![] };
     let rendered = renderer.body(body, &Scope::inside(&scope));
@@ -61,6 +63,12 @@ impl Drop for Renderer {
 impl Renderer {
     pub fn keep_namespace(&mut self, namespace: &Rc<Namespace>) {
         self.namespaces.push(namespace.clone());
+    }
+
+    fn keep_scope(&mut self, scope: &Rc<Scope>) -> Outcome<()> {
+        scope.keep(&self.limits)?;
+        self.scopes.push(scope.clone());
+        Ok(())
     }
 
     fn body(&mut self, body: &Body, scope: &Rc<Scope>) -> Outcome<Next> {
@@ -133,7 +141,7 @@ impl Renderer {
             }
             Kind::Macro(definition) => {
                 let closure = self.closure(definition, scope)?;
-                scope.set(&definition.name, closure);
+                scope.set(&self.limits, &definition.name, closure)?;
             }
             Kind::Call { call, caller } => self.call_block(call, caller, scope)?,
             Kind::Filter(filter, body) => {
@@ -200,8 +208,7 @@ impl Renderer {
             return self.nested(&each.otherwise, &Scope::inside(scope)).map(drop);
         }
         let again = if each.recursive {
-            self.limits.bytes(64)?;
-            self.scopes.push(scope.clone());
+            self.keep_scope(scope)?;
             Some((each.clone(), scope.clone()))
         } else {
             None
@@ -216,7 +223,7 @@ impl Renderer {
             self.limits.steps(1)?;
             state.index.set(index);
             let inner = Scope::inside(scope);
-            inner.set(&name, Value::Loop(state.clone()));
+            inner.set(&self.limits, &name, Value::Loop(state.clone()))?;
             self.assign(&each.target, item.clone(), &inner)?;
             if self.body(&each.body, &inner)? == Next::Break {
                 break;
@@ -227,9 +234,9 @@ impl Renderer {
 
     fn assign(&mut self, target: &Target, value: Value, scope: &Rc<Scope>) -> Outcome<()> {
         match target {
-            Target::Name(name) => scope.set(name, value),
+            Target::Name(name) => scope.set(&self.limits, name, value)?,
             Target::Field(name, field) => {
-                let Some(Value::Namespace(namespace)) = scope.get(name) else {
+                let Some(Value::Namespace(namespace)) = scope.get(&self.limits, name)? else {
                     fail!("cannot set `{name}.{field}`: `{name}` is no namespace");
                 };
                 functions::check_field(field)?;
@@ -250,8 +257,8 @@ impl Renderer {
     }
 
     fn closure(&mut self, definition: &Arc<Macro>, scope: &Rc<Scope>) -> Outcome<Value> {
-        self.limits.bytes(256)?;
-        self.scopes.push(scope.clone());
+        self.limits.bytes(128)?;
+        self.keep_scope(scope)?;
         let closure = Closure { definition: definition.clone(), scope: scope.clone() };
         Ok(Value::Macro(Rc::new(closure)))
     }

@@ -29,6 +29,7 @@ struct Source<'a> {
 }
 
 fn filled(limits: &Limits, template: &str, source: &Source) -> Outcome<Value> {
+    limits.steps(template.len())?;
     let mut writer = Writer::new(limits);
     fill(&mut writer, template, source, &mut 0, 3)?;
     Ok(Value::Text(writer.text.into()))

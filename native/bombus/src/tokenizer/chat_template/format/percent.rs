@@ -11,6 +11,7 @@ use std::str::Chars;
 
 /// `template % values`
 pub fn percent(limits: &Limits, template: &str, values: &Value) -> Outcome<String> {
+    limits.steps(template.len())?;
     let mut writer = Writer::new(limits);
     let mut values = Values { values, next: 0, mapped: false };
     let mut chars = template.chars().peekable();
