@@ -231,7 +231,8 @@ impl Lora {
             _ => Float::F16,
         };
         let ((down, down_unit), (up, up_unit)) = (packed(float, &down), packed(float, &up));
-        let scale = scale * down_unit * up_unit;
+        // In f64: the units of very large and very small halves make up for each other.
+        let scale = (f64::from(*scale) * f64::from(down_unit) * f64::from(up_unit)) as f32;
         let share = gauge::Share::of(&gauge::CPU_BYTES);
         let mut lora = Self { float, down, up, rank, scale, factors: None, share };
         let mut bytes = lora.down.len() + lora.up.len();
@@ -356,7 +357,7 @@ fn packed(float: Float, numbers: &[f32]) -> (Vec<u8>, f32) {
         return (numbers.iter().flat_map(|number| number.to_le_bytes()).collect(), 1.0);
     }
     let largest = numbers.iter().fold(0.0f32, |largest, number| largest.max(number.abs()));
-    let unit = if largest > 0.0 { largest.log2().ceil().exp2() } else { 1.0 };
+    let unit = if largest > 0.0 { largest.log2().ceil().min(127.0).exp2() } else { 1.0 };
     let half = |number: &f32| half::f16::from_f32(number / unit).to_le_bytes();
     (numbers.iter().flat_map(half).collect(), unit)
 }
