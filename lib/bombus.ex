@@ -43,11 +43,9 @@ defmodule Bombus do
     ]
   ]
   @load_tokenizer [on_progress: Hub.Options.on_progress()]
-  # The engine computes in float32.
   @load_adapter [
     scale: [
-      type: {:number, -3.4e38, 3.4e38},
-      expected: "a number within float32",
+      type: {:custom, {Adapter, :scale}},
       doc: "takes the place of what `adapter_config.json` says, for every module"
     ],
     on_progress: Hub.Options.on_progress()
@@ -135,7 +133,13 @@ defmodule Bombus do
   a training (`0000100_adapters.safetensors`).
 
   An adapter is bound to a model when it is first used with it. Every tensor must then find its
-  module with the right shape: else the answer is an error that lists all that do not.
+  module with the right shape: else the answer is an error that lists the first that do not.
+
+  What would change the arithmetic and is not known here is refused with `reason: :unsupported`, and
+  the message says what to do: adapters that PEFT made with a changed base model
+  (`init_lora_weights` of PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ), `modules_to_save`, trained biases,
+  kinds other than LoRA and DoRA. A configuration may have null where a flag is not set, and 4.0
+  for 4.
 
   ## Options
 
@@ -147,11 +151,10 @@ defmodule Bombus do
   @spec load_adapter(source(), [adapter_option()]) :: {:ok, Adapter.t()} | {:error, Error.t()}
   def load_adapter(source, options \\ []) do
     options = Options.validate!(options, @load_adapter, "Bombus.load_adapter/2")
-    scale = options[:scale] && options[:scale] * 1.0
 
     Telemetry.load(:adapter, source, fn ->
       with {:ok, path} <- Source.resolve(source, :adapter, options[:on_progress]),
-           {:ok, loaded} <- Native.await(&Native.load_adapter(path, scale, &1)) do
+           {:ok, loaded} <- Native.await(&Native.load_adapter(path, options[:scale], &1)) do
         {:ok, Adapter.from_native(loaded, Source.name(source))}
       end
     end)

@@ -24,7 +24,22 @@ defmodule Bombus.Adapter do
   defstruct [:name, :format, :rank, :scale, :ref]
 
   @doc false
-  def from_native({ref, rank, scale}, name) do
-    %__MODULE__{name: name, ref: ref, rank: rank, scale: scale}
+  def from_native({ref, format, rank, scale}, name) do
+    %__MODULE__{name: name, format: format, ref: ref, rank: rank, scale: scale}
   end
+
+  # The engine computes in float32: below its smallest number is 0.
+  @smallest 1.2e-38
+  @largest 3.4e38
+
+  @doc false
+  # The type of the option `:scale`.
+  def scale(number) when is_number(number) and number == 0,
+    do: {:error, "a number other than 0", "such an adapter does nothing: use adapter: nil"}
+
+  def scale(number)
+      when is_number(number) and abs(number) >= @smallest and abs(number) <= @largest,
+      do: {:ok, number * 1.0}
+
+  def scale(_other), do: {:error, "a number within float32"}
 end

@@ -34,6 +34,13 @@ defmodule Bombus.BadAdaptersTest do
 
   defp score(model, adapter), do: Bombus.score(model, [1, 2, 3, 4], adapter: adapter)
 
+  # Every row of float32 numbers, and behind it the same with the other sign.
+  defp beside_negated(data, columns) do
+    for <<row::binary-size(4 * columns) <- data>>, into: <<>> do
+      row <> for <<number::float-32-little <- row>>, into: <<>>, do: <<-number::float-32-little>>
+    end
+  end
+
   defp edit(folder, fun), do: Fixtures.edit_tensor_list(folder, @tensors, fun)
 
   test "of another base model", %{tmp_dir: dir} = context do
@@ -160,6 +167,149 @@ defmodule Bombus.BadAdaptersTest do
       end
     end
 
+    test "that fits a changed base model", %{folder: folder} do
+      original = Fixtures.read_json(Path.join(folder, @config))
+
+      edit = fn kind ->
+        Fixtures.edit_json(folder, @config, fn _ ->
+          Map.put(original, "init_lora_weights", kind)
+        end)
+      end
+
+      for kind <- ["pissa", "pissa_niter_16", "PiSSA", "olora", "corda", "lora_ga"] do
+        edit.(kind)
+        words = ["`init_lora_weights` of `#{kind}`", "path_initial_model_for_weight_conversion"]
+        assert_refused_at_load(folder, :unsupported, words)
+      end
+
+      edit.("loftq")
+      assert_refused_at_load(folder, :unsupported, ["`loftq`", "merge_and_unload"])
+      edit.("something_new")
+      assert_refused_at_load(folder, :unsupported, ["`something_new`", "not known"])
+      edit.(5)
+      assert_refused_at_load(folder, :bad_adapter, "got: 5")
+
+      for kind <- [true, false, nil, "gaussian", "eva", "orthogonal", "mica"] do
+        edit.(kind)
+        assert %{rank: 4} = Bombus.load_adapter!(folder)
+      end
+    end
+
+    # PEFT's save_pretrained(path_initial_model_for_weight_conversion: ...): [A | A0], [B | -B0],
+    # with twice the rank and the alpha. Where A0 and B0 are A and B, nothing is left.
+    test "that was converted", %{folder: folder} do
+      model = Bombus.load_model!(Fixtures.checkpoint("f32-dense"))
+      {:ok, without} = score(model, nil)
+      {:ok, with_adapter} = score(model, Bombus.load_adapter!(folder))
+      assert Enum.zip_with(without, with_adapter, &abs(&1 - &2)) |> Enum.max() > 1.0e-3
+
+      Fixtures.edit_json(folder, @config, fn config ->
+        Map.merge(config, %{
+          "r" => config["r"] * 2.0,
+          "lora_alpha" => config["lora_alpha"] * 2,
+          "corda_config" => %{"corda_method" => "ipm"}
+        })
+      end)
+
+      Fixtures.edit_tensor_list(folder, "adapter_model.safetensors", fn tensors ->
+        for {name, "F32", [rows, columns], data} <- tensors do
+          if name =~ "lora_A",
+            do: {name, "F32", [2 * rows, columns], data <> data},
+            else: {name, "F32", [rows, 2 * columns], beside_negated(data, columns)}
+        end
+      end)
+
+      {:ok, converted} = score(model, Bombus.load_adapter!(folder))
+      assert Enum.zip_with(without, converted, &abs(&1 - &2)) |> Enum.max() < 1.0e-5
+    end
+
+    test "numbers, flags and null as Python writes them", %{folder: folder} do
+      model = Bombus.load_model!(Fixtures.checkpoint("f32-dense"))
+      {:ok, expected} = score(model, Bombus.load_adapter!(folder))
+      original = Fixtures.read_json(Path.join(folder, @config))
+
+      for changes <- [
+            %{"r" => 4.0, "lora_alpha" => original["lora_alpha"] * 1.0},
+            %{"use_dora" => nil, "use_rslora" => nil, "bias" => nil, "lora_bias" => nil},
+            %{
+              "use_dora" => 0,
+              "use_rslora" => 0.0,
+              "rank_pattern" => nil,
+              "alpha_pattern" => nil
+            },
+            %{"modules_to_save" => [], "target_parameters" => [], "layer_replication" => nil},
+            %{"fan_in_fan_out" => true, "megatron_core" => "x", "a_new_field" => "of tomorrow"},
+            %{"lorap_emb_lr" => 1.0e-6, "lora_dropout" => 0.05, "layers_to_transform" => [0, 1]},
+            %{"rank_pattern" => %{"nothing_like_it" => 7.0}},
+            %{"use_something" => false, "new_config" => nil, "lora_thing" => %{}}
+          ] do
+        Fixtures.edit_json(folder, @config, fn _config -> Map.merge(original, changes) end)
+        assert score(model, Bombus.load_adapter!(folder)) == {:ok, expected}
+      end
+
+      # PEFT takes 8 where r or lora_alpha is missing: here alpha is twice the rank 4.
+      Fixtures.edit_json(folder, @config, fn _config -> Map.delete(original, "lora_alpha") end)
+      assert Bombus.load_adapter!(folder).scale == 2.0
+    end
+
+    test "with fields that may change the arithmetic", %{folder: folder} do
+      original = Fixtures.read_json(Path.join(folder, @config))
+
+      for {field, value} <- [
+            {"use_something", true},
+            {"wonder_config", %{"x" => 1}},
+            {"lora_nums", 4},
+            {"enable_lora", [true, false]},
+            {"kasa_config", %{"beta" => 0.1}},
+            {"velora_config", %{"num_groups" => 2}},
+            {"monteclora_config", %{"num_samples" => 8}},
+            {"use_bdlora", %{"nblocks" => 2}},
+            {"use_qalora", true},
+            {"alora_invocation_tokens", [1, 2]},
+            {"arrow_config", %{"top_k" => 1}},
+            {"target_parameters", ["mlp.experts"]},
+            {"modules_to_save", List.duplicate("lm_head", 1000)},
+            {"bias", true},
+            {"bias", "lora_only"},
+            {"peft_type", "ADALORA"},
+            {"peft_type", String.duplicate("X", 10_000)}
+          ] do
+        Fixtures.edit_json(folder, @config, fn _config -> Map.put(original, field, value) end)
+        assert {:error, %Error{} = error} = Bombus.load_adapter(folder)
+        assert error.reason == :unsupported
+        assert error.message =~ "`#{field}`" or error.message =~ field
+        assert byte_size(error.message) < 800
+      end
+    end
+
+    @tag timeout: 30_000
+    test "with patterns that are hostile", %{folder: folder} do
+      original = Fixtures.read_json(Path.join(folder, @config))
+      many = Map.new(1..100_000, &{"layers\\.#{&1}\\..*", 2})
+
+      for {field, value, words} <- [
+            {"rank_pattern", %{"q_proj" => 0.5}, "`rank_pattern` of \"q_proj\""},
+            {"rank_pattern", %{"q_proj" => 0}, "whole number from 1"},
+            {"rank_pattern", %{"q_proj" => "4"}, "got: \"4\""},
+            {"rank_pattern", ["q_proj"], "`rank_pattern` to be an object"},
+            {"rank_pattern", many, "100000 patterns"},
+            {"rank_pattern", %{"(a+)+b{1000}{1000}" => 4}, "too large"},
+            {"alpha_pattern", %{String.duplicate("a", 1000) => 4}, "512 bytes"},
+            {"alpha_pattern", %{"(.+)(.+)(.+)(.+)(.+)(.+)\\6\\5\\4\\3\\2\\1!" => 4},
+             "too many steps"},
+            {"alpha_pattern", %{"q_proj" => nil}, "`alpha_pattern` of \"q_proj\""}
+          ] do
+        Fixtures.edit_json(folder, @config, fn _config -> Map.put(original, field, value) end)
+
+        for scale <- [nil, 2.0] do
+          assert {:error, %Error{reason: :bad_adapter} = error} =
+                   Bombus.load_adapter(folder, scale: scale)
+
+          assert error.message =~ words
+        end
+      end
+    end
+
     test "with a configuration that is none", %{folder: folder} do
       original = Fixtures.read_json(Path.join(folder, @config))
 
@@ -228,10 +378,105 @@ defmodule Bombus.BadAdaptersTest do
     assert_refused_at_load(folder, :bad_checkpoint, @tensors)
   end
 
-  test "a scale of one's own counts", %{folder: folder, model: model, before: before} do
-    adapter = Bombus.load_adapter!(folder, scale: 0)
-    assert adapter.scale == 0.0
-    assert score(model, adapter) == {:ok, before}
-    assert score(model, Bombus.load_adapter!(folder)) != {:ok, before}
+  test "a scale of one's own counts, and 0 is none", %{folder: folder, model: model} = context do
+    adapter = Bombus.load_adapter!(folder, scale: 1.0e-30)
+    assert_in_delta adapter.scale, 1.0e-30, 1.0e-36
+    assert score(model, adapter) == {:ok, context.before}
+    assert score(model, Bombus.load_adapter!(folder)) != {:ok, context.before}
+
+    for scale <- [0, 0.0, -0.0] do
+      assert_raise ArgumentError,
+                   ~r/:scale to be a number other than 0, got: .*adapter: nil/,
+                   fn ->
+                     Bombus.load_adapter(folder, scale: scale)
+                   end
+    end
+
+    assert_raise ArgumentError, ~r/:scale to be a number within float32/, fn ->
+      Bombus.load_adapter(folder, scale: 1.0e-50)
+    end
+  end
+
+  test "numbers and null as Python writes them", %{folder: folder, model: model} do
+    expected = score(model, Bombus.load_adapter!(folder))
+
+    Fixtures.edit_json(folder, @config, fn config ->
+      parameters = config["lora_parameters"]
+
+      parameters = %{
+        parameters
+        | "rank" => parameters["rank"] * 1.0,
+          "scale" => trunc(parameters["scale"])
+      }
+
+      %{config | "lora_parameters" => parameters, "num_layers" => nil, "fine_tune_type" => nil}
+    end)
+
+    assert score(model, Bombus.load_adapter!(folder)) == expected
+  end
+
+  test "the error names the field and the value", %{folder: folder} do
+    original = Fixtures.read_json(Path.join(folder, @config))
+
+    for {field, value, words} <- [
+          {"rank", 0.5, "`rank` to be a whole number from 1 to 65536, got: 0.5"},
+          {"rank", "4", "got: \"4\""},
+          {"rank", true, "got: true"},
+          {"rank", -4, "got: -4"},
+          {"rank", 1.0e18, "`rank`"},
+          {"scale", "20", "`scale` to be a finite number, got: \"20\""},
+          {"scale", [], "got: []"},
+          {"scale", 1.0e39, "`scale` to be a finite number"}
+        ] do
+      Fixtures.edit_json(folder, @config, fn _config ->
+        put_in(original["lora_parameters"][field], value)
+      end)
+
+      assert_refused_at_load(folder, :bad_adapter, [words, @config])
+    end
+
+    Fixtures.edit_json(folder, @config, fn _config ->
+      update_in(original["lora_parameters"], &(&1 |> Map.delete("scale") |> Map.put("alpha", 16)))
+    end)
+
+    assert_refused_at_load(folder, :bad_adapter, ["`scale` is missing", "`alpha`"])
+    Fixtures.edit_json(folder, @config, fn _config -> [] end)
+    assert_refused_at_load(folder, :bad_adapter, "an object")
+  end
+
+  test "with numbers that are not finite", %{folder: folder} do
+    for {name, bits} <- [{"lora_a", <<0, 0, 0xC0, 0x7F>>}, {"lora_b", <<0, 0, 0x80, 0xFF>>}] do
+      copy = Fixtures.copy(folder, Path.dirname(folder))
+
+      Fixtures.edit_tensor_list(copy, @tensors, fn tensors ->
+        for {tensor, "F32", shape, <<_first::4-binary, data::binary>>} <- tensors do
+          bits = if tensor =~ name, do: bits, else: <<0::32>>
+          {tensor, "F32", shape, bits <> data}
+        end
+      end)
+
+      assert_refused_at_load(copy, :bad_adapter, [name, "NaN or infinite", @tensors])
+    end
+  end
+
+  test "an error lists the first tensors that do not fit", context do
+    folder = Fixtures.copy(Fixtures.adapter("bf16-4bit", "all-layers"), context.tmp_dir)
+    adapter = Bombus.load_adapter!(folder)
+    assert {:error, %Error{message: message}} = score(context.model, adapter)
+    assert message =~ ~r/; and \d+ more$/
+    assert byte_size(message) < 1500
+  end
+
+  test "a folder with something else says what to do", %{tmp_dir: dir} do
+    for {file, words} <- [
+          {"adapter_model.bin", "safe_serialization"},
+          {"adapters.npz", "old mlx-lm"},
+          {"config.json", "load_model"}
+        ] do
+      folder = Path.join(dir, "with-" <> file)
+      File.mkdir_p!(folder)
+      File.write!(Path.join(folder, file), "{}")
+      assert_refused_at_load(folder, :not_found, [words, @tensors])
+    end
   end
 end

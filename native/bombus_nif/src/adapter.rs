@@ -6,12 +6,16 @@ use bombus::adapter::Adapter;
 use rustler::{Env, Resource, ResourceArc, Term};
 use std::path::PathBuf;
 
+mod atoms {
+    rustler::atoms! { mlx_lm, peft }
+}
+
 pub struct AdapterHandle(pub Held<Adapter>);
 
 #[rustler::resource_impl]
 impl Resource for AdapterHandle {}
 
-/// Answers `{reference, {:ok, {handle, rank, scale}} | {:error, {reason, message}}}`.
+/// Answers `{reference, {:ok, {handle, format, rank, scale}} | {:error, {reason, message}}}`.
 #[rustler::nif]
 fn load_adapter<'a>(
     env: Env<'a>,
@@ -22,7 +26,9 @@ fn load_adapter<'a>(
     let started = Address::caller(env, reference).answer_later(move || {
         let adapter = Adapter::open(&PathBuf::from(path), scale.map(|scale| scale as f32))?;
         let (rank, scale) = (adapter.rank, adapter.scale);
-        Ok((ResourceArc::new(AdapterHandle(Held::new("adapter", adapter))), rank, scale))
+        let format = if adapter.is_peft() { atoms::peft() } else { atoms::mlx_lm() };
+        let handle = AdapterHandle(Held::new("adapter", adapter));
+        Ok((ResourceArc::new(handle), format, rank, scale))
     });
     result_term(env, &started.map(|()| rustler::types::atom::ok()))
 }

@@ -4,8 +4,12 @@
 //! magnitude over the norm of the adapted weight's row. An adapter is read without a model, and
 //! bound to one when it is first used with it.
 
+mod fields;
+mod file;
 mod mlx_lm;
+mod patterns;
 mod peft;
+mod peft_kinds;
 
 use crate::backend::{Adapted, Backend, LoraWeights};
 use crate::config::Config;
@@ -14,6 +18,8 @@ use crate::error::{Error, Result};
 use crate::gauge;
 use crate::modules::{Module, PROJECTIONS, projections, vocabulary};
 use crate::tensor_file::TensorFiles;
+use fields::short;
+use file::{File, Pair};
 use safetensors::tensor::Dtype;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -37,48 +43,24 @@ pub struct Adapter {
     share: gauge::Share,
 }
 
-/// The tensors of one module, by their names in the file.
-#[derive(Debug)]
-struct Pair {
-    a: String,
-    b: String,
-    /// DoRA
-    magnitude: Option<String>,
-    rank: usize,
-    scale: f32,
-}
-
-/// What a format's reader makes of a file.
-struct Contents {
-    pairs: BTreeMap<String, Pair>,
-    transposed: bool,
-    rank: usize,
-    scale: f32,
-}
-
 type Hook = Box<dyn FnOnce() + Send>;
 
 impl Adapter {
     /// `path` is a folder, or a file of tensors with its `adapter_config.json` beside it. `scale`
     /// takes the place of what that says, for every module.
     pub fn open(path: &Path, scale: Option<f32>) -> Result<Self> {
-        let path = weights_path(path)?;
-        let config_path = path.with_file_name("adapter_config.json");
-        let config =
-            std::fs::read(&config_path).map_err(|error| Error::io(&config_path, &error))?;
-        let tensors = TensorFiles::open_one(&path)?;
-        let file = File { config_path: &config_path, path: &path, tensors: &tensors };
-        let mut contents = file.read(&config)?;
+        let file = File::open(path)?;
+        let mut contents = file.read()?;
         if let Some(scale) = scale {
             contents.scale = scale;
             contents.pairs.values_mut().for_each(|pair| pair.scale = scale);
         }
         let scales = contents.pairs.values().map(|pair| pair.scale);
         if let Some(scale) = scales.chain([contents.scale]).find(|scale| !scale.is_finite()) {
-            return Err(
-                file.wrong(format!("expected the scale to be a finite number, got: {scale}"))
-            );
+            let message = format!("expected the scale to be a finite number, got: {scale}");
+            return Err(file.wrong(message));
         }
+        let File { path, tensors, .. } = file;
         Ok(Self {
             pairs: contents.pairs,
             transposed: contents.transposed,
@@ -89,6 +71,11 @@ impl Adapter {
             hooks: Mutex::default(),
             share: gauge::Share::one(&gauge::ADAPTERS),
         })
+    }
+
+    /// Whether it is in PEFT's format; else in mlx-lm's.
+    pub fn is_peft(&self) -> bool {
+        self.transposed
     }
 
     /// Runs `hook` when the adapter is dropped: what was bound of it can go too.
@@ -157,7 +144,7 @@ impl Adapter {
         weights.map(|weights| backend.lora(&weights, adapted)).transpose()
     }
 
-    /// Every tensor must find its module, with the right shape; the error lists all that do not.
+    /// Every tensor must find its module, with the right shape; the error lists the first that do not.
     pub fn check(&self, config: &Config) -> Result<()> {
         let layers = 0..config.num_hidden_layers;
         let mut modules: Vec<Module> =
@@ -173,7 +160,10 @@ impl Adapter {
         for (path, pair) in &self.pairs {
             match modules.get(path.as_str()) {
                 Some(module) => self.check_pair(module, pair, &mut problems),
-                None => problems.push(format!("the model has no linear layer `{path}`")),
+                None => {
+                    let path = short(path);
+                    problems.push(format!("the model has no linear layer `{path}`"));
+                }
             }
         }
         match problems.is_empty() {
@@ -181,7 +171,7 @@ impl Adapter {
             false => Err(Error::Adapter(format!(
                 "`{}` does not fit this model: {}",
                 self.path.display(),
-                problems.join("; ")
+                listed(&problems)
             ))),
         }
     }
@@ -200,9 +190,10 @@ impl Adapter {
             let Some(tensor) = self.tensors.get(name) else { continue };
             let float = matches!(tensor.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32);
             if !float || tensor.shape != shape {
+                let (name, found) = (short(name), short(&format!("{:?}", tensor.shape)));
                 problems.push(format!(
-                    "`{name}` is {:?} of shape {:?}, expected a float of {shape:?}",
-                    tensor.dtype, tensor.shape
+                    "`{name}` is {:?} of shape {found}, expected a float of {shape:?}",
+                    tensor.dtype
                 ));
             }
         }
@@ -235,118 +226,14 @@ fn turned(module: Module) -> Module {
     Module { path, in_features: out_features, out_features: in_features }
 }
 
-/// The file of tensors that a source means.
-fn weights_path(path: &Path) -> Result<PathBuf> {
-    if path.is_file() {
-        return Ok(path.to_owned());
-    }
-    let names = ["adapters.safetensors", "adapter_model.safetensors"];
-    let there = names.map(|name| path.join(name)).into_iter().find(|path| path.exists());
-    there.ok_or_else(|| {
-        let message = "there is no `adapters.safetensors` (mlx-lm) nor";
-        let peft = "`adapter_model.safetensors` (PEFT)";
-        Error::NotFound(format!("{message} {peft} in `{}`", path.display()))
-    })
-}
+/// The problems that an error lists.
+const LISTED: usize = 4;
 
-/// What the readers of the formats work on.
-struct File<'a> {
-    config_path: &'a Path,
-    path: &'a Path,
-    tensors: &'a TensorFiles,
-}
-
-/// A module, its two halves and DoRA's magnitude.
-type ModuleTensors = (String, [String; 2], Option<String>);
-
-/// Which of a module's tensors a name is.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Role {
-    A,
-    B,
-    Magnitude,
-    /// A copy of the base model's weight.
-    Copy,
-}
-
-/// The name of the other half of a pair, in either format.
-fn other_half(name: &str) -> String {
-    let halves = [("_a", "_b"), ("_b", "_a"), ("_A", "_B"), ("_B", "_A")];
-    let (module, role) = name.rsplit_once(".lora").unwrap_or((name, ""));
-    let half = halves.iter().find(|(half, _)| role.contains(half));
-    half.map_or(name.into(), |(half, other)| {
-        format!("{module}.lora{}", role.replacen(half, other, 1))
-    })
-}
-
-impl File<'_> {
-    /// PEFT names its kind in the configuration; what does not is mlx-lm's.
-    fn read(&self, config: &[u8]) -> Result<Contents> {
-        let config: serde_json::Value =
-            serde_json::from_slice(config).map_err(|error| self.wrong(error.to_string()))?;
-        let contents = match config.get("peft_type") {
-            Some(_) => peft::read(self, config)?,
-            None => mlx_lm::read(self, config)?,
-        };
-        if contents.pairs.is_empty() {
-            return Err(Error::Adapter(format!("`{}` holds no adapter", self.path.display())));
-        }
-        Ok(contents)
-    }
-
-    /// The tensors' names by module and role; `role` finds both in a name. Pairs must be whole, and
-    /// have a magnitude exactly where this is DoRA.
-    fn modules(
-        &self,
-        dora: bool,
-        expected: &str,
-        role: impl Fn(&str) -> Option<(&str, Role)>,
-    ) -> Result<Vec<ModuleTensors>> {
-        let mut modules: BTreeMap<&str, [Option<&str>; 3]> = BTreeMap::new();
-        for name in self.tensors.names() {
-            let Some((module, role)) = role(name) else {
-                return Err(self.corrupt(format!("expected only {expected}, found `{name}`")));
-            };
-            if role == Role::Copy {
-                continue;
-            }
-            if role == Role::Magnitude && !dora {
-                let message = "is of DoRA, which the configuration does not name";
-                return Err(self.corrupt(format!("`{name}` {message}")));
-            }
-            let place = &mut modules.entry(module).or_default()[role as usize];
-            if let Some(other) = place.replace(name) {
-                return Err(self.corrupt(format!("`{name}` and `{other}` are the same")));
-            }
-        }
-        let whole = |(module, [a, b, magnitude]): (&str, [Option<&str>; 3])| {
-            let half = |half: Option<&str>, other: Option<&str>| {
-                half.map(str::to_owned).ok_or_else(|| {
-                    let (there, missing) = (other.or(magnitude), other.map(other_half));
-                    let missing = missing.unwrap_or_else(|| "its pair".into());
-                    self.corrupt(format!("`{}` without `{missing}`", there.unwrap_or(module)))
-                })
-            };
-            let pair = [half(a, b)?, half(b, a)?];
-            if dora && magnitude.is_none() {
-                return Err(self.corrupt(format!("DoRA without a magnitude for `{module}`")));
-            }
-            Ok((module.to_owned(), pair, magnitude.map(str::to_owned)))
-        };
-        modules.into_iter().map(whole).collect()
-    }
-
-    /// The file of tensors is wrong.
-    fn corrupt(&self, problem: String) -> Error {
-        Error::Adapter(format!("`{}`: {problem}", self.path.display()))
-    }
-
-    /// The configuration is wrong.
-    fn wrong(&self, problem: String) -> Error {
-        Error::Adapter(format!("`{}`: {problem}", self.config_path.display()))
-    }
-
-    fn unsupported(&self, problem: String) -> Error {
-        Error::Unsupported(format!("`{}`: {problem}", self.config_path.display()))
+/// The first of them, and how many more there are.
+fn listed(problems: &[String]) -> String {
+    let first = problems[..problems.len().min(LISTED)].join("; ");
+    match problems.len().saturating_sub(LISTED) {
+        0 => first,
+        more => format!("{first}; and {more} more"),
     }
 }

@@ -1,89 +1,54 @@
 //! PEFT's format: `base_model.model.<module>.lora_A.weight` is `[rank, in]`, `....lora_B.weight`
 //! `[out, rank]`, of an embedding `lora_embedding_A`, `lora_embedding_B`; DoRA adds
 //! `....lora_magnitude_vector`. The scale is `lora_alpha / r`, with rsLoRA `lora_alpha / sqrt(r)`.
-//! Which modules have a pair is read off the tensors, and not off `target_modules`, whether that is
-//! a list or a regular expression: PEFT itself saves more than those where a head is tied.
 //! Reference: PEFT's `tuners/lora/{config,layer,dora}.py` and `utils/other.py`.
 
-use super::{Contents, EMBED_TOKENS, File, LM_HEAD, Pair, Role};
+use super::fields::Fields;
+use super::file::{Contents, File, Pair, Role};
+use super::{EMBED_TOKENS, LM_HEAD, patterns, peft_kinds};
 use crate::error::Result;
-use fancy_regex::Regex;
-use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 
-#[derive(serde::Deserialize)]
-struct LoraConfig {
-    r: usize,
-    lora_alpha: f32,
-    #[serde(default)]
-    use_rslora: bool,
-    #[serde(default)]
-    use_dora: bool,
-    rank_pattern: Option<Map<String, Value>>,
-    alpha_pattern: Option<Map<String, Value>>,
-}
+/// What PEFT takes where a field is missing.
+const RANK: usize = 8;
+const ALPHA: f64 = 8.0;
 
-/// What changes the arithmetic, and is not known here; `bias` must be "none".
-const REFUSED: [&str; 9] = [
-    "modules_to_save",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "lora_bias",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-];
-
-pub fn read(file: &File, config: Value) -> Result<Contents> {
-    refuse(file, &config)?;
-    let config: LoraConfig =
-        serde_json::from_value(config).map_err(|error| file.wrong(error.to_string()))?;
-    if config.r == 0 {
-        return Err(file.wrong("expected `r` to be above 0".into()));
-    }
-    let ranks = Patterns::new(file, "rank_pattern", config.rank_pattern.as_ref())?;
-    let alphas = Patterns::new(file, "alpha_pattern", config.alpha_pattern.as_ref())?;
+pub fn read(file: &File, fields: &Fields) -> Result<Contents> {
+    peft_kinds::check(file, fields)?;
+    let rank = fields.rank("r")?.unwrap_or(RANK);
+    let alpha = fields.number("lora_alpha")?.unwrap_or(ALPHA);
+    let (rslora, dora) = (fields.flag("use_rslora")?, fields.flag("use_dora")?);
     let expected = "PEFT's LoRA tensors (`base_model.model.<module>.lora_A.weight`, `lora_B`)";
+    let modules = file.modules(dora, expected, role)?;
+    let names: Vec<&str> = modules.iter().map(|(name, ..)| name.as_str()).collect();
+    if fields.flag("ensure_weight_tying")? && tied_by_hand(&names) {
+        let message = "`ensure_weight_tying` is not supported for an adapted `model.embed_tokens` \
+            without an adapted `lm_head`";
+        return Err(file.unsupported(message.into()));
+    }
+    let as_rank = |what: &str, value: &_| fields.as_rank(what, value);
+    let ranks = patterns::numbers(fields, "rank_pattern", &names, as_rank)?;
+    let as_alpha = |what: &str, value: &_| fields.as_number(what, value);
+    let alphas = patterns::numbers(fields, "alpha_pattern", &names, as_alpha)?;
     let mut pairs = BTreeMap::new();
-    for (module, [a, b], magnitude) in file.modules(config.use_dora, expected, role)? {
-        let rank = ranks.find(&module).map_or(config.r, |rank| rank as usize);
-        let alpha = alphas.find(&module).map_or(config.lora_alpha, |alpha| alpha as f32);
-        let scale = scale(alpha, rank, config.use_rslora);
-        pairs.insert(module, Pair { a, b, magnitude, rank, scale });
+    for (module, [a, b], magnitude) in &modules {
+        let rank = *ranks.get(module.as_str()).unwrap_or(&rank);
+        let alpha = *alphas.get(module.as_str()).unwrap_or(&alpha);
+        let (a, b, magnitude) = (a.clone(), b.clone(), magnitude.clone());
+        let scale = scale(alpha, rank, rslora);
+        pairs.insert(module.clone(), Pair { a, b, magnitude, rank, scale });
     }
-    Ok(Contents {
-        pairs,
-        transposed: true,
-        rank: config.r,
-        scale: scale(config.lora_alpha, config.r, config.use_rslora),
-    })
+    Ok(Contents { pairs, transposed: true, rank, scale: scale(alpha, rank, rslora) })
 }
 
-fn scale(alpha: f32, rank: usize, rslora: bool) -> f32 {
-    let rank = rank as f32;
-    alpha / if rslora { rank.sqrt() } else { rank }
+fn scale(alpha: f64, rank: usize, rslora: bool) -> f32 {
+    let rank = rank as f64;
+    (alpha / if rslora { rank.sqrt() } else { rank }) as f32
 }
 
-fn refuse(file: &File, config: &Value) -> Result<()> {
-    let kind = config["peft_type"].as_str().unwrap_or("null");
-    if kind != "LORA" {
-        return Err(file.unsupported(format!("the peft_type `{kind}` is not supported: LORA is")));
-    }
-    let refused = |name: &&&str| match &config[**name] {
-        Value::Null | Value::Bool(false) => false,
-        Value::Array(items) => !items.is_empty(),
-        Value::Object(items) => !items.is_empty(),
-        _ => true,
-    };
-    if let Some(name) = REFUSED.iter().find(refused) {
-        return Err(file.unsupported(format!("`{name}` is not supported: {}", config[*name])));
-    }
-    match config["bias"].as_str() {
-        None | Some("none") => Ok(()),
-        Some(bias) => Err(file.unsupported(format!("`bias` of \"{bias}\" is not supported"))),
-    }
+/// Whether PEFT would adapt the head with what the file has for the embedding alone.
+fn tied_by_hand(modules: &[&str]) -> bool {
+    modules.contains(&EMBED_TOKENS) && !modules.contains(&LM_HEAD)
 }
 
 /// A tensor's module and role.
@@ -102,28 +67,4 @@ fn role(name: &str) -> Option<(&str, Role)> {
         _ => return None,
     };
     Some((module, role))
-}
-
-/// Regular expressions for the ends of modules' names, each with a number: the first that
-/// matches is a module's.
-struct Patterns(Vec<(Regex, f64)>);
-
-impl Patterns {
-    fn new(file: &File, field: &str, patterns: Option<&Map<String, Value>>) -> Result<Self> {
-        let one = |(pattern, number): (&String, &Value)| {
-            let number = number.as_f64().filter(|number| *number > 0.0).ok_or_else(|| {
-                file.wrong(format!("`{field}` has {number} for `{pattern}`, no number above 0"))
-            })?;
-            let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$"))
-                .map_err(|error| file.wrong(format!("`{field}` has `{pattern}`: {error}")))?;
-            Ok((regex, number))
-        };
-        Ok(Self(patterns.into_iter().flatten().map(one).collect::<Result<_>>()?))
-    }
-
-    /// A pattern that gives up (it may backtrack) matches nothing.
-    fn find(&self, module: &str) -> Option<f64> {
-        let matches = |(pattern, _): &&(Regex, f64)| pattern.is_match(module).unwrap_or(false);
-        self.0.iter().find(matches).map(|(_, number)| *number)
-    }
 }
