@@ -182,8 +182,9 @@ defmodule Bombus do
     Telemetry.load(:tokenizer, source, fn ->
       with {:ok, path} <- Source.resolve(source, :tokenizer, options[:on_progress]),
            {:ok, loaded} <- Native.await(&Native.load_tokenizer(path, &1)) do
-        {ref, vocab_size, chat_template?} = loaded
-        {:ok, %Tokenizer{ref: ref, vocab_size: vocab_size, chat_template?: chat_template?}}
+        {ref, %{chat_template: chat_template?} = spec} = loaded
+        spec = spec |> Map.delete(:chat_template) |> Map.put(:chat_template?, chat_template?)
+        {:ok, struct!(Tokenizer, Map.put(spec, :ref, ref))}
       end
     end)
   end

@@ -16,6 +16,10 @@ defmodule Bombus.Native do
   def save_model(_model, _path, _overwrite, _reference), do: nif()
   def load_adapter(_path, _scale, _reference), do: nif()
   def load_tokenizer(_path, _reference), do: nif()
+  def encode(_tokenizer, _prompt, _special, _reference), do: nif()
+  def decode(_tokenizer, _ids, _skip, _reference), do: nif()
+  def count_tokens(_tokenizer, _prompt, _reference), do: nif()
+  def apply_chat_template(_tokenizer, _messages, _options, _reference), do: nif()
   def generate(_model, _tokenizer, _adapter, _group, _prompt, _options, _reference), do: nif()
   # What cancels a generation without keeping it; `cancel` takes both.
   def canceller(_generation), do: nif()

@@ -109,7 +109,10 @@ defmodule Bombus.Serving do
   `:token_ids` (without the token that ended the text), `:token_summary` (`:input` tokens, of which
   `:cached` were not computed again, `:output` and `:padding`, which is 0), with `:logprobs` a list of
   `%{token_id: id, logprob: ln p, top: [%{token_id: id, logprob: ln p}]}` (the model's own, before all of
-  the options above, as `Bombus.score/3` has them), and `:finish_reason`:
+  the options above, as `Bombus.score/3` has them), `:unfinished_thinking` (whether the text ended in the middle of the
+  model's thinking, between `<think>` and `</think>`: then it holds no answer; give more
+  `:max_new_tokens`, or `template_options: %{enable_thinking: false}` where the template knows it), and
+  `:finish_reason`:
 
     * `:stop` - the model ended the text, or a stop string was found
     * `:length` - `:max_new_tokens`, or the end of the context
@@ -162,6 +165,7 @@ defmodule Bombus.Serving do
               required(:text) => String.t() | nil,
               required(:token_ids) => [non_neg_integer()],
               required(:finish_reason) => :stop | :length | :cancelled,
+              required(:unfinished_thinking) => boolean(),
               required(:token_summary) => %{
                 input: non_neg_integer(),
                 cached: non_neg_integer(),
@@ -206,7 +210,7 @@ defmodule Bombus.Serving do
 
     %__MODULE__{
       model: model,
-      tokenizer: tokenizer!(tokenizer, model),
+      tokenizer: tokenizer!(tokenizer),
       options: Options.new!(options, model),
       limits: limits,
       group: if(narrower?, do: Native.new_group(limits))
@@ -386,18 +390,8 @@ defmodule Bombus.Serving do
             "(see also Bombus.Serving.#{function})"
   end
 
-  defp tokenizer!(nil, _model), do: nil
-
-  defp tokenizer!(tokenizer, %{spec: %{vocab_size: vocab_size}}) do
-    %{vocab_size: size} = Bombus.Options.handle!(tokenizer, Tokenizer)
-
-    if size > vocab_size do
-      raise ArgumentError,
-            "expected the model's own tokenizer: this one has #{size} tokens, the model #{vocab_size}"
-    end
-
-    tokenizer
-  end
+  defp tokenizer!(nil), do: nil
+  defp tokenizer!(tokenizer), do: Bombus.Options.handle!(tokenizer, Tokenizer)
 
   defp run_with(serving, input, server, begun \\ Deadline.now())
 

@@ -1,15 +1,325 @@
 defmodule Bombus.Tokenizer do
+  alias Bombus.{Error, Native, Options}
+  alias Bombus.Serving.Input
+
+  @template_options [
+    template_options: [
+      type: {:custom, {Bombus.Serving.Options, :check_template_options}},
+      default: %{},
+      doc: "what the chat template takes, such as `%{enable_thinking: false}`"
+    ]
+  ]
+  @encode [
+    add_special_tokens: [
+      type: :boolean,
+      default: true,
+      doc: """
+      with the tokens that the tokenizer puts around a text, such as `<s>`. A text that begins with
+      that token gets no second one
+      """
+    ]
+  ]
+  @decode [
+    skip_special_tokens: [
+      type: :boolean,
+      default: true,
+      doc: "`false` writes special tokens such as `<|im_end|>` as they are"
+    ]
+  ]
+  @apply [
+           tokenize: [
+             type: :boolean,
+             default: false,
+             doc: "`true` gives token ids in place of the text"
+           ],
+           add_generation_prompt: [
+             type: :boolean,
+             default: true,
+             doc: "`false` leaves out what begins the model's answer"
+           ]
+         ] ++ @template_options
+
   @moduledoc """
-  A tokenizer, made by `Bombus.load_tokenizer/2`.
+  A tokenizer, made by `Bombus.load_tokenizer/2`: text to token ids and back.
+
+      {:ok, tokenizer} = Bombus.load_tokenizer(:demo)
+      {:ok, ids} = Bombus.Tokenizer.encode(tokenizer, "A post about coffee")
+      {:ok, "A post about coffee"} = Bombus.Tokenizer.decode(tokenizer, ids)
+
+      # How many tokens a request takes, before it is made
+      messages = [%{role: "user", content: "Write a post about coffee"}]
+      {:ok, 18} = Bombus.Tokenizer.count(tokenizer, messages)
+
+  Its fields:
 
     * `:vocab_size` - how many tokens it knows, special ones included
     * `:chat_template?` - whether it comes with a chat template; then a string given to a serving is
       a user's message, and without one a text to be completed
+    * `:bos_token`, `:eos_token` - the special tokens that begin and end a text, or `nil`
+
+  ## Files
+
+  A folder with `tokenizer.json`, or with the `vocab.json` and `merges.txt` of Qwen2's or GPT-2's
+  tokenizer. Special tokens come from `tokenizer_config.json`, `special_tokens_map.json` and
+  `added_tokens.json`, as in transformers. A `truncation` or `padding` in `tokenizer.json` does not
+  count.
+
+  ## Errors
+
+  The functions here return `{:error, %Bombus.Error{}}` for what is wrong with a text or a
+  conversation (`:bad_request`, `:prompt_too_long`), and raise `ArgumentError` for what is wrong with
+  the call. Each has a twin with `!` that raises both. None of them blocks a scheduler: long texts
+  have threads of their own, and end with their caller.
   """
 
-  @type t :: %__MODULE__{vocab_size: pos_integer(), chat_template?: boolean(), ref: reference()}
+  @type t :: %__MODULE__{
+          vocab_size: pos_integer(),
+          chat_template?: boolean(),
+          bos_token: String.t() | nil,
+          eos_token: String.t() | nil,
+          ref: reference()
+        }
+
+  @typedoc "A role, a content, and what else the chat template takes."
+  @type message :: %{optional(atom() | String.t()) => term()}
 
   @derive {Inspect, except: [:ref]}
   @enforce_keys [:ref, :vocab_size, :chat_template?]
-  defstruct @enforce_keys
+  defstruct [:bos_token, :eos_token | @enforce_keys]
+
+  @doc """
+  The token ids of a text, as it stands: no chat template is applied.
+
+  ## Options
+
+  #{Options.docs(@encode)}
+  ## Examples
+
+      {:ok, ids} = Bombus.Tokenizer.encode(tokenizer, "A post about coffee")
+      {:ok, logprobs} = Bombus.score(model, ids)
+  """
+  @spec encode(t(), String.t(), add_special_tokens: boolean()) ::
+          {:ok, [non_neg_integer()]} | {:error, Error.t()}
+  def encode(tokenizer, text, options \\ []) do
+    options = Options.validate!(options, @encode, "Bombus.Tokenizer.encode/3")
+    tokenizer = tokenizer!(tokenizer)
+    with {:ok, prompt} <- text(text), do: ids(tokenizer, prompt, options[:add_special_tokens])
+  end
+
+  @doc "As `encode/3`, but returns the ids or raises."
+  @spec encode!(t(), String.t(), add_special_tokens: boolean()) :: [non_neg_integer()]
+  def encode!(tokenizer, text, options \\ []),
+    do: Error.unwrap!(encode(tokenizer, text, options))
+
+  @doc """
+  The text of token ids. An id without a token, of which a model may have some, has no text; bytes
+  that are no characters become `�`.
+
+  ## Options
+
+  #{Options.docs(@decode)}
+  """
+  @spec decode(t(), [non_neg_integer()], skip_special_tokens: boolean()) ::
+          {:ok, String.t()} | {:error, Error.t()}
+  def decode(tokenizer, ids, options \\ []) do
+    options = Options.validate!(options, @decode, "Bombus.Tokenizer.decode/3")
+    tokenizer = tokenizer!(tokenizer)
+    ids = for id <- ids!(ids), into: <<>>, do: <<id::native-32>>
+    Native.await(&Native.decode(tokenizer.ref, ids, options[:skip_special_tokens], &1))
+  end
+
+  @doc "As `decode/3`, but returns the text or raises."
+  @spec decode!(t(), [non_neg_integer()], skip_special_tokens: boolean()) :: String.t()
+  def decode!(tokenizer, ids, options \\ []), do: Error.unwrap!(decode(tokenizer, ids, options))
+
+  @doc """
+  How many tokens a text or a conversation has: what a request's `token_summary.input` will be.
+
+    * a string - the text as it stands, as `encode/3` takes it and as a serving takes it with
+      `chat_template: false`
+    * a list of messages - the conversation, with the chat template around it
+    * `%{text: string}` or `%{messages: list}` - an input, as a serving takes it: a text is a user's
+      message where the tokenizer has a chat template
+
+  ## Options
+
+  #{Options.docs(@template_options)}
+  ## Examples
+
+      {:ok, count} = Bombus.Tokenizer.count(tokenizer, [%{role: "user", content: text}])
+      if count + 256 <= model.spec.context, do: Bombus.Serving.run(serving, text)
+  """
+  @spec count(t(), String.t() | [message()] | map(), template_options: map() | keyword()) ::
+          {:ok, non_neg_integer()} | {:error, Error.t()}
+  def count(tokenizer, input, options \\ []) do
+    options = Options.validate!(options, @template_options, "Bombus.Tokenizer.count/3")
+    tokenizer = tokenizer!(tokenizer)
+    with {:ok, prompt} <- prompt(input, tokenizer, options), do: count_prompt(tokenizer, prompt)
+  end
+
+  @doc "As `count/3`, but returns the number or raises."
+  @spec count!(t(), String.t() | [message()] | map(), template_options: map() | keyword()) ::
+          non_neg_integer()
+  def count!(tokenizer, input, options \\ []), do: Error.unwrap!(count(tokenizer, input, options))
+
+  @doc """
+  A conversation as the text that the model sees.
+
+  ## Options
+
+  #{Options.docs(@apply)}
+  ## Examples
+
+      messages = [%{role: "user", content: "Hello"}]
+      {:ok, text} = Bombus.Tokenizer.apply_chat_template(tokenizer, messages)
+      {:ok, ids} = Bombus.Tokenizer.apply_chat_template(tokenizer, messages, tokenize: true)
+  """
+  @spec apply_chat_template(t(), [message()], keyword()) ::
+          {:ok, String.t() | [non_neg_integer()]} | {:error, Error.t()}
+  def apply_chat_template(tokenizer, messages, options \\ []) do
+    options = Options.validate!(options, @apply, "Bombus.Tokenizer.apply_chat_template/3")
+    tokenizer = tokenizer!(tokenizer)
+
+    with {:ok, {:chat, messages, template} = prompt} <- chat(messages, tokenizer, options) do
+      if options[:tokenize],
+        do: ids(tokenizer, prompt, false),
+        else: Native.await(&Native.apply_chat_template(tokenizer.ref, messages, template, &1))
+    end
+  end
+
+  @doc "As `apply_chat_template/3`, but returns the text or the ids, or raises."
+  @spec apply_chat_template!(t(), [message()], keyword()) :: String.t() | [non_neg_integer()]
+  def apply_chat_template!(tokenizer, messages, options \\ []),
+    do: Error.unwrap!(apply_chat_template(tokenizer, messages, options))
+
+  @doc """
+  The conversation without its oldest turns, so that it has at most `max_tokens` tokens.
+
+  A turn is a user's message with all that follows it up to the next: answers, calls of tools and
+  their results go together. System messages stay, and so does the last turn: where these alone have
+  more tokens, the answer is the error `:prompt_too_long`.
+
+  ## Options
+
+  #{Options.docs(@template_options)}
+  ## Examples
+
+      # Leave room for an answer of 512 tokens
+      {:ok, messages} = Bombus.Tokenizer.fit(tokenizer, messages, model.spec.context - 512)
+      Bombus.Serving.run(serving, %{messages: messages, max_new_tokens: 512})
+  """
+  @spec fit(t(), [message()], pos_integer(), template_options: map() | keyword()) ::
+          {:ok, [message()]} | {:error, Error.t()}
+  def fit(tokenizer, messages, max_tokens, options \\ []) do
+    options = Options.validate!(options, @template_options, "Bombus.Tokenizer.fit/4")
+    tokenizer = tokenizer!(tokenizer)
+
+    unless is_integer(max_tokens) and max_tokens > 0 do
+      raise ArgumentError,
+            "expected max_tokens to be a whole number above 0, got: #{Options.show(max_tokens)}"
+    end
+
+    # It raises for what is no list of messages.
+    with {:ok, _prompt} <- chat(messages, tokenizer, options) do
+      fewest(tokenizer, turns(messages), max_tokens, options, 0)
+    end
+  end
+
+  @doc "As `fit/4`, but returns the messages or raises."
+  @spec fit!(t(), [message()], pos_integer(), template_options: map() | keyword()) :: [message()]
+  def fit!(tokenizer, messages, max_tokens, options \\ []),
+    do: Error.unwrap!(fit(tokenizer, messages, max_tokens, options))
+
+  # Each message with the number of its turn; those that stay have none.
+  defp turns(messages) do
+    {turns, last} =
+      Enum.map_reduce(messages, 0, fn message, turn ->
+        case to_string(message[:role] || message["role"]) do
+          "user" -> {{turn + 1, message}, turn + 1}
+          role when role in ["system", "developer"] -> {{nil, message}, turn}
+          _other -> {{turn, message}, turn}
+        end
+      end)
+
+    {turns, last}
+  end
+
+  # How few turns must go is found by halving.
+  defp fewest(tokenizer, {turns, last}, max_tokens, options, first) do
+    middle = div(first + last, 2)
+    messages = for {turn, message} <- turns, turn == nil or turn >= middle, do: message
+
+    case count(tokenizer, messages, options) do
+      {:ok, count} when count <= max_tokens and first == middle ->
+        {:ok, messages}
+
+      {:ok, count} when count <= max_tokens ->
+        fewest(tokenizer, {turns, middle}, max_tokens, options, first)
+
+      {:ok, count} when middle == last ->
+        Error.error(
+          :prompt_too_long,
+          "#{count} tokens without any earlier turn, where #{max_tokens} may be"
+        )
+
+      {:ok, _count} ->
+        fewest(tokenizer, {turns, last}, max_tokens, options, middle + 1)
+
+      {:error, error} ->
+        {:error, error}
+    end
+  end
+
+  defp tokenizer!(tokenizer), do: Options.handle!(tokenizer, __MODULE__)
+
+  defp ids(tokenizer, prompt, special),
+    do: Native.await(&Native.encode(tokenizer.ref, prompt, special, &1))
+
+  defp count_prompt(tokenizer, prompt),
+    do: Native.await(&Native.count_tokens(tokenizer.ref, prompt, &1))
+
+  defp prompt(text, _tokenizer, _options) when is_binary(text), do: text(text)
+
+  defp prompt(%{text: text}, %{chat_template?: true} = tokenizer, options) do
+    with {:ok, {:text, text}} <- text(text),
+         do: chat([%{role: "user", content: text}], tokenizer, options)
+  end
+
+  defp prompt(%{text: text}, _tokenizer, _options), do: text(text)
+  defp prompt(%{messages: messages}, tokenizer, options), do: chat(messages, tokenizer, options)
+  defp prompt(messages, tokenizer, options), do: chat(messages, tokenizer, options)
+
+  defp text(text) when is_binary(text) do
+    if String.valid?(text),
+      do: {:ok, {:text, text}},
+      else: Error.error(:bad_request, "expected a text in UTF-8, got: #{Options.show(text)}")
+  end
+
+  defp text(other) do
+    raise ArgumentError, "expected a text, got: #{Options.show(other)}"
+  end
+
+  defp chat(_messages, %{chat_template?: false}, _options) do
+    Error.error(:bad_request, "the tokenizer has no chat template: give a text, not messages")
+  end
+
+  defp chat(messages, _tokenizer, options) do
+    template_options =
+      if options[:add_generation_prompt] == false,
+        do: Map.put(options[:template_options], :add_generation_prompt, false),
+        else: options[:template_options]
+
+    Input.conversation(messages, template_options)
+  end
+
+  defp ids!(ids) do
+    unless Options.proper_list?(ids) do
+      raise ArgumentError, "expected a list of token ids, got: #{Options.show(ids)}"
+    end
+
+    case Enum.find(ids, :none, &(not (is_integer(&1) and &1 in 0..0xFFFFFFFF))) do
+      :none -> ids
+      wrong -> raise ArgumentError, "expected token ids, got: #{Options.show(wrong)}"
+    end
+  end
 end

@@ -63,12 +63,17 @@ defmodule Bombus.Serving.Input do
     adapter!(options.adapter, serving.model)
   end
 
-  defp stop!(%{stop: [_ | _] = stop}, %{tokenizer: nil}) do
-    raise ArgumentError,
-          "a serving without a tokenizer has no text for :stop, got: #{show(stop)}"
-  end
+  defp stop!(%{stop: stops}, serving) do
+    {ids, strings} = Enum.split_with(stops, &is_integer/1)
 
-  defp stop!(_options, _serving), do: :ok
+    if strings != [] and serving.tokenizer == nil do
+      raise ArgumentError,
+            "a serving without a tokenizer has no text for :stop, only token ids, " <>
+              "got: #{show(strings)}"
+    end
+
+    if ids != [], do: Model.token_ids!(serving.model, ids), else: :ok
+  end
 
   defp biases!(%{logit_bias: biases}, _serving) when biases == %{}, do: :ok
 
@@ -109,6 +114,13 @@ defmodule Bombus.Serving.Input do
     end
 
     with {:ok, messages} <- messages(messages), do: chat(messages, options)
+  end
+
+  @doc "A conversation as the NIF takes it."
+  @spec conversation(term(), map()) :: {:ok, tuple()} | {:error, Error.t()}
+  def conversation(messages, template_options) do
+    with {:ok, messages} <- messages(messages),
+         do: chat(messages, %{template_options: template_options})
   end
 
   defp chat(messages, options) do

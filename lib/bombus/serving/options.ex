@@ -16,8 +16,8 @@ defmodule Bombus.Serving.Options do
       type: {:integer, 0..@most},
       default: 0,
       doc: """
-      the model's own end of a text does not come before there are so many; a stop string may.
-      At most `:max_new_tokens`
+      neither the model's own end of a text nor a token of `:stop` comes before there are so many;
+      another stop string may. At most `:max_new_tokens`
       """
     ],
     max_context: [
@@ -90,7 +90,9 @@ defmodule Bombus.Serving.Options do
       type: {:custom, {__MODULE__, :check_stop}},
       default: [],
       doc: """
-      a string or a list of strings that end the text, and are not part of it; needs a tokenizer
+      what ends the text, and is not part of it: a string, a token id, or a list of them, such as
+      `["\n\n", "<|im_end|>", 151645]`. A string that is one special token of the tokenizer is that
+      token, as in mlx_lm.server. Strings need a tokenizer. At most 1024, and 64 KiB of strings
       """
     ],
     adapter: [
@@ -195,7 +197,8 @@ defmodule Bombus.Serving.Options do
       logit_bias: for({id, bias} <- options.logit_bias, do: {id, bias * 1.0}),
       logprobs: options.logprobs,
       seed: options.seed || :rand.uniform(0x1_0000_0000_0000_0000) - 1,
-      stop: options.stop
+      stop: Enum.filter(options.stop, &is_binary/1),
+      stop_ids: Enum.filter(options.stop, &is_integer/1)
     }
   end
 
@@ -253,15 +256,26 @@ defmodule Bombus.Serving.Options do
   defp bias?(_other), do: false
 
   @doc false
-  def check_stop(stop) when is_binary(stop), do: check_stop([stop])
+  def check_stop(stop) when is_binary(stop) or is_integer(stop), do: check_stop([stop])
 
   def check_stop(stops) do
-    if Options.proper_list?(stops) and Enum.all?(stops, &stop?/1),
-      do: {:ok, stops},
-      else: {:error, "a string or a list of strings, none of them empty"}
+    cond do
+      not (Options.proper_list?(stops) and Enum.all?(stops, &stop?/1)) ->
+        {:error, "a string, a token id, or a list of them, none of them empty"}
+
+      length(stops) > 1024 or bytes(stops) > 65_536 ->
+        {:error, "at most 1024 strings and token ids, with 65536 bytes together"}
+
+      true ->
+        {:ok, stops}
+    end
   end
 
+  defp stop?(stop) when is_integer(stop), do: stop in 0..0xFFFFFFFF
   defp stop?(stop), do: is_binary(stop) and stop != "" and String.valid?(stop)
+
+  defp bytes(stops),
+    do: for(stop <- stops, is_binary(stop), reduce: 0, do: (all -> all + byte_size(stop)))
 
   @doc false
   # On which node it must be shows beside a model.

@@ -189,7 +189,15 @@ defmodule Bombus.Serving.Request do
   def cancelled(tokenizer?) do
     summary = %{input: 0, cached: 0, output: 0, padding: 0}
     text = if tokenizer?, do: ""
-    entry = %{text: text, token_ids: [], finish_reason: :cancelled, token_summary: summary}
+
+    entry = %{
+      text: text,
+      token_ids: [],
+      finish_reason: :cancelled,
+      unfinished_thinking: false,
+      token_summary: summary
+    }
+
     %{results: [entry]}
   end
 
@@ -202,6 +210,7 @@ defmodule Bombus.Serving.Request do
       text: if(request.tokenizer?, do: for({:chunk, _, text, _} <- chunks, into: "", do: text)),
       token_ids: ids,
       finish_reason: reason,
+      unfinished_thinking: usage.thinking,
       token_summary: %{
         input: usage.prompt_tokens,
         cached: usage.cached_tokens,

@@ -17,13 +17,13 @@ fn stream(text: &str, stop: &[&str]) -> (Vec<String>, bool) {
     let mut stream = TextStream::new(TOKENIZER.clone(), stop);
     let mut pieces = vec![];
     for token in TOKENIZER.encode(text).unwrap() {
-        let piece = stream.push(token).unwrap();
+        let piece = stream.push(token);
         pieces.push(piece.text);
         if piece.stopped {
             return (pieces, true);
         }
     }
-    pieces.push(stream.finish().unwrap());
+    pieces.push(stream.finish());
     (pieces, false)
 }
 

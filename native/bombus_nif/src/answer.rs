@@ -1,6 +1,7 @@
 //! Messages to the caller, and errors on their way to it.
 
 use bombus::error::{Error, Result, catch};
+use bombus::tokenizer::workers;
 use rustler::env::SavedTerm;
 use rustler::{Encoder, Env, LocalPid, OwnedEnv, Term};
 
@@ -70,5 +71,19 @@ impl Address {
         };
         let spawned = std::thread::Builder::new().name("bombus-load".into()).spawn(thread);
         spawned.map(drop).map_err(|error| Error::OutOfMemory(format!("no thread: {error}")))
+    }
+
+    /// Does `work` on a thread for texts of `bytes` and sends its result. What one owner asks for
+    /// is done in its order.
+    pub fn answer_for_text<T: Encoder>(
+        self,
+        owner: usize,
+        bytes: usize,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<()> {
+        workers::run(owner, bytes, move || {
+            let result = catch(work);
+            self.send(|env| result_term(env, &result));
+        })
     }
 }

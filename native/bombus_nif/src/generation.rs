@@ -45,7 +45,7 @@ mod atoms {
 }
 
 #[derive(NifTaggedEnum)]
-enum PromptTerm {
+pub enum PromptTerm {
     Text(String),
     /// Messages and template options, both as JSON.
     Chat(String, String),
@@ -68,6 +68,7 @@ struct RequestOptions {
     logprobs: Option<usize>,
     seed: u64,
     stop: Vec<String>,
+    stop_ids: Vec<u32>,
     /// milliseconds
     timeout: Option<u64>,
     /// How many chunks may be unread: `acknowledge` says which are. Without one, any number.
@@ -80,6 +81,7 @@ struct UsageTerm {
     prompt_tokens: usize,
     cached_tokens: usize,
     output_tokens: usize,
+    thinking: bool,
     queued: u64,
     first_token: Option<u64>,
     total: u64,
@@ -222,6 +224,7 @@ fn usage_term(usage: &Usage) -> UsageTerm {
         prompt_tokens: usage.prompt_tokens,
         cached_tokens: usage.cached_tokens,
         output_tokens: usage.output_tokens,
+        thinking: usage.thinking,
         queued: nanoseconds(usage.queued),
         first_token: usage.first_token.map(nanoseconds),
         total: nanoseconds(usage.total),
@@ -257,6 +260,7 @@ impl RequestOptions {
             timeout: self.timeout.map(Duration::from_millis),
             group: group.map(|handle| handle.group.clone()),
             stop: self.stop.clone(),
+            stop_ids: self.stop_ids.clone(),
         })
     }
 

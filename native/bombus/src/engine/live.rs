@@ -53,7 +53,7 @@ impl<B: Backend> Live<B> {
 
     /// Tells of a token; -> whether anyone hears it, and whether it has completed a stop string.
     pub fn tell(&mut self, sample: Sample) -> Result<(bool, bool)> {
-        let text = self.text.as_mut().map(|text| text.push(sample.id)).transpose()?;
+        let text = self.text.as_mut().map(|text| text.push(sample.id));
         let (text, stopped) = text.map_or_else(Default::default, |text| (text.text, text.stopped));
         self.usage.output_tokens += 1;
         let logprobs = sample.logprobs.into_iter().collect();
@@ -62,13 +62,14 @@ impl<B: Backend> Live<B> {
 
     /// Tells of the text that was held back, and gives all but the sink back; -> what to end with
     pub fn end(mut self, reason: FinishReason) -> (Sink, Result<Event>) {
-        let rest = catch(|| self.text.as_mut().map(TextStream::finish).transpose());
+        let rest = catch(|| Ok(self.text.as_mut().map(TextStream::finish)));
         let event = rest.map(|rest| {
             if let Some(text) = rest.filter(|text| !text.is_empty()) {
                 let chunk = Chunk { text, ..Chunk::default() };
                 _ = catch(|| Ok(self.sink.chunk(chunk)));
             }
             self.usage.total = self.asked.elapsed();
+            self.usage.thinking = self.text.as_ref().is_some_and(TextStream::is_thinking);
             Event::Done { reason, usage: self.usage }
         });
         (self.sink, event)

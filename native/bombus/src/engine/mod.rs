@@ -1,7 +1,7 @@
 //! A loaded model and the thread that it lives on.
 //!
-//! `Engine` is a handle: it sends commands and returns at once. A text becomes token ids on a thread
-//! of its own; the engine's thread (`worker`) owns the decoder, the caches and the scheduler. It
+//! `Engine` is a handle: it sends commands and returns at once. A text becomes token ids on threads
+//! for texts; the engine's thread (`worker`) owns the decoder, the caches and the scheduler. It
 //! ends when the handle and all generations are gone.
 
 mod bindings;
@@ -22,7 +22,7 @@ mod worker;
 
 pub use monitor::{Monitor, Step};
 pub use queue::Group;
-pub use request::{Prompt, Request};
+pub use request::{Prompt, Request, chat};
 pub use sink::{Chunk, Event, Sink, Usage};
 pub use threads::on_thread;
 
@@ -38,7 +38,7 @@ use crate::error::{Error, Result, catch, catch_in};
 use crate::gauge;
 use crate::scheduler::Limits;
 use crate::sequence::Task;
-use crate::tokenizer::TextStream;
+use crate::tokenizer::{TextStream, workers};
 use pending::Scoring;
 use queue::{Place, Queue};
 use std::path::{Path, PathBuf};
@@ -84,7 +84,7 @@ enum Command {
     Generate(Box<Order>, Option<Task>),
     Encoded {
         id: u64,
-        task: Result<Task>,
+        task: Result<(Task, Option<TextStream>)>,
     },
     Score {
         id: u64,
@@ -161,12 +161,9 @@ struct Inbox {
 /// The engine's thread ends when no handle holds this any more.
 type Commands = Arc<Sender<Command>>;
 
-type Job = Box<dyn FnOnce() + Send>;
-
 pub struct Engine {
     commands: Commands,
-    /// None once the model is unloaded.
-    encoder: Mutex<Option<Sender<Job>>>,
+    unloaded: AtomicBool,
     queue: Queue,
     batch_size: Arc<AtomicUsize>,
     next_id: AtomicU64,
@@ -195,7 +192,6 @@ impl Engine {
         let queue = Queue::new(&limits);
         let longest = config.max_position_embeddings;
         let context = limits.max_context.map_or(longest, |max| max.min(longest));
-        let encoder = Mutex::new(Some(encoder()?));
         let (commands, receiver) = mpsc::channel();
         let commands = Arc::new(commands);
         let batch_size = Arc::<AtomicUsize>::default();
@@ -209,7 +205,8 @@ impl Engine {
         loaded.recv().map_err(|_| Error::Stopped)??;
         let source = (folder.to_owned(), layout);
         let next_id = AtomicU64::new(0);
-        Ok(Self { commands, encoder, queue, batch_size, next_id, config, context, source })
+        let unloaded = AtomicBool::new(false);
+        Ok(Self { commands, unloaded, queue, batch_size, next_id, config, context, source })
     }
 
     /// Writes the checkpoint that was loaded to another folder, quantized where loading did that.
@@ -243,18 +240,18 @@ impl Engine {
     pub fn generate(&self, request: Request, sink: Sink) -> Result<Generation> {
         let asked = Instant::now();
         let known = matches!(request.prompt, Prompt::Ids(_));
+        let cancelled = Arc::<AtomicBool>::default();
         let checked = request.sampling.check().and_then(|()| match known {
-            true => request.task(&self.config, self.context).map(Some),
+            true => request.task(&self.config, self.context, &cancelled).map(Some),
             false => Ok(None),
         });
         let places = checked.and_then(|task| Ok((task, self.places(request.group.as_deref())?)));
         let ((task, places), sink) = admitted(places, sink)?;
-        let cancelled = Arc::<AtomicBool>::default();
         let generation = self.generation();
         let order = Order {
             id: generation.id,
             adapter: request.adapter.clone(),
-            text: request.tokenizer.clone().map(|it| TextStream::new(it, request.stop.clone())),
+            text: None,
             sink,
             places,
             asked,
@@ -262,28 +259,35 @@ impl Engine {
             cancelled: cancelled.clone(),
         };
         // The engine knows of it before its text is tokens: it may be cancelled, or take too long.
-        self.send(Command::Generate(Box::new(order), task))?;
-        if !known {
-            self.encode(generation.id, request, cancelled);
+        if request.tokenizer.is_none() {
+            self.send(Command::Generate(Box::new(order), task))?;
+        } else {
+            self.send(Command::Generate(Box::new(order), None))?;
+            self.encode(generation.id, request, task, cancelled);
         }
         Ok(generation)
     }
 
-    /// Makes token ids of a text, and sends them on.
-    fn encode(&self, id: u64, request: Request, cancelled: Arc<AtomicBool>) {
+    /// Makes token ids of a text, where they are not given, and sends them on.
+    fn encode(&self, id: u64, request: Request, task: Option<Task>, cancelled: Arc<AtomicBool>) {
         let (commands, config, context) =
             (self.commands.clone(), self.config.clone(), self.context);
+        let bytes = request.bytes();
         let job = move || {
-            if !cancelled.load(Relaxed) {
-                let task = catch(|| request.task(&config, context));
-                // An engine that is gone has ended the request.
-                _ = commands.send(Command::Encoded { id, task });
+            if cancelled.load(Relaxed) {
+                return;
             }
+            let task = catch(|| {
+                let made = task.map_or_else(|| request.task(&config, context, &cancelled), Ok)?;
+                let text = request.text(&made.prompt);
+                Ok((made, text))
+            });
+            // An engine that is gone has ended the request.
+            _ = commands.send(Command::Encoded { id, task });
         };
-        let encoder = self.encoder.lock().unwrap_or_else(PoisonError::into_inner);
-        let sent = encoder.as_ref().map(|encoder| encoder.send(Box::new(job)));
-        if !matches!(sent, Some(Ok(()))) {
-            _ = self.commands.send(Command::Encoded { id, task: Err(self.gone()) });
+        let owner = Arc::as_ptr(&self.config) as usize >> 4;
+        if let Err(error) = workers::run(owner, bytes, job) {
+            _ = self.commands.send(Command::Encoded { id, task: Err(error) });
         }
     }
 
@@ -320,13 +324,13 @@ impl Engine {
     /// Frees the model, though its handle is held: requests that run or wait end first, or are
     /// cancelled; new ones are refused. `done` is called when all is given back.
     pub fn unload(&self, cancel: bool, done: impl FnOnce() + Send + 'static) {
-        self.encoder.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.unloaded.store(true, Relaxed);
         // An engine that is gone drops the command, which says that it is done.
         _ = self.commands.send(Command::Unload { cancel, done: Done::new(done) });
     }
 
     fn is_unloaded(&self) -> bool {
-        self.encoder.lock().unwrap_or_else(PoisonError::into_inner).is_none()
+        self.unloaded.load(Relaxed)
     }
 
     /// Why there is no engine.
@@ -382,16 +386,6 @@ fn admitted<T>(places: Result<T>, sink: Sink) -> Result<(T, Sink)> {
             Err(error)
         }
     }
-}
-
-/// A thread for what would hold up a step: a long text takes milliseconds to become token ids. It
-/// ends with the engine's handle.
-fn encoder() -> Result<Sender<Job>> {
-    let (jobs, todo) = mpsc::channel::<Job>();
-    let work = move || todo.into_iter().for_each(|job| job());
-    let thread = std::thread::Builder::new().name("bombus-encode".into()).spawn(work);
-    thread.map_err(|error| Error::OutOfMemory(format!("no thread for texts: {error}")))?;
-    Ok(jobs)
 }
 
 /// A request in the engine. Dropping it cancels the request.

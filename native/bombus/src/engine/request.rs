@@ -6,8 +6,10 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::sampler::Sampling;
 use crate::sequence::Task;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Limit, TextStream, Tokenizer};
+use serde_json::{Map, Value};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 /// What a request begins with.
@@ -38,6 +40,8 @@ pub struct Request {
     pub timeout: Option<Duration>,
     /// Strings that end the text, and are not part of it.
     pub stop: Vec<String>,
+    /// Tokens that end the text, and are not part of it.
+    pub stop_ids: Vec<u32>,
     /// Limits that it shares with other requests, within the model's.
     pub group: Option<Arc<Group>>,
 }
@@ -54,37 +58,73 @@ impl Request {
             max_context: None,
             timeout: None,
             stop: vec![],
+            stop_ids: vec![],
             group: None,
         }
     }
 
+    /// How long the text is that becomes tokens, before a template makes more of it.
+    pub(super) fn bytes(&self) -> usize {
+        match &self.prompt {
+            Prompt::Ids(_) => 0,
+            Prompt::Text(text) => text.len(),
+            Prompt::Chat { messages, options } => messages.len() + options.len(),
+        }
+    }
+
     /// What the scheduler is to do. `context`: the model's
-    pub(super) fn task(&self, config: &Config, context: usize) -> Result<Task> {
-        let ids = match &self.prompt {
-            Prompt::Ids(ids) => ids.clone(),
-            Prompt::Text(text) => self.tokenizer()?.encode(text)?,
-            Prompt::Chat { messages, options } => {
-                let wrong = |error: serde_json::Error| Error::Request(format!("messages: {error}"));
-                let messages = serde_json::from_str(messages).map_err(wrong)?;
-                let options = serde_json::from_str(options).map_err(wrong)?;
-                self.tokenizer()?.encode_chat(&messages, &options)?
-            }
-        };
+    pub(super) fn task(
+        &self,
+        config: &Config,
+        context: usize,
+        cancelled: &AtomicBool,
+    ) -> Result<Task> {
         let context = self.max_context.map_or(context, |max| max.min(context));
+        let ids = self.ids(&Limit { tokens: context, cancelled })?;
         check_ids(&ids, config, context)?;
         let biased = self.sampling.logit_bias.iter().map(|(id, _)| id);
         check_vocabulary(biased, config)?;
-        let mut eos_token_ids = config.eos_token_ids.clone();
-        let own = self.tokenizer.as_ref().and_then(|tokenizer| tokenizer.eos_token_id());
-        eos_token_ids.extend(own.filter(|id| (*id as usize) < config.vocab_size));
         Ok(Task {
             max_new_tokens: self.max_new_tokens.min(context - ids.len()),
             min_new_tokens: self.min_new_tokens,
-            eos_token_ids,
+            eos_token_ids: self.ends(config)?,
             sampling: Arc::new(self.sampling.clone()),
             share: self.group.as_ref().map(|group| group.share()),
             prompt: ids,
         })
+    }
+
+    fn ids(&self, limit: &Limit) -> Result<Vec<u32>> {
+        match &self.prompt {
+            Prompt::Ids(ids) => Ok(ids.clone()),
+            Prompt::Text(text) => self.tokenizer()?.encode_within(text, true, limit),
+            Prompt::Chat { messages, options } => {
+                let (messages, options) = chat(messages, options)?;
+                self.tokenizer()?.encode_chat(&messages, &options, limit)
+            }
+        }
+    }
+
+    /// The tokens that end the text: the model's, the tokenizer's, and those of the request. A
+    /// stop string that is one special token is that token, which is no text.
+    fn ends(&self, config: &Config) -> Result<Vec<u32>> {
+        check_vocabulary(&self.stop_ids, config)?;
+        let mut ends = config.eos_token_ids.clone();
+        if let Some(tokenizer) = &self.tokenizer {
+            let special = self.stop.iter().filter_map(|stop| tokenizer.special_token_id(stop));
+            let own = special.chain(tokenizer.eos_token_id());
+            // The tokenizer may have more tokens than the model.
+            ends.extend(own.filter(|id| (*id as usize) < config.vocab_size));
+        }
+        ends.extend(&self.stop_ids);
+        Ok(ends)
+    }
+
+    /// The text that is to follow a prompt.
+    pub(super) fn text(&self, prompt: &[u32]) -> Option<TextStream> {
+        let mut text = TextStream::new(self.tokenizer.clone()?, self.stop.clone());
+        text.follow(prompt);
+        Some(text)
     }
 
     fn tokenizer(&self) -> Result<&Tokenizer> {
@@ -92,6 +132,13 @@ impl Request {
             Error::Request("without a tokenizer only :token_ids can be completed".into())
         })
     }
+}
+
+/// A conversation and the options of its template, both as JSON.
+pub fn chat(messages: &str, options: &str) -> Result<(Value, Map<String, Value>)> {
+    let wrong = |error: serde_json::Error| Error::Request(format!("messages: {error}"));
+    let messages = serde_json::from_str(messages).map_err(wrong)?;
+    Ok((messages, serde_json::from_str(options).map_err(wrong)?))
 }
 
 pub(super) fn check_ids(ids: &[u32], config: &Config, context: usize) -> Result<()> {

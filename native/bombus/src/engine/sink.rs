@@ -50,6 +50,8 @@ pub struct Usage {
     pub cached_tokens: usize,
     /// Those that were handed out.
     pub output_tokens: usize,
+    /// Whether the text ended in the middle of the model's thinking.
+    pub thinking: bool,
     /// From the request to its first step.
     pub queued: Duration,
     /// From the request to its first token.

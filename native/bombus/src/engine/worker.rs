@@ -22,6 +22,7 @@ use crate::error::{Error, Result, catch};
 use crate::gauge;
 use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{FinishReason, Sequence, Task};
+use crate::tokenizer::TextStream;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, TryRecvError};
@@ -218,10 +219,11 @@ impl<B: Backend> Worker<B> {
     }
 
     /// A text has become tokens, or cannot; its request may have ended meanwhile.
-    fn encoded(&mut self, id: u64, encoded: Result<Task>) {
-        let Some(Pending::Generate(_, task)) = self.pending.get_mut(&id) else { return };
+    fn encoded(&mut self, id: u64, encoded: Result<(Task, Option<TextStream>)>) {
+        let Some(Pending::Generate(order, task)) = self.pending.get_mut(&id) else { return };
         match encoded {
-            Ok(encoded) => {
+            Ok((encoded, text)) => {
+                order.text = text;
                 *task = Some(encoded);
                 self.admit(id);
             }

@@ -1,36 +1,74 @@
-//! Text to token ids and back: `tokenizer.json`, with the chat template beside it.
+//! Text to token ids and back: a tokenizer's files, with the chat template beside them.
 
+mod added;
+mod bound;
 mod chat_template;
+mod config;
+mod decoder;
+mod definition;
+mod encode;
+mod pieces;
+mod stops;
 mod text_stream;
+mod thinking;
+pub mod workers;
 
-pub use text_stream::TextStream;
+pub use encode::Limit;
+pub use text_stream::{Text, TextStream};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, catch};
 use chat_template::ChatTemplates;
+use config::Config;
+use decoder::{Decoder, Decoding};
+use definition::Definition;
+use encode::Encoder;
 use serde_json::{Map, Value};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+/// Bytes that a decoded text may have.
+const LONGEST_TEXT: usize = 64 << 20;
 
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    encoder: Encoder,
+    decoder: Arc<Decoder>,
+    decoder_growth: f64,
     chat_template: Option<ChatTemplates>,
     bos_token: Option<String>,
     eos_token_id: Option<u32>,
+    vocab_size: usize,
+    special_tokens: Vec<String>,
 }
 
 impl Tokenizer {
     pub fn open(folder: &Path) -> Result<Self> {
-        let path = folder.join("tokenizer.json");
-        let bytes = std::fs::read(&path).map_err(|error| Error::io(&path, &error))?;
-        let inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| {
-            Error::Tokenizer(format!("`{}` is no valid tokenizer: {error}", path.display()))
-        })?;
         let config = Config::open(folder)?;
+        let mut definition = Definition::open(folder, &config.fields)?;
+        let more = config.added_tokens(&definition.added_tokens)?;
+        let inner = definition.tokenizer(more)?;
+        let vocabulary = inner.get_vocab(true);
+        if vocabulary.is_empty() {
+            return Err(definition.invalid("it has no tokens"));
+        }
+        let decoder = Decoder::new(&definition.decoder)
+            .map_err(|error| definition.invalid(&format!("`decoder`: {error}")))?;
+        let encoder = catch(|| Encoder::new(&definition, &inner, &vocabulary));
         let eos_token_id = config.token("eos_token").and_then(|token| inner.token_to_id(&token));
         Ok(Self {
-            inner,
+            encoder: encoder.map_err(|error| match error {
+                Error::Panic(panic) => definition.invalid(&panic),
+                error => error,
+            })?,
+            decoder: Arc::new(decoder),
+            decoder_growth: definition.decoder_growth,
             eos_token_id,
             chat_template: config.chat_template(folder)?,
             bos_token: config.token("bos_token"),
+            vocab_size: vocabulary.len(),
+            special_tokens: special_tokens(&inner),
+            inner,
         })
     }
 
@@ -48,70 +86,96 @@ impl Tokenizer {
         self.eos_token_id
     }
 
+    pub fn bos_token(&self) -> Option<&str> {
+        self.bos_token.as_deref()
+    }
+
+    pub fn eos_token(&self) -> Option<String> {
+        self.token(self.eos_token_id?)
+    }
+
     pub fn vocab_size(&self) -> usize {
-        self.inner.get_vocab_size(true)
+        self.vocab_size
     }
 
     /// A text to be completed, with the special tokens that the tokenizer puts around it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        self.encode_within(text, true, &Limit { tokens: usize::MAX, cancelled: &NEVER })
+    }
+
+    /// `special`: whether with those tokens
+    pub fn encode_within(&self, text: &str, special: bool, limit: &Limit) -> Result<Vec<u32>> {
         // As mlx-lm: a text that begins with the bos token gets no second one.
         let begins = self.bos_token.as_ref().is_some_and(|bos| text.starts_with(bos.as_str()));
-        self.encode_with(text, !begins)
+        self.encoder.encode(&self.inner, text, special && !begins, limit)
     }
 
     /// A conversation: an array of `{"role", "content"}` objects, and what the template takes.
-    pub fn encode_chat(&self, messages: &Value, options: &Map<String, Value>) -> Result<Vec<u32>> {
+    pub fn encode_chat(
+        &self,
+        messages: &Value,
+        options: &Map<String, Value>,
+        limit: &Limit,
+    ) -> Result<Vec<u32>> {
+        // The template writes the special tokens itself.
+        self.encoder.encode(&self.inner, &self.render(messages, options)?, false, limit)
+    }
+
+    /// The text of a conversation.
+    pub fn render(&self, messages: &Value, options: &Map<String, Value>) -> Result<String> {
         let template = self.chat_template.as_ref().ok_or_else(|| {
             Error::Request("the tokenizer has no chat template: give :text, not :messages".into())
         })?;
-        // The template writes the special tokens itself.
-        self.encode_with(&template.render(messages, options)?, false)
-    }
-
-    fn encode_with(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode(text, special);
-        let encoding = encoding.map_err(|error| Error::Tokenizer(error.to_string()))?;
-        Ok(encoding.get_ids().to_vec())
+        template.render(messages, options)
     }
 
     /// Text without special tokens.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.inner.decode(ids, true).map_err(|error| Error::Tokenizer(error.to_string()))
+        self.decode_with(ids, true)
     }
-}
 
-/// `tokenizer_config.json`; empty where there is none.
-struct Config {
-    path: PathBuf,
-    fields: Map<String, Value>,
-}
-
-impl Config {
-    fn open(folder: &Path) -> Result<Self> {
-        let path = folder.join("tokenizer_config.json");
-        if !path.exists() {
-            return Ok(Self { path, fields: Map::new() });
+    /// `skip`: without special tokens. Ids without a token have no text.
+    pub fn decode_with(&self, ids: &[u32], skip: bool) -> Result<String> {
+        let (mut text, mut bytes) = (String::new(), 0);
+        let mut decoding = self.decoding();
+        let tokens = ids.iter().filter_map(|id| self.token(*id));
+        for token in tokens.filter(|token| !(skip && self.is_special(token))) {
+            bytes += token.len();
+            if bytes as f64 * self.decoder_growth > LONGEST_TEXT as f64 {
+                return Err(Error::Request("the text of these tokens is too long".into()));
+            }
+            decoding.push(&token, &mut text);
         }
-        let text = std::fs::read(&path).map_err(|error| Error::io(&path, &error))?;
-        let fields = serde_json::from_slice(&text)
-            .map_err(|error| Error::Tokenizer(format!("`{}`: {error}", path.display())))?;
-        Ok(Self { path, fields })
+        decoding.finish(&mut text);
+        Ok(text)
     }
 
-    /// A special token: a string, or an object with its content.
-    fn token(&self, name: &str) -> Option<String> {
-        let value = self.fields.get(name)?;
-        value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
+    fn decoding(&self) -> Decoding {
+        self.decoder.start()
     }
 
-    fn chat_template(&self, folder: &Path) -> Result<Option<ChatTemplates>> {
-        let field = self.fields.get("chat_template");
-        ChatTemplates::open(folder, (&self.path, field), self.special_tokens())
+    fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
     }
 
-    fn special_tokens(&self) -> Map<String, Value> {
-        let names = ["bos_token", "eos_token", "unk_token", "pad_token"];
-        let token = |name: &str| Some((name.to_owned(), self.token(name)?.into()));
-        names.into_iter().filter_map(token).collect()
+    fn is_special(&self, token: &str) -> bool {
+        self.inner.get_added_vocabulary().is_special_token(token)
     }
+
+    /// The id of a text that is one special token.
+    pub fn special_token_id(&self, text: &str) -> Option<u32> {
+        self.is_special(text).then(|| self.inner.token_to_id(text))?
+    }
+
+    /// Whether a special token is written in a text.
+    fn names_special_token(&self, text: &str) -> bool {
+        self.special_tokens.iter().any(|token| text.contains(token.as_str()))
+    }
+}
+
+static NEVER: AtomicBool = AtomicBool::new(false);
+
+fn special_tokens(tokenizer: &tokenizers::Tokenizer) -> Vec<String> {
+    let added = tokenizer.get_added_vocabulary().get_added_tokens_decoder().values();
+    added.filter(|token| token.special).map(|token| token.content.clone()).collect()
 }

@@ -2,21 +2,23 @@
 //! text that may become a stop string waits until it cannot.
 
 use super::Tokenizer;
-use crate::error::Result;
+use super::decoder::Decoding;
+use super::stops::Stops;
+use super::thinking::Thinking;
+use std::ops::Range;
 use std::sync::Arc;
 
 pub struct TextStream {
     tokenizer: Arc<Tokenizer>,
-    stop: Vec<String>,
-    /// The tokens that are decoded together: decoding one alone would lose the space before a
-    /// word and break characters.
-    window: Vec<u32>,
-    /// How many of them were there when the text last ended in a whole character.
-    whole: usize,
-    /// How many bytes of the window's text have been handed out.
-    read: usize,
+    decoding: Decoding,
+    stops: Stops,
+    /// Whether stop strings name special tokens, which are not part of the text.
+    stops_at_special: bool,
     /// Text that may be the beginning of a stop string.
     held: String,
+    /// Special tokens in it.
+    hidden: Vec<Range<usize>>,
+    thinking: Thinking,
 }
 
 /// What a token adds to the text.
@@ -29,66 +31,83 @@ pub struct Text {
 
 impl TextStream {
     pub fn new(tokenizer: Arc<Tokenizer>, stop: Vec<String>) -> Self {
-        Self { tokenizer, stop, window: vec![], whole: 0, read: 0, held: String::new() }
+        Self {
+            decoding: tokenizer.decoding(),
+            stops_at_special: stop.iter().any(|stop| tokenizer.names_special_token(stop)),
+            tokenizer,
+            stops: Stops::new(stop),
+            held: String::new(),
+            hidden: vec![],
+            thinking: Thinking::default(),
+        }
     }
 
-    /// The token that ends a text, as the tokenizer says.
-    pub fn eos_token_id(&self) -> Option<u32> {
-        self.tokenizer.eos_token_id()
+    /// The prompt that the text follows.
+    pub fn follow(&mut self, prompt: &[u32]) {
+        let end = &prompt[prompt.len().saturating_sub(32)..];
+        let text = self.tokenizer.decode_with(end, false).unwrap_or_default();
+        self.thinking = Thinking::after(&text);
     }
 
-    pub fn push(&mut self, token: u32) -> Result<Text> {
-        self.window.push(token);
-        let text = self.decode()?;
-        Ok(self.release(text))
+    /// Whether the text so far ends in the middle of the model's thinking.
+    pub fn is_thinking(&self) -> bool {
+        self.thinking.is_open()
+    }
+
+    pub fn push(&mut self, id: u32) -> Text {
+        // A model may have more rows than its tokenizer has tokens.
+        let Some(token) = self.tokenizer.token(id) else { return self.release("") };
+        if self.tokenizer.is_special(&token) {
+            self.thinking.push(&token);
+            return self.hide(&token);
+        }
+        let mut text = String::new();
+        self.decoding.push(&token, &mut text);
+        self.thinking.push(&text);
+        self.release(&text)
     }
 
     /// The text that is still held, at the end of the sequence.
-    pub fn finish(&mut self) -> Result<String> {
-        let text = self.tokenizer.decode(&self.window)?;
-        let rest = text.get(self.read..).unwrap_or_default().to_owned();
-        let Text { text, stopped } = self.release(rest);
-        let held = std::mem::take(&mut self.held);
-        Ok(if stopped { text } else { text + &held })
+    pub fn finish(&mut self) -> String {
+        let mut rest = String::new();
+        self.decoding.finish(&mut rest);
+        self.thinking.push(&rest);
+        let Text { text, stopped } = self.release(&rest);
+        if stopped { text } else { text + &self.take(self.held.len()) }
     }
 
-    /// The new text of the window. A replacement character at its end may be the first bytes of a
-    /// character whose rest follows, and waits.
-    fn decode(&mut self) -> Result<String> {
-        let text = self.tokenizer.decode(&self.window)?;
-        let sure = sure(&text);
-        let new = sure.get(self.read..).unwrap_or_default().to_owned();
-        self.read = self.read.max(sure.len());
-        if sure.len() == text.len() {
-            self.window.drain(..self.whole);
-            self.whole = self.window.len();
-            self.read = self.tokenizer.decode(&self.window)?.len();
+    fn hide(&mut self, token: &str) -> Text {
+        if self.stops_at_special {
+            let start = self.held.len();
+            self.held.push_str(token);
+            self.hidden.push(start..self.held.len());
         }
-        Ok(new)
+        self.release("")
     }
 
-    fn release(&mut self, new: String) -> Text {
-        self.held.push_str(&new);
-        let found = self.stop.iter().filter_map(|stop| self.held.find(stop.as_str())).min();
-        if let Some(start) = found {
-            self.held.truncate(start);
-            return Text { text: std::mem::take(&mut self.held), stopped: true };
+    fn release(&mut self, new: &str) -> Text {
+        self.held.push_str(new);
+        if let Some(start) = self.stops.find(&self.held) {
+            let text = self.take(start);
+            self.held.clear();
+            self.hidden.clear();
+            return Text { text, stopped: true };
         }
-        let keep = self.stop.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0);
-        let held = self.held.split_off(self.held.len() - keep);
-        Text { text: std::mem::replace(&mut self.held, held), stopped: false }
+        let keep = self.stops.begun(&self.held);
+        Text { text: self.take(self.held.len() - keep), stopped: false }
     }
-}
 
-/// The text without the replacement characters that may still become one character: there are at
-/// most three, one for each byte where a tokenizer falls back to bytes.
-fn sure(text: &str) -> &str {
-    let strip = |text, _| str::strip_suffix(text, '\u{fffd}').unwrap_or(text);
-    (0..3).fold(text, strip)
-}
-
-/// The length of the longest end of `text` that begins `stop`.
-fn overlap(text: &str, stop: &str) -> usize {
-    let ends = text.char_indices().map(|(start, _)| &text[start..]);
-    ends.filter(|end| stop.starts_with(end)).map(str::len).max().unwrap_or(0)
+    /// Takes bytes from the front, without what is hidden in them.
+    fn take(&mut self, bytes: usize) -> String {
+        let rest = self.held.split_off(bytes);
+        let mut text = std::mem::replace(&mut self.held, rest);
+        for hidden in self.hidden.iter().rev().filter(|hidden| hidden.start < bytes) {
+            text.replace_range(hidden.start..hidden.end.min(bytes), "");
+        }
+        self.hidden.retain_mut(|hidden| {
+            *hidden = hidden.start.saturating_sub(bytes)..hidden.end.saturating_sub(bytes);
+            hidden.start < hidden.end
+        });
+        text
+    }
 }
