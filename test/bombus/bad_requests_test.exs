@@ -231,14 +231,6 @@ defmodule Bombus.BadRequestsTest do
 
   defp load(options), do: Bombus.load_model(:demo, options)
 
-  test "a tokenizer with more tokens than the model", %{tokenizer: tokenizer} do
-    model = Bombus.load_model!(Fixtures.checkpoint("f32-tied"))
-
-    assert_raise ArgumentError, ~r/the model's own tokenizer/, fn ->
-      Serving.new(model, tokenizer)
-    end
-  end
-
   test "are no faults: seed 0, max_new_tokens 0, top_p 0 and 1", %{serving: serving} do
     assert %{results: [%{text: "", finish_reason: :length, token_ids: []}]} =
              Serving.run(serving, %{text: "Hello", max_new_tokens: 0})

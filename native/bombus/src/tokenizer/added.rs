@@ -2,7 +2,9 @@
 //! were added to a vocabulary.
 
 use aho_corasick::{AhoCorasick, MatchKind};
+use fancy_regex::Regex;
 use std::ops::Range;
+use std::sync::LazyLock;
 use tokenizers::AddedToken;
 
 /// Finds some tokens, the leftmost first, of those the longest.
@@ -71,8 +73,11 @@ fn extent(text: &str, at: Range<usize>, token: &AddedToken, end: usize) -> Optio
     Some(start..text.len() - stripped.len())
 }
 
+/// As `\w` in the crate's patterns.
 fn is_word(character: char) -> bool {
-    character.is_alphanumeric() || character == '_'
+    static WORD: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"\w").ok());
+    let text: &str = character.encode_utf8(&mut [0; 4]);
+    WORD.as_ref().is_some_and(|word| word.is_match(text).unwrap_or(false))
 }
 
 #[cfg(test)]
@@ -102,6 +107,6 @@ mod tests {
         let stripping = vec![token("<a>", |token| (token.lstrip, token.rstrip) = (true, true))];
         assert_eq!(found(stripping, "x  <a>\n <a> y"), ["x", "3", "3", "y"]);
         let word = vec![token("is", |token| token.single_word = true)];
-        assert_eq!(found(word, "this is"), ["this ", "2"]);
+        assert_eq!(found(word, "this is is\u{200d}"), ["this ", "2", " is\u{200d}"]);
     }
 }

@@ -94,7 +94,7 @@ impl Running {
                 Event::Done { reason, usage } => {
                     return Ok((Answer { ids, text, reason }, usage, all));
                 }
-                Event::Scores(_) => panic!("scores of a request for text"),
+                other => panic!("{other:?} of a request for text"),
             }
         }
         Err(Error::Stopped)

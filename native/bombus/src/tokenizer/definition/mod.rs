@@ -69,7 +69,7 @@ impl Definition {
         components::post_processor(&post_processor).map_err(wrong)?;
         let added_tokens = added_tokens(take("added_tokens")).map_err(wrong)?;
         let model = take("model");
-        let model = guarded(|| models::build(model).map_err(|error| format!("`model`: {error}")));
+        let model = guarded("model", || models::build(model));
         Ok(Self {
             model: model.map_err(wrong)?,
             added_tokens,
@@ -93,12 +93,12 @@ impl Definition {
         tokenizer.with_pre_tokenizer(pre_tokenizer);
         let post_processor = self.part::<tokenizers::PostProcessorWrapper>("post_processor")?;
         tokenizer.with_post_processor(post_processor);
-        let added = guarded(|| {
+        let added = guarded("added_tokens", || {
             tokenizer.add_tokens(&self.added_tokens);
             tokenizer.add_tokens(&more);
             Ok(())
         });
-        added.map_err(|error| self.invalid(&format!("`added_tokens`: {error}")))?;
+        added.map_err(|error| self.invalid(&error))?;
         Ok(tokenizer)
     }
 
@@ -109,11 +109,11 @@ impl Definition {
             "pre_tokenizer" => &self.pre_tokenizer,
             _ => &self.post_processor,
         };
-        let part = guarded(|| match value {
+        let part = guarded(name, || match value {
             Value::Null => Ok(None),
             value => T::deserialize(value).map(Some).map_err(|error| error.to_string()),
         });
-        part.map_err(|error| self.invalid(&format!("`{name}`: {error}")))
+        part.map_err(|error| self.invalid(&error))
     }
 
     /// The types of the normalizers, in their order.
@@ -156,17 +156,13 @@ pub fn invalid(path: &Path, error: &str) -> Error {
     Error::Tokenizer(format!("`{}` is no valid tokenizer: {error}", path.display()))
 }
 
-/// A panic of the crate is an error too.
-fn guarded<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
-    let mut failed = None;
-    let done = catch(|| match work() {
-        Ok(value) => Ok(value),
-        Err(error) => {
-            failed = Some(error);
-            Err(Error::Stopped)
-        }
-    });
-    done.map_err(|panic| failed.unwrap_or_else(|| panic.to_string()))
+/// Reads a field; a panic of the crate is an error too.
+fn guarded<T>(field: &str, work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    let done = catch(|| work().map_err(Error::Tokenizer));
+    done.map_err(|error| match error {
+        Error::Tokenizer(error) | Error::Panic(error) => format!("`{field}`: {error}"),
+        error => error.to_string(),
+    })
 }
 
 /// `[{"id", "content", "special", ...}, ...]`. As with the reference, their order decides their
