@@ -165,7 +165,8 @@ defmodule Bombus do
   def load_adapter!(source, options \\ []), do: Error.unwrap!(load_adapter(source, options))
 
   @doc """
-  Loads a tokenizer: a folder with `tokenizer.json`, and the chat template beside it.
+  Loads a tokenizer: a folder with `tokenizer.json` (or with `vocab.json` and `merges.txt` of Qwen2's or
+  GPT-2's), and the chat template beside it. See `Bombus.Tokenizer` for what it can do.
 
   ## Options
 

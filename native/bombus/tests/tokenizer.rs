@@ -229,6 +229,15 @@ fn files_that_would_take_memory_or_time_are_refused() {
     }
     let error = refused(|fields| fields["added_tokens"][0]["content"] = "x".repeat(5000).into());
     assert!(error.contains("a token of 5000 bytes"), "{error}");
+    let error = refused(|fields| {
+        fields["normalizer"] = json!({"pattern": {"String": "a"}, "content": "a".repeat(5000)});
+    });
+    assert!(error.contains("`normalizer`: it has no `type`"), "{error}");
+    let error = refused(|fields| {
+        let token = |id: usize| json!({"id": id, "content": format!("{id}{}", "x".repeat(4000))});
+        fields["added_tokens"] = (0..3000).map(token).collect();
+    });
+    assert!(error.contains("too long together"), "{error}");
     // The crate panics where a merge is shorter than the prefix.
     let error = refused(|fields| {
         fields["model"]["continuing_subword_prefix"] = "longer than any".into();

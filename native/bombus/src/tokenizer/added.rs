@@ -76,7 +76,8 @@ fn extent(text: &str, at: Range<usize>, token: &AddedToken, end: usize) -> Optio
 /// As `\w` in the crate's patterns.
 fn is_word(character: char) -> bool {
     static WORD: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"\w").ok());
-    let text: &str = character.encode_utf8(&mut [0; 4]);
+    let mut bytes = [0; 4];
+    let text: &str = character.encode_utf8(&mut bytes);
     WORD.as_ref().is_some_and(|word| word.is_match(text).unwrap_or(false))
 }
 

@@ -9,8 +9,10 @@ use serde_json::Value;
 const MOST_PARTS: usize = 64;
 const DEEPEST: usize = 8;
 
-/// How many times longer the parts of one kind may make a text.
+/// How many times longer the parts of one kind may make a text. A decoder works on the engine's
+/// thread, a token at a time.
 const MOST_GROWTH: f64 = 1024.0;
+const MOST_DECODER_GROWTH: f64 = 64.0;
 
 /// Bytes of a text that is put before every text.
 const LONGEST_PREFIX: usize = 256;
@@ -28,23 +30,24 @@ struct Part<'a> {
 /// How many times longer a text can become; at least 1.
 pub fn normalizer(value: &Value) -> Result<f64, String> {
     let parts = parts("normalizer", "normalizers", value)?;
-    grown(&parts, normalizer_growth)
+    grown(&parts, MOST_GROWTH, normalizer_growth)
 }
 
 pub fn pre_tokenizer(value: &Value) -> Result<f64, String> {
     let parts = parts("pre_tokenizer", "pretokenizers", value)?;
-    grown(&parts, pre_tokenizer_growth)
+    grown(&parts, MOST_GROWTH, pre_tokenizer_growth)
 }
 
 pub fn decoder(value: &Value) -> Result<f64, String> {
     let parts = parts("decoder", "decoders", value)?;
-    grown(&parts, decoder_growth)
+    grown(&parts, MOST_DECODER_GROWTH, decoder_growth)
 }
 
 pub fn post_processor(value: &Value) -> Result<(), String> {
     let parts = parts("post_processor", "processors", value)?;
     let mut around = 0;
-    for part in parts.iter().filter(|part| part.kind == "TemplateProcessing") {
+    // The crate takes what has the fields of a template, whatever its type says.
+    for part in parts.iter().filter(|part| part.fields.get("single").is_some()) {
         around += template(part.fields).map_err(|error| format!("`{}.{error}", part.at))?;
     }
     match around > MOST_AROUND {
@@ -86,12 +89,16 @@ fn collect<'a>(
     Ok(())
 }
 
-fn grown(parts: &[Part], of: fn(&Part) -> Result<f64, String>) -> Result<f64, String> {
+fn grown(parts: &[Part], most: f64, of: fn(&Part) -> Result<f64, String>) -> Result<f64, String> {
     let mut growth = 1.0;
     for part in parts {
-        growth *= of(part).map_err(|error| format!("`{}`: {error}", part.at))?;
-        if growth > MOST_GROWTH {
-            return Err(format!("`{}`: texts could become {growth:.0} times longer", part.at));
+        let wrong = |error: String| format!("`{}`: {error}", part.at);
+        if part.kind.is_empty() {
+            return Err(wrong("it has no `type`".into()));
+        }
+        growth *= of(part).map_err(wrong)?;
+        if growth > most {
+            return Err(wrong(format!("texts could become {growth:.0} times longer")));
         }
     }
     Ok(growth)

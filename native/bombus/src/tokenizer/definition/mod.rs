@@ -22,6 +22,9 @@ use tokenizers::{AddedToken, ModelWrapper};
 const MOST_ADDED: usize = 1 << 20;
 const LONGEST_ADDED: usize = 4096;
 
+/// Bytes of all that are looked for in a text, once they are normalized.
+const MOST_ADDED_BYTES: f64 = (8 << 20) as f64;
+
 /// What `tokenizer.json` says, checked.
 pub struct Definition {
     pub path: PathBuf,
@@ -34,6 +37,7 @@ pub struct Definition {
     /// How many times longer a text can become before it is tokens, and the text of tokens.
     pub text_growth: f64,
     pub decoder_growth: f64,
+    normalizer_growth: f64,
 }
 
 impl Definition {
@@ -63,8 +67,8 @@ impl Definition {
         let pre_tokenizer = take("pre_tokenizer");
         let post_processor = take("post_processor");
         let decoder = take("decoder");
-        let text_growth = components::normalizer(&normalizer).map_err(wrong)?
-            * components::pre_tokenizer(&pre_tokenizer).map_err(wrong)?;
+        let normalizer_growth = components::normalizer(&normalizer).map_err(wrong)?;
+        let split_growth = components::pre_tokenizer(&pre_tokenizer).map_err(wrong)?;
         let decoder_growth = components::decoder(&decoder).map_err(wrong)?;
         components::post_processor(&post_processor).map_err(wrong)?;
         let added_tokens = added_tokens(take("added_tokens")).map_err(wrong)?;
@@ -77,8 +81,9 @@ impl Definition {
             pre_tokenizer,
             post_processor,
             decoder,
-            text_growth,
+            text_growth: normalizer_growth * split_growth,
             decoder_growth,
+            normalizer_growth,
             path,
         })
     }
@@ -88,6 +93,7 @@ impl Definition {
         let empty = ModelWrapper::from(tokenizers::models::bpe::BPE::default());
         let model = std::mem::replace(&mut self.model, empty);
         let mut tokenizer = tokenizers::Tokenizer::new(model);
+        self.check_added(&more)?;
         tokenizer.with_normalizer(self.part::<tokenizers::NormalizerWrapper>("normalizer")?);
         let pre_tokenizer = self.part::<tokenizers::PreTokenizerWrapper>("pre_tokenizer")?;
         tokenizer.with_pre_tokenizer(pre_tokenizer);
@@ -100,6 +106,18 @@ impl Definition {
         });
         added.map_err(|error| self.invalid(&error))?;
         Ok(tokenizer)
+    }
+
+    fn check_added(&self, more: &[AddedToken]) -> Result<()> {
+        let bytes = |token: &AddedToken| match token.normalized {
+            true => token.content.len() as f64 * self.normalizer_growth,
+            false => token.content.len() as f64,
+        };
+        let bytes: f64 = self.added_tokens.iter().chain(more).map(bytes).sum();
+        match bytes > MOST_ADDED_BYTES {
+            true => Err(self.invalid("`added_tokens`: they are too long together")),
+            false => Ok(()),
+        }
     }
 
     /// A part of the crate's; null is none.

@@ -13,7 +13,7 @@ use tokenizers::models::wordpiece::WordPiece;
 
 /// Bytes of one token: what builds and drops the trie of a Unigram model recurses for each.
 const LONGEST_PIECE: usize = 512;
-const LONGEST_TOKEN: usize = 64 << 10;
+const LONGEST_TOKEN: usize = 4 << 10;
 
 /// Bytes of what is put before or behind every character.
 const LONGEST_AFFIX: usize = 64;
