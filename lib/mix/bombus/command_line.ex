@@ -12,7 +12,7 @@ defmodule Mix.Bombus.CommandLine do
   @spec run(String.t(), [String.t()], keyword(), (keyword(), [String.t()] -> term())) :: term()
   def run(task, arguments, switches, fun) do
     if help?(arguments) do
-      Mix.Task.rerun("help", [task])
+      one_line(fn -> Mix.Task.rerun("help", [task]) end)
     else
       {options, words} = parse!(task, arguments, switches)
       one_line(fn -> fun.(options, words) end)
@@ -67,8 +67,11 @@ defmodule Mix.Bombus.CommandLine do
     error in [Bombus.Error, ArgumentError, File.Error] ->
       Mix.raise(Exception.message(error))
 
-    # Nobody reads any more, as with `| head`.
     error in ErlangError ->
-      if error.original in [:terminated, :epipe], do: :ok, else: reraise(error, __STACKTRACE__)
+      unread!(error, __STACKTRACE__)
   end
+
+  # Nobody reads any more, as with `| head`.
+  defp unread!(%{original: reason}, _stacktrace) when reason in [:terminated, :epipe], do: :ok
+  defp unread!(error, stacktrace), do: reraise(error, stacktrace)
 end

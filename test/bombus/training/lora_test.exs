@@ -137,7 +137,8 @@ defmodule Bombus.Training.LoRATest do
     end
 
     test "keeps tools, their calls and other fields of messages", %{tmp_dir: dir} do
-      call = %{id: "1", type: "function", function: %{name: "rain", arguments: %{city: "Ulm"}}}
+      arguments = [where: "Ulm", at: [hour: 7, day: nil]]
+      call = %{id: "1", type: "function", function: %{name: "rain", arguments: arguments}}
 
       messages = [
         %{role: "user", content: "Rain?"},
@@ -148,11 +149,14 @@ defmodule Bombus.Training.LoRATest do
 
       row = %{messages: messages, tools: [%{type: "function", function: %{name: "rain"}}]}
       data(dir, [row], split_ratio: 1)
-      row = dir |> Path.join("data/train.jsonl") |> File.read!() |> JSON.decode!()
+      text = dir |> Path.join("data/train.jsonl") |> File.read!()
+      # The caller's order, else that of the names.
+      assert text =~ ~s({"arguments":{"where":"Ulm","at":{"hour":7,"day":null}},"name":"rain"})
+      row = JSON.decode!(text)
       assert row["tools"] == [%{"type" => "function", "function" => %{"name" => "rain"}}]
       assert [_user, asks, tool, answer] = row["messages"]
       assert asks["content"] == ""
-      assert [%{"function" => %{"arguments" => %{"city" => "Ulm"}}}] = asks["tool_calls"]
+      assert [%{"id" => "1", "function" => %{"name" => "rain"}}] = asks["tool_calls"]
       assert tool["tool_call_id"] == "1"
       assert answer["reasoning_content"] == "It is dry."
     end
@@ -206,7 +210,13 @@ defmodule Bombus.Training.LoRATest do
          ]},
         {"it is neither a text nor a row with prompt and completion, messages or text",
          [nil, 1, {:a, :b}, ~c"ab", [], %{}, %{body: "a"}, [1 | 2], self(), Date.utc_today()]},
-        {"it has something that is no JSON", [%{messages: [answer], tools: [self()]}]}
+        {"it has something that is no JSON",
+         [
+           %{messages: [answer], tools: [self()]},
+           %{messages: [answer], tools: [<<255>>]},
+           %{messages: [answer], tools: [1 | 2]},
+           %{messages: [answer], tools: [%{%{} => 1}]}
+         ]}
       ]
 
       rows = Enum.flat_map(wrong, fn {_reason, rows} -> rows end)

@@ -4,7 +4,7 @@ defmodule Bombus.Training.LoRA.Data do
   # stream of any length takes little memory: of each only its place there is kept.
 
   alias Bombus.Error
-  alias Bombus.Training.LoRA.{Options, Row}
+  alias Bombus.Training.LoRA.{Json, Options, Row}
 
   # Rows left out of which the report says which they are.
   @examples 10
@@ -84,9 +84,9 @@ defmodule Bombus.Training.LoRA.Data do
   end
 
   defp line(object) do
-    {:ok, IO.iodata_to_binary([JSON.encode_to_iodata!(object), ?\n])}
-  rescue
-    _error -> {:skip, "it has something that is no JSON"}
+    {:ok, IO.iodata_to_binary([Json.encode(object), ?\n])}
+  catch
+    {:skip, reason} -> {:skip, reason}
   end
 
   defp keep(state, line) do
