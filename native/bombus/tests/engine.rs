@@ -6,7 +6,9 @@
 
 mod common;
 
+use bombus::abandon::Abandoned;
 use bombus::backend::cpu::Options;
+use bombus::config::Quantization;
 use bombus::engine::{Device, Engine, Event, Prompt, Sink};
 use bombus::error::{Error, Result};
 use bombus::gauge;
@@ -352,6 +354,22 @@ fn the_shipped_model_speaks() {
             answer.text.to_lowercase().contains("coffee") && answer.text.ends_with(['.', '?', '!'])
         );
     });
+}
+
+#[test]
+fn a_load_that_nobody_waits_for_ends() {
+    let _alone = alone();
+    let cpu = Device::Cpu(Default::default());
+    let layout = Some(Quantization { group_size: 32, bits: 4 });
+    let load = |layout| Engine::load_quantized(&parity(ENDLESS), layout, cpu, Limits::default());
+    let abandoned = Abandoned::default();
+    assert!(abandoned.scope(|| load(layout)).is_ok());
+    abandoned.set();
+    for layout in [None, layout] {
+        assert!(matches!(abandoned.scope(|| load(layout)), Err(Error::Stopped)));
+    }
+    assert!(load(layout).is_ok());
+    soon(|| gauge::MODELS.load(Relaxed) == 0);
 }
 
 /// In place of the file: shorter, longer, or with other bytes.

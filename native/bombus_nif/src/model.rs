@@ -1,6 +1,7 @@
 //! Models: loading, and what they are.
 
 use crate::answer::{Address, result_term};
+use bombus::abandon::Abandoned;
 use bombus::backend::cpu;
 #[cfg(feature = "mlx")]
 use bombus::backend::mlx;
@@ -10,7 +11,9 @@ use bombus::engine::{Device, Engine, Fault, Step};
 use bombus::error::Error;
 use bombus::error::Result;
 use bombus::scheduler::Limits;
-use rustler::{Atom, Encoder, Env, LocalPid, NifMap, NifUnitEnum, Resource, ResourceArc, Term};
+use rustler::{
+    Atom, Encoder, Env, LocalPid, Monitor, NifMap, NifUnitEnum, Resource, ResourceArc, Term,
+};
 use std::path::PathBuf;
 
 pub struct ModelHandle(pub Engine);
@@ -101,7 +104,21 @@ mod atoms {
     rustler::atoms! { affine }
 }
 
-/// Answers `{reference, {:ok, {handle, spec}} | {:error, {reason, message}}}`.
+/// A load under way.
+struct LoadHandle(Abandoned);
+
+#[rustler::resource_impl]
+impl Resource for LoadHandle {
+    const IMPLEMENTS_DOWN: bool = true;
+
+    /// The caller is dead: nobody else waits for the model.
+    fn down<'a>(&'a self, _env: Env<'a>, _pid: LocalPid, _monitor: Monitor) {
+        self.0.set();
+    }
+}
+
+/// `{:ok, load}` at once; then answers `{reference, {:ok, {handle, spec}} | {:error, {reason, message}}}`.
+/// The load ends with the caller.
 #[rustler::nif]
 fn load_model<'a>(
     env: Env<'a>,
@@ -109,7 +126,10 @@ fn load_model<'a>(
     options: LoadOptions,
     reference: Term<'a>,
 ) -> Term<'a> {
-    let started = Address::caller(env, reference).answer_later(move || {
+    let abandoned = Abandoned::default();
+    let load = ResourceArc::new(LoadHandle(abandoned.clone()));
+    env.monitor(&load, &env.pid());
+    let work = move || {
         let device = options.device.device(options.threads)?;
         let layout =
             options.quantization.map(|(bits, group_size)| Quantization { group_size, bits });
@@ -118,8 +138,9 @@ fn load_model<'a>(
         let engine = Engine::load_quantized(&PathBuf::from(path), layout, device, limits)?;
         let spec = spec(&engine, device, max_batch_size);
         Ok((ResourceArc::new(ModelHandle(engine)), spec))
-    });
-    result_term(env, &started.map(|()| rustler::types::atom::ok()))
+    };
+    let started = Address::caller(env, reference).answer_later(move || abandoned.scope(work));
+    result_term(env, &started.map(|()| load))
 }
 
 impl DeviceOption {

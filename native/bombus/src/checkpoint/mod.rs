@@ -5,6 +5,7 @@ mod source;
 
 pub use source::open;
 
+use crate::abandon;
 use crate::backend::{AttentionShape, Backend, LinearWeights, QuantizedWeights};
 use crate::config::{Config, Quantization};
 use crate::convert;
@@ -68,6 +69,7 @@ struct Checkpoint<'a> {
 
 impl Checkpoint<'_> {
     fn layer<B: Backend>(&self, index: usize, backend: &B) -> Result<Layer<B>> {
+        abandon::check()?;
         let (hidden, head_dim) = (self.config.hidden_size, self.config.head_dim);
         let norm = |name: &str, width| {
             backend.norm(&self.norm(&format!("model.layers.{index}.{name}"), width)?)

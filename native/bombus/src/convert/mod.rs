@@ -10,6 +10,7 @@ mod save;
 
 pub use save::save;
 
+use crate::abandon;
 use crate::backend::cpu::{default_threads, quantize};
 use crate::config::{Config, Quantization};
 use crate::error::{Error, Result};
@@ -222,6 +223,9 @@ fn write(steps: &[Step], tensors: &TensorFiles, file: &File, path: &Path) -> Res
     let entries = steps.iter().flat_map(Step::entries).collect();
     let metadata = HashMap::from([("format".to_owned(), "mlx".to_owned())]);
     let mut writer = TensorWriter::new(file, path, entries, Some(metadata))?;
-    steps.iter().try_for_each(|step| step.write(tensors, &mut writer))?;
+    for step in steps {
+        abandon::check()?;
+        step.write(tensors, &mut writer)?;
+    }
     writer.finish()
 }

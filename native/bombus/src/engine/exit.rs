@@ -3,6 +3,7 @@
 //! `exit` runs the destructors of MLX's globals. A thread that computes meanwhile would crash, so
 //! the process waits until every engine has come to a stop: for a moment, as a rule.
 
+use crate::abandon;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Once, OnceLock};
 use std::time::{Duration, Instant};
@@ -63,6 +64,7 @@ pub fn register(backend: &'static Once) {
 
 extern "C" fn wait() {
     STOPPING.store(true, SeqCst);
+    abandon::all();
     // One for all registrations.
     static BEGUN: OnceLock<Instant> = OnceLock::new();
     let begun = BEGUN.get_or_init(Instant::now);

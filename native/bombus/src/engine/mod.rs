@@ -26,6 +26,7 @@ pub use request::{Prompt, Request, chat};
 pub use sink::{Chunk, Event, Sink, Usage};
 pub use threads::on_thread;
 
+use crate::abandon::Abandoned;
 use crate::adapter::Adapter;
 use crate::backend::Backend;
 use crate::backend::cpu::{self, Cpu};
@@ -200,7 +201,9 @@ impl Engine {
             let (folder, config) = (folder.to_owned(), config.clone());
             let (commands, batch_size) = (Arc::downgrade(&commands), batch_size.clone());
             let inbox = Inbox { receiver, commands, batch_size };
-            move || serve((&folder, layout), &config, device, (limits, context), &ready, inbox)
+            let (abandoned, limits) = (Abandoned::current(), (limits, context));
+            let serve = move || serve((&folder, layout), &config, device, limits, &ready, inbox);
+            move || abandoned.scope(serve)
         })?;
         loaded.recv().map_err(|_| Error::Stopped)??;
         let source = (folder.to_owned(), layout);
