@@ -220,7 +220,8 @@ defmodule Bombus.Serving do
   @doc """
   Runs an input, or a list of inputs at once, and returns the result or the results.
 
-  What goes wrong at run time is `{:error, %Bombus.Error{}}`, in a list in its place.
+  What goes wrong at run time is `{:error, %Bombus.Error{}}`, in a list in its place; so is a prompt that
+  is too long (`:prompt_too_long`). `Bombus.Tokenizer.count/2` says beforehand how long one is.
   """
   @spec run(t(), input() | [input()]) ::
           result() | {:error, Error.t()} | [result() | {:error, Error.t()}] | Enumerable.t()
@@ -234,7 +235,8 @@ defmodule Bombus.Serving do
   Runs an input as a stream of text chunks (of token ids where there is no tokenizer).
 
   The request starts when the stream is first asked, in the process that asks. Halting the stream
-  cancels the request, and so does the death of the process. What goes wrong is raised.
+  cancels the request, and so does the death of the process. What goes wrong is raised as a
+  `Bombus.Error`, a prompt that is too long (`:prompt_too_long`) too.
 
   A stream whose reader is slower than the model holds nobody up: #{@window} chunks lie in the reader's
   mailbox at most. What is generated beyond them comes as one longer chunk, of as many tokens again at most;
