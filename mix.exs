@@ -42,7 +42,7 @@ defmodule Bombus.MixProject do
       licenses: ["Apache-2.0"],
       files:
         ~w(lib native/Cargo.toml native/Cargo.lock native/bombus native/bombus_nif
-                native/xtask priv/models priv/python guides config mix.exs README.md CHANGELOG.md LICENSE)
+                native/jinja native/xtask priv/models priv/python guides config mix.exs README.md CHANGELOG.md LICENSE)
     ]
   end
 end

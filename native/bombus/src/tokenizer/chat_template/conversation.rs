@@ -1,8 +1,8 @@
 //! What a template is given: messages and options, as transformers' `apply_chat_template` hands
 //! them over.
 
-use super::strings::{is_space, strip_end};
 use crate::error::{Error, Result};
+use bombus_jinja::{is_space, strip_end};
 use serde_json::{Map, Value as Json};
 
 /// What marks the end of a message that is to be continued, as in transformers.
@@ -40,11 +40,6 @@ impl Conversation {
 
     pub fn names(&self) -> &Map<String, Json> {
         &self.names
-    }
-
-    /// About how many bytes all of it has.
-    pub fn size(&self) -> usize {
-        self.names.values().map(size).sum()
     }
 
     /// Cuts the text behind the message that is to be continued.
@@ -118,15 +113,4 @@ fn mark(template: &str, message: &mut Json, field: &str) -> Result<String> {
         message[field] = format!("{text}{END}").into();
     }
     Ok(text)
-}
-
-fn size(json: &Json) -> usize {
-    match json {
-        Json::String(text) => text.len() + 2,
-        Json::Array(items) => 2 + items.iter().map(size).sum::<usize>(),
-        Json::Object(fields) => {
-            2 + fields.iter().map(|(name, value)| name.len() + 3 + size(value)).sum::<usize>()
-        }
-        _scalar => 8,
-    }
 }

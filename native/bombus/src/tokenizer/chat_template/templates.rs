@@ -85,7 +85,7 @@ impl ChatTemplates {
 
     /// The names that the templates take from outside, beside the messages.
     pub fn options(&self) -> Vec<String> {
-        let names = self.templates.values().flat_map(|template| &template.names);
+        let names = self.templates.values().flat_map(|template| template.template.names());
         let names: BTreeSet<&str> =
             names.map(|name| &**name).filter(|name| *name != "messages").collect();
         names.into_iter().map(str::to_owned).collect()

@@ -35,6 +35,6 @@ impl std::fmt::Display for Fault {
 
 /// `return Err(...)` with a formatted message.
 macro_rules! fail {
-    ($($text:tt)*) => { return Err($crate::tokenizer::chat_template::fault::Fault::new(format!($($text)*))) };
+    ($($text:tt)*) => { return Err($crate::fault::Fault::new(format!($($text)*))) };
 }
 pub(crate) use fail;

@@ -86,10 +86,11 @@ impl Drop for Level<'_> {
 }
 
 /// Runs on a stack of a known size, whatever thread asks.
-pub fn on_stack<T: Send>(work: impl FnOnce() -> T + Send) -> std::io::Result<T> {
+pub fn on_stack<T: Send>(work: impl FnOnce() -> Outcome<T> + Send) -> Outcome<T> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("bombus-template".into()).stack_size(STACK);
-        let thread = thread.spawn_scoped(scope, work)?;
-        thread.join().map_err(|_panic| std::io::Error::other("the template's thread panicked"))
+        let thread = thread.spawn_scoped(scope, work);
+        let thread = thread.map_err(|error| Fault::new(format!("no thread for it: {error}")))?;
+        thread.join().unwrap_or_else(|_panic| Err(Fault::new("its thread panicked")))
     })
 }

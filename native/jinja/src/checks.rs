@@ -1,5 +1,6 @@
 //! Jinja2's tests: `x is defined`.
 
+use super::ast::Binary;
 use super::compare;
 use super::eval::Renderer;
 use super::fault::{Outcome, fail};
@@ -9,7 +10,6 @@ use super::operators;
 use super::printing;
 use super::strings;
 use super::value::Value;
-use crate::tokenizer::chat_template::ast::Binary;
 use std::cmp::Ordering;
 
 pub fn check(renderer: &mut Renderer, name: &str, value: &Value, given: Given) -> Outcome<bool> {
