@@ -1,6 +1,6 @@
 defmodule Bombus.Tokenizer do
   alias Bombus.{Error, Native, Options}
-  alias Bombus.Serving.Input
+  alias Bombus.Serving.Messages
 
   @template_options [
     template_options: [
@@ -55,6 +55,9 @@ defmodule Bombus.Tokenizer do
     * `:vocab_size` - how many tokens it knows, special ones included
     * `:chat_template?` - whether it comes with a chat template; then a string given to a serving is
       a user's message, and without one a text to be completed
+    * `:template_options` - the names that the chat template takes: `:template_options` of a request
+      are among them. Beside them, every template takes `add_generation_prompt`,
+      `continue_final_message` and `chat_template`
     * `:bos_token`, `:eos_token` - the special tokens that begin and end a text, or `nil`
 
   ## Files
@@ -75,6 +78,7 @@ defmodule Bombus.Tokenizer do
   @type t :: %__MODULE__{
           vocab_size: pos_integer(),
           chat_template?: boolean(),
+          template_options: [String.t()],
           bos_token: String.t() | nil,
           eos_token: String.t() | nil,
           ref: reference()
@@ -85,7 +89,7 @@ defmodule Bombus.Tokenizer do
 
   @derive {Inspect, except: [:ref]}
   @enforce_keys [:ref, :vocab_size, :chat_template?]
-  defstruct [:bos_token, :eos_token | @enforce_keys]
+  defstruct [:bos_token, :eos_token, template_options: []] ++ @enforce_keys
 
   @doc """
   The token ids of a text, as it stands: no chat template is applied.
@@ -303,13 +307,13 @@ defmodule Bombus.Tokenizer do
     Error.error(:bad_request, "the tokenizer has no chat template: give a text, not messages")
   end
 
-  defp chat(messages, _tokenizer, options) do
+  defp chat(messages, tokenizer, options) do
     template_options =
       if options[:add_generation_prompt] == false,
         do: Map.put(options[:template_options], :add_generation_prompt, false),
         else: options[:template_options]
 
-    Input.conversation(messages, template_options)
+    Messages.prompt(messages, template_options, tokenizer)
   end
 
   defp ids!(ids) do

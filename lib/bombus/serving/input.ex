@@ -4,7 +4,7 @@ defmodule Bombus.Serving.Input do
   # request's options beside it.
 
   alias Bombus.{Error, Model, Serving, Tokenizer}
-  alias Bombus.Serving.Options
+  alias Bombus.Serving.{Messages, Options}
 
   @typedoc "What the NIF takes for a prompt, and the request's options."
   @type t :: {tuple(), map()}
@@ -103,7 +103,7 @@ defmodule Bombus.Serving.Input do
   defp prompt!({:text, text}, options, serving) do
     with {:ok, text} <- text(text) do
       if options.chat_template and serving.tokenizer.chat_template?,
-        do: chat([%{role: "user", content: text}], options),
+        do: chat([%{role: "user", content: text}], options, serving.tokenizer),
         else: {:ok, {:text, text}}
     end
   end
@@ -113,24 +113,11 @@ defmodule Bombus.Serving.Input do
       raise ArgumentError, "expected :text, since :messages need a chat template"
     end
 
-    with {:ok, messages} <- messages(messages), do: chat(messages, options)
+    chat(messages, options, tokenizer)
   end
 
-  @doc "A conversation as the NIF takes it."
-  @spec conversation(term(), map()) :: {:ok, tuple()} | {:error, Error.t()}
-  def conversation(messages, template_options) do
-    with {:ok, messages} <- messages(messages),
-         do: chat(messages, %{template_options: template_options})
-  end
-
-  defp chat(messages, options) do
-    {:ok, {:chat, json!(messages), JSON.encode!(options.template_options)}}
-  end
-
-  defp json!(messages) do
-    JSON.encode!(messages)
-  rescue
-    _error -> bad_message!(messages)
+  defp chat(messages, options, tokenizer) do
+    Messages.prompt(messages, options.template_options, tokenizer)
   end
 
   # A visitor may have typed it.
@@ -146,41 +133,6 @@ defmodule Bombus.Serving.Input do
 
   defp bad_text(text) do
     Error.error(:bad_request, "expected a text in UTF-8, got: #{show(text)}")
-  end
-
-  defp messages([]), do: Error.error(:bad_request, "expected at least one message, got none")
-
-  defp messages(messages) do
-    unless Bombus.Options.proper_list?(messages) do
-      raise ArgumentError, "expected :messages to be a list of messages, got: #{show(messages)}"
-    end
-
-    messages = Enum.map(messages, &message!/1)
-    texts = Enum.flat_map(messages, &[&1["role"], &1["content"]])
-
-    case Enum.find(texts, &(not String.valid?(&1))) do
-      nil -> {:ok, messages}
-      text -> bad_text(text)
-    end
-  end
-
-  defp message!(%{} = message) when not is_struct(message) do
-    message = Map.new(message, fn {key, value} -> {to_string(key), value} end)
-
-    case message do
-      %{"role" => role, "content" => content} when is_binary(role) and is_binary(content) ->
-        message
-
-      _other ->
-        bad_message!(message)
-    end
-  end
-
-  defp message!(other), do: bad_message!(other)
-
-  defp bad_message!(message) do
-    raise ArgumentError,
-          "expected a message to be %{role: \"user\", content: \"...\"}, got: #{show(message)}"
   end
 
   defp expected(input) do

@@ -3,6 +3,7 @@ defmodule Bombus.Serving.Options do
   # The options of a serving and of a request: checked here, before anything reaches Rust.
 
   alias Bombus.{Adapter, Model, Options}
+  alias Bombus.Serving.Messages
 
   @most 0x7FFFFFFF
 
@@ -108,7 +109,14 @@ defmodule Bombus.Serving.Options do
     template_options: [
       type: {:custom, {__MODULE__, :check_template_options}},
       default: %{},
-      doc: "what the chat template takes, such as `%{enable_thinking: false}`"
+      doc: """
+      what the chat template takes, such as `%{enable_thinking: false}`: names that it knows
+      (`tokenizer.template_options`), and what every template has: `tools` (a list of maps or keyword
+      lists, or JSON text) and `documents` where it names them, `add_generation_prompt: false`,
+      `continue_final_message: true` (or a field's name: the text goes on in the last message),
+      `chat_template` (the name of one where there are several). Lists of pairs keep their order, maps
+      have that of OpenAI's documents
+      """
     ],
     timeout: [
       # What a timer of the BEAM takes.
@@ -291,10 +299,9 @@ defmodule Bombus.Serving.Options do
   end
 
   defp template_options(options) do
-    _json = JSON.encode!(options)
-    {:ok, options}
-  rescue
-    _error -> {:error, "names and values as in JSON"}
+    if Messages.options?(options),
+      do: {:ok, options},
+      else: {:error, "names and values as in JSON"}
   end
 
   @doc false

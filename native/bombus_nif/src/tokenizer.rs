@@ -33,6 +33,7 @@ impl Resource for TextWork {
 struct TokenizerSpec {
     vocab_size: usize,
     chat_template: bool,
+    template_options: Vec<String>,
     bos_token: Option<String>,
     eos_token: Option<String>,
 }
@@ -45,6 +46,7 @@ fn load_tokenizer<'a>(env: Env<'a>, path: String, reference: Term<'a>) -> Term<'
         let spec = TokenizerSpec {
             vocab_size: tokenizer.vocab_size(),
             chat_template: tokenizer.has_chat_template(),
+            template_options: tokenizer.template_options(),
             bos_token: tokenizer.bos_token().map(str::to_owned),
             eos_token: tokenizer.eos_token(),
         };
