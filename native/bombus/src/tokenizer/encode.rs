@@ -223,16 +223,17 @@ impl<'a> Ids<'a> {
             return Err(too_long(self.ids.len(), self.limit.tokens));
         }
         self.pieces += 1;
-        if self.pieces % PIECES != 0 {
+        if !self.pieces.is_multiple_of(PIECES) {
             return Ok(());
         }
-        match () {
-            () if self.limit.cancelled.load(Relaxed) => Err(Error::Stopped),
-            () if Instant::now() > self.deadline => {
-                Err(Error::Request("the tokenizer's pattern takes too long for this text".into()))
-            }
-            () => Ok(()),
+        if self.limit.cancelled.load(Relaxed) {
+            return Err(Error::Stopped);
         }
+        if Instant::now() > self.deadline {
+            let wrong = "the tokenizer's pattern takes too long for this text";
+            return Err(Error::Request(wrong.into()));
+        }
+        Ok(())
     }
 }
 
