@@ -188,6 +188,14 @@ fn has_end(name: &str, ends: &[&str]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn nothing_panics(bytes in any::<Vec<u8>>()) {
+            _ = (mistaken(&bytes), mistaken_tensors(&bytes));
+        }
+    }
 
     #[test]
     fn what_is_no_model_file_is_recognized() {
