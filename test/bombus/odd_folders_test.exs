@@ -181,10 +181,13 @@ defmodule Bombus.OddFoldersTest do
     end
 
     test "a pointer is named by adapters too", %{tmp_dir: dir} do
-      adapter = Fixtures.copy(Fixtures.adapter("f32-tied", "last-qv"), dir)
-      File.write!(Path.join(adapter, "adapters.safetensors"), @pointer)
-      assert {:error, %Error{message: message}} = Bombus.load_adapter(adapter)
-      assert message =~ "git lfs pull"
+      for name <- ["adapters.safetensors", "adapter_config.json"] do
+        adapter = Fixtures.copy(Fixtures.adapter("f32-tied", "last-qv"), dir)
+        File.write!(Path.join(adapter, name), @pointer)
+        assert {:error, %Error{message: message}} = Bombus.load_adapter(adapter)
+        assert message =~ name
+        assert message =~ "git lfs pull"
+      end
     end
   end
 
@@ -195,7 +198,7 @@ defmodule Bombus.OddFoldersTest do
       loads = [
         {:model, &Bombus.load_model/1, ["config.json", "generation_config.json", @tensors]},
         {:model, &Bombus.load_model/1, [@index]},
-        {:adapter, &Bombus.load_adapter/1, ["adapters.safetensors"]}
+        {:adapter, &Bombus.load_adapter/1, ["adapter_config.json", "adapters.safetensors"]}
       ]
 
       %{folders: %{adapter: adapter}, loads: loads}
