@@ -180,11 +180,19 @@ defmodule Bombus.OddFoldersTest do
       refused(folder, :bad_checkpoint, "Entry not found")
     end
 
-    test "a pointer is named by adapters too", %{tmp_dir: dir} do
+    test "a pointer is named by adapters and tokenizers too", %{tmp_dir: dir} do
       for name <- ["adapters.safetensors", "adapter_config.json"] do
         adapter = Fixtures.copy(Fixtures.adapter("f32-tied", "last-qv"), dir)
         File.write!(Path.join(adapter, name), @pointer)
         assert {:error, %Error{message: message}} = Bombus.load_adapter(adapter)
+        assert message =~ name
+        assert message =~ "git lfs pull"
+      end
+
+      for name <- ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] do
+        demo = Fixtures.copy(Application.app_dir(:bombus, "priv/models/demo"), dir)
+        File.write!(Path.join(demo, name), @pointer)
+        assert {:error, %Error{message: message}} = Bombus.load_tokenizer(demo)
         assert message =~ name
         assert message =~ "git lfs pull"
       end
@@ -198,10 +206,13 @@ defmodule Bombus.OddFoldersTest do
       loads = [
         {:model, &Bombus.load_model/1, ["config.json", "generation_config.json", @tensors]},
         {:model, &Bombus.load_model/1, [@index]},
-        {:adapter, &Bombus.load_adapter/1, ["adapter_config.json", "adapters.safetensors"]}
+        {:adapter, &Bombus.load_adapter/1, ["adapter_config.json", "adapters.safetensors"]},
+        {:tokenizer, &Bombus.load_tokenizer/1,
+         ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]}
       ]
 
-      %{folders: %{adapter: adapter}, loads: loads}
+      demo = Fixtures.copy(Application.app_dir(:bombus, "priv/models/demo"), dir)
+      %{folders: %{adapter: adapter, tokenizer: demo}, loads: loads}
     end
 
     for {what, word} <- [fifo: "FIFO", zero: "device", folder: "folder", sparse: ""] do
