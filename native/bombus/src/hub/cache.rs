@@ -102,6 +102,10 @@ impl Repository {
             if path.exists() && !self.is_inside(&path) {
                 return Err(leads_out(&path));
             }
+            // A folder of its own, so this ends.
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                self.check_links(&path)?;
+            }
         }
         Ok(())
     }
