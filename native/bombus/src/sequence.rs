@@ -124,9 +124,10 @@ impl Sequence {
         self.submitted < self.given
     }
 
-    /// The positions that the next step may need room for beyond what is given.
+    /// Where its next token goes, once what is given is computed.
     pub fn next_position(&self) -> Option<usize> {
-        (!self.prefills()).then_some(self.submitted)
+        let decodes = !self.prefills() && self.next_token().is_some();
+        decodes.then_some(self.submitted)
     }
 
     /// The tokens at the positions that are computed or submitted, as far as they are known.

@@ -6,7 +6,7 @@ use crate::adapter::Adapter;
 use crate::backend::Backend;
 use crate::config::Config;
 use crate::decoder::{BoundAdapter, Decoder, Loras};
-use crate::error::{Result, catch};
+use crate::error::{Result, catch_in};
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -74,7 +74,8 @@ impl<B: Backend> Bindings<B> {
     /// One layer of the first that is under way; -> what is bound with it.
     pub fn advance(&mut self, config: &Config, decoder: &Decoder<B>) -> Option<Bound> {
         let binding = self.under_way.front_mut()?;
-        let result = match catch(|| binding.advance(config, decoder)) {
+        let what = format!("binding `{}`", binding.adapter.path().display());
+        let result = match catch_in(&what, || binding.advance(config, decoder)) {
             Ok(None) => return None,
             Ok(Some(bound)) => {
                 self.bound.insert(adapter_key(Some(&binding.adapter)), Rc::new(bound));

@@ -8,6 +8,7 @@ use crate::backend::{Backend, Segment, Token};
 use crate::decoder::{Decoder, KvCache, Part};
 use crate::error::{Error, Result};
 use crate::gauge;
+use std::ops::Range;
 
 pub struct Score<B: Backend> {
     pub id: u64,
@@ -25,6 +26,12 @@ impl<B: Backend> Score<B> {
         let Scoring { ids, sink, places, .. } = scoring;
         let share = gauge::Share::one(&gauge::SEQUENCES);
         Self { id, ids, adapter, cache, log_probs: vec![], sink, share, places }
+    }
+
+    /// The positions of the next `rows` tokens, as far as there are so many.
+    pub fn next_positions(&self, rows: usize) -> Range<usize> {
+        let start = self.log_probs.len();
+        start..(start + rows).min(self.ids.len().saturating_sub(1)).max(start)
     }
 
     /// Scores the next `rows` tokens, since the logits of a long text do not fit into memory at

@@ -7,10 +7,10 @@ use super::score::Score;
 use super::sink::Event;
 use super::worker::Worker;
 use crate::backend::{Backend, Segment, Token};
-use crate::decoder::Part;
+use crate::decoder::{KvCache, Part};
 use crate::error::{Error, Result, catch};
 use crate::sampler::Sample;
-use crate::sequence::{Chunk, FinishReason};
+use crate::sequence::{Chunk, FinishReason, Sequence};
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::atomic::Ordering::Relaxed;
@@ -19,6 +19,10 @@ use std::time::Instant;
 /// The rows of a score that go into a step: each has logits of its own, half a megabyte with a
 /// vocabulary of 150,000.
 const SCORED_ROWS: usize = 64;
+
+/// Every so many steps is counted what they hold, and whenever a sequence begins or ends: of many
+/// long texts that takes milliseconds.
+const COUNTED: usize = 8;
 
 /// A step that has been submitted and not read. Every chunk in it has a sample, so that a fault
 /// in any of them shows; only some are tokens.
@@ -69,13 +73,13 @@ impl<B: Backend> Worker<B> {
         }
         sequence.begin_at(cached);
         live.start(cached);
+        self.uncounted = COUNTED;
         self.reserve(id, cached..tokens.len())
     }
 
     /// Room for the next token of all that run. Whom there is no memory for ends, and not the step.
     fn make_room(&mut self) {
-        let next =
-            |sequence: &crate::sequence::Sequence| Some((sequence.id, sequence.next_position()?));
+        let next = |sequence: &Sequence| Some((sequence.id, sequence.next_position()?));
         let wanted: Vec<(u64, usize)> = self.scheduler.running().iter().filter_map(next).collect();
         for (id, position) in wanted {
             if let Err(error) = catch(|| self.reserve(id, position..position + 1)) {
@@ -85,11 +89,17 @@ impl<B: Backend> Worker<B> {
     }
 
     fn reserve(&mut self, id: u64, positions: Range<usize>) -> Result<()> {
+        self.with_memory(|worker| {
+            let Some(live) = worker.live.get_mut(&id) else { return Ok(()) };
+            worker.decoder.reserve(&mut live.cache, positions.clone())
+        })
+    }
+
+    fn with_memory(&mut self, work: impl Fn(&mut Self) -> Result<()>) -> Result<()> {
         loop {
-            let Some(live) = self.live.get_mut(&id) else { return Ok(()) };
-            match self.decoder.reserve(&mut live.cache, positions.clone()) {
+            match work(self) {
                 Err(Error::OutOfMemory(_)) if self.give_memory_back() => {}
-                reserved => return reserved,
+                done => return done,
             }
         }
     }
@@ -105,7 +115,7 @@ impl<B: Backend> Worker<B> {
     }
 
     /// -> what was in it
-    fn give_up_cache(&mut self, id: u64) -> Option<(usize, Vec<u32>, crate::decoder::KvCache<B>)> {
+    fn give_up_cache(&mut self, id: u64) -> Option<(usize, Vec<u32>, KvCache<B>)> {
         let (sequence, live) = (self.scheduler.get(id)?, self.live.get_mut(&id)?);
         let computed = sequence.computed();
         sequence.give_up_cache();
@@ -169,7 +179,10 @@ impl<B: Backend> Worker<B> {
                 }
             }
         }
-        self.count();
+        self.uncounted += 1;
+        if self.uncounted >= COUNTED {
+            self.count();
+        }
         self.report(&step);
     }
 
@@ -217,15 +230,26 @@ impl<B: Backend> Worker<B> {
 
     /// One chunk of the score that waits longest.
     pub(super) fn advance_scores(&mut self) {
-        let Some(score) = self.scores.front_mut() else { return };
         let rows = self.prefill_chunk.min(SCORED_ROWS);
-        let end = match catch(|| score.advance(&self.decoder, rows)) {
+        let room = catch(|| self.make_room_for_score(rows));
+        let Some(score) = self.scores.front_mut() else { return };
+        let end = match room.and_then(|()| catch(|| score.advance(&self.decoder, rows))) {
             Ok(false) => return self.count(),
             Ok(true) => Event::Scores(std::mem::take(&mut score.log_probs)),
             Err(error) => Event::Failed(error),
         };
         let score = self.scores.pop_front();
         score.into_iter().for_each(|score| self.finish_score(score, end.clone()));
+    }
+
+    fn make_room_for_score(&mut self, rows: usize) -> Result<()> {
+        self.with_memory(|worker| match worker.scores.front_mut() {
+            Some(score) => {
+                let positions = score.next_positions(rows);
+                worker.decoder.reserve(&mut score.cache, positions)
+            }
+            None => Ok(()),
+        })
     }
 
     /// Whoever hears of the end finds everything given back.
@@ -238,6 +262,7 @@ impl<B: Backend> Worker<B> {
     }
 
     pub(super) fn count(&mut self) {
+        self.uncounted = 0;
         self.inbox.batch_size.store(self.scheduler.running().len(), Relaxed);
         let sequences = self.live.values().map(|live| &live.cache);
         let caches = sequences.chain(self.scores.iter().map(|score| &score.cache));

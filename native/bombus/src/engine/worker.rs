@@ -44,6 +44,8 @@ pub struct Worker<B: Backend> {
     pub(super) prefixes: Prefixes<KvCache<B>>,
     pub(super) kv_bytes: gauge::Share,
     pub(super) prefix_bytes: gauge::Share,
+    /// Steps since then.
+    pub(super) uncounted: usize,
     pub(super) monitor: Option<Monitor>,
     pub(super) fault: Option<Fault>,
     unloading: Unloading,
@@ -72,6 +74,7 @@ impl<B: Backend> Worker<B> {
             prefixes: Prefixes::new(limits.prefix_cache),
             kv_bytes: gauge::Share::of(&gauge::KV_BYTES),
             prefix_bytes: gauge::Share::of(&gauge::PREFIX_BYTES),
+            uncounted: 0,
             monitor: None,
             fault: None,
             unloading: Unloading::default(),

@@ -21,9 +21,6 @@ const PAGE: usize = 64;
 /// The rows of a prefill that are one piece of work.
 const ROWS: usize = 16;
 
-/// So many bytes at once are asked for in advance.
-const LARGE: usize = 1 << 20;
-
 /// Keys and values of one sequence in one layer. Forks share pages until one of them writes there.
 #[derive(Default)]
 pub struct Cache {
@@ -33,7 +30,13 @@ pub struct Cache {
 /// A page's.
 struct Memory {
     bytes: Vec<u8>,
-    _share: gauge::Share,
+    share: gauge::Share,
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        memory::give_back(self.share.amount());
+    }
 }
 
 fn no_memory(bytes: usize) -> Error {
@@ -47,7 +50,7 @@ impl Memory {
         bytes.resize(size, 0);
         let mut share = gauge::Share::of(&gauge::CPU_BYTES);
         share.set(size);
-        Ok(Self { bytes, _share: share })
+        Ok(Self { bytes, share })
     }
 }
 
@@ -65,18 +68,26 @@ impl Cache {
 
     /// Makes these positions its own to write to.
     pub fn reserve(&mut self, positions: Range<usize>, layout: &Layout) -> Result<()> {
-        let new = positions.end.div_ceil(PAGE).saturating_sub(self.pages.len());
-        let bytes = new * layout.page_bytes();
-        // A file of the kernel's is read: not for every page.
-        if bytes > LARGE && !memory::has_room_for(bytes) {
+        let pages = positions.start / PAGE..positions.end.div_ceil(PAGE);
+        let new = pages.end.saturating_sub(self.pages.len());
+        let there = self.pages.get(pages.start..pages.end.min(self.pages.len()));
+        let shared = |page: &&Arc<Memory>| Arc::strong_count(page) > 1;
+        let copied = there.map_or(0, |pages| pages.iter().filter(shared).count());
+        let bytes = (new + copied).saturating_mul(layout.page_bytes());
+        if bytes > 0 && !memory::take(bytes) {
             return Err(no_memory(bytes));
         }
-        self.pages.try_reserve(new).map_err(|_| no_memory(bytes))?;
-        for page in positions.start / PAGE..positions.end.div_ceil(PAGE) {
+        self.make(pages, new, layout)
+    }
+
+    fn make(&mut self, pages: Range<usize>, new: usize, layout: &Layout) -> Result<()> {
+        let size = layout.page_bytes();
+        self.pages.try_reserve(new).map_err(|_| no_memory(new.saturating_mul(size)))?;
+        for page in pages {
             match self.pages.get_mut(page) {
-                None => self.pages.push(Arc::new(Memory::new(layout.page_bytes())?)),
+                None => self.pages.push(Arc::new(Memory::new(size)?)),
                 Some(shared) if Arc::strong_count(shared) > 1 => {
-                    let mut own = Memory::new(layout.page_bytes())?;
+                    let mut own = Memory::new(size)?;
                     own.bytes.copy_from_slice(&shared.bytes);
                     *shared = Arc::new(own);
                 }
