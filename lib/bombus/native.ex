@@ -1,15 +1,22 @@
 defmodule Bombus.Native do
   @moduledoc false
   # The NIFs of native/bombus_nif. Each returns at once: what takes time comes back as a message
-  # {reference, answer} to the caller.
+  # {reference, answer} to the caller. This module may be compiled and loaded anew at any time: the
+  # library belongs to another, which stays (see `Bombus.Native.Library`).
 
-  # On the first compilation the library is built after this module.
-  @compile {:autoload, false}
-  @on_load :load
+  alias Bombus.Native.Library
 
-  def load do
-    path = :filename.join(:code.priv_dir(:bombus), ~c"native/bombus_nif")
-    :erlang.load_nif(path, 0)
+  Module.register_attribute(__MODULE__, :functions, accumulate: true)
+  @compile {:no_warn_undefined, :bombus_nif}
+
+  # The same function of the library's module, with the arguments in their order.
+  defmacrop nif do
+    %{function: {name, arity} = function, versioned_vars: variables} = __CALLER__
+    Module.put_attribute(__CALLER__.module, :functions, function)
+    ordered = Enum.sort_by(variables, fn {_variable, version} -> version end)
+    arguments = for {{name, context}, _} <- ordered, do: {name, [generated: true], context}
+    ^arity = length(arguments)
+    quote do: library().unquote(name)(unquote_splicing(arguments))
   end
 
   def load_model(_path, _options, _reference), do: nif()
@@ -31,7 +38,7 @@ defmodule Bombus.Native do
   # {reference, {:ok, :ok}} when what it holds is given back.
   def unload_model(_model, _cancel, _reference), do: nif()
   def unload_adapter(_adapter, _reference), do: nif()
-  def unload_tokenizer(_tokenizer), do: nif()
+  def unload_tokenizer(_tokenizer, _reference), do: nif()
   def memory_info, do: nif()
 
   # Limits that some requests share, and how many of them have not ended.
@@ -80,5 +87,7 @@ defmodule Bombus.Native do
     |> Bombus.Error.from_native()
   end
 
-  defp nif, do: :erlang.nif_error(:not_loaded)
+  @code Library.compile(@functions)
+
+  defp library, do: Library.module!(@code)
 end

@@ -131,6 +131,7 @@ defmodule Mix.Tasks.Compile.BombusNative do
     File.rm(library)
     File.cp!(release(native, built), library)
     File.touch!(library)
+    Bombus.Native.Library.warn_if_replaced(Path.rootname(library))
   end
 
   defp release(native, name), do: Path.join([native, "target/release", name])

@@ -16,4 +16,5 @@ mod quantization;
 mod tensors;
 mod tokenizer;
 
-rustler::init!("Elixir.Bombus.Native");
+// The module that `Bombus.Native.Library` makes.
+rustler::init!("bombus_nif");
