@@ -50,8 +50,21 @@ defmodule Bombus do
     ],
     on_progress: Hub.Options.on_progress()
   ]
+  @unload [
+    cancel: [
+      type: :boolean,
+      default: false,
+      doc: "of a model: whether requests that run or wait are cancelled"
+    ]
+  ]
   @score [
-    adapter: [type: {:handle, Adapter}, doc: "an adapter to score with", by_default: "none"]
+    adapter: [type: {:handle, Adapter}, doc: "an adapter to score with", by_default: "none"],
+    timeout: [
+      type: {:or, [{:in, [:infinity]}, {:integer, 0..0xFFFFFFFF}]},
+      expected: "milliseconds, :infinity or nil",
+      by_default: "none",
+      doc: "after how many milliseconds it ends with the error `:timeout`"
+    ]
   ]
 
   @doc """
@@ -74,6 +87,7 @@ defmodule Bombus do
   @spec load_model(source(), [Model.option()]) :: {:ok, Model.t()} | {:error, Error.t()}
   def load_model(source, options \\ []) do
     options = Options.validate!(options, Model.Options.schema(), "Bombus.load_model/2")
+    Native.Library.warn_if_replaced()
 
     Telemetry.load(:model, source, fn ->
       with {:ok, path} <- Source.resolve(source, :model, options[:on_progress]),
@@ -206,15 +220,66 @@ defmodule Bombus do
 
       {:ok, logprobs} = Bombus.score(model, [1, 15, 27], adapter: adapter)
   """
-  @spec score(Model.t(), [non_neg_integer()], adapter: Adapter.t() | nil) ::
-          {:ok, [float()]} | {:error, Error.t()}
+  @spec score(Model.t(), [non_neg_integer()],
+          adapter: Adapter.t() | nil,
+          timeout: timeout() | nil
+        ) :: {:ok, [float()]} | {:error, Error.t()}
   def score(model, token_ids, options \\ []) do
     model = Options.handle!(model, Model)
     options = Options.validate!(options, @score, "Bombus.score/3")
     Model.token_ids!(model, token_ids)
     adapter = options[:adapter] && options[:adapter].ref
-    score = &Native.score(model.ref, token_ids, adapter, nil, &1)
+    timeout = if options[:timeout] != :infinity, do: options[:timeout]
+    score = &Native.score(model.ref, token_ids, adapter, timeout, &1)
     with {:scores, log_probs} <- Native.await(score, &Native.cancel/1), do: {:ok, log_probs}
+  end
+
+  @doc """
+  Frees the memory of a model, a tokenizer or an adapter now, though its struct is still held.
+
+  Without it, memory is given back once no process holds the struct any more and its memory has been
+  collected, which for a process that does little may take long.
+
+    * a model - requests that run or wait end first, and `:ok` is the answer when its memory is given
+      back. `cancel: true` ends them at once instead: those for text with the reason `:cancelled`,
+      those for scores with the error `:stopped`
+    * an adapter - requests with it end first, and `:ok` is the answer then
+    * a tokenizer - `:ok` is the answer at once; requests with it keep it until they end
+
+  Later requests with it get `{:error, %Bombus.Error{reason: :unloaded}}`. What is unloaded already
+  is `:ok`.
+
+  ## Options
+
+  #{Options.docs(@unload)}
+  ## Examples
+
+      {:ok, model} = Bombus.load_model(:demo)
+      :ok = Bombus.unload(model)
+      {:error, %Bombus.Error{reason: :unloaded}} = Bombus.score(model, [1, 15, 27])
+  """
+  @spec unload(Model.t() | Tokenizer.t() | Adapter.t(), cancel: boolean()) :: :ok
+  def unload(loaded, options \\ [])
+
+  def unload(%kind{} = loaded, options) when kind in [Model, Tokenizer, Adapter] do
+    %{ref: ref} = Options.handle!(loaded, kind)
+    options = Options.validate!(options, @unload, "Bombus.unload/2")
+
+    {:ok, :ok} =
+      Native.await(fn reference ->
+        case kind do
+          Model -> Native.unload_model(ref, options[:cancel], reference)
+          Adapter -> Native.unload_adapter(ref, reference)
+          Tokenizer -> Native.unload_tokenizer(ref, reference)
+        end
+      end)
+
+    :ok
+  end
+
+  def unload(other, _options) do
+    raise ArgumentError,
+          "expected a model, a tokenizer or an adapter, got: #{Options.show(other)}"
   end
 
   @doc """

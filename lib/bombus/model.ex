@@ -12,7 +12,7 @@ defmodule Bombus.Model do
     * `:generation_config` - the repository's `generation_config.json`
 
   The struct is a handle. The weights live on the model's own thread, and are freed once no process
-  holds the struct and nothing is being generated with it.
+  holds the struct and nothing is being generated with it, or by `Bombus.unload/2`.
   """
 
   alias Bombus.Options

@@ -139,6 +139,18 @@ pub fn catch_in<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
+    #[test]
+    fn what_panicked_is_named() {
+        let panicked = catch_in("loading `models/x`", || -> Result<()> { panic!("an index of 7") });
+        let error = panicked.unwrap_err();
+        assert_eq!(error.to_string(), "the engine panicked: loading `models/x`: an index of 7");
+        assert_eq!(error.reason(), "panic");
+        let other = catch_in("loading `models/x`", || -> Result<()> { Err(Error::Stopped) });
+        assert_eq!(other, Err(Error::Stopped));
+    }
+
     #[test]
     fn the_cuda_build_is_installed_as_the_readme_says() {
         let readme = include_str!("../../../README.md");

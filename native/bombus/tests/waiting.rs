@@ -221,7 +221,7 @@ fn an_unloaded_model_ends_its_requests_and_is_gone() {
             let refused = |result: Result<Running>| matches!(result, Err(Error::Unloaded(_)));
             assert!(refused(start(&engine, ids_request(&PROMPT, 3))));
             assert!(refused(start_score(&engine, &PROMPT, None)));
-            assert!(matches!(engine.save(&repository()), Err(Error::Unloaded(_))));
+            assert!(matches!(engine.save(&repository(), false), Err(Error::Unloaded(_))));
             // Whoever hears of the end finds the model gone, though its handles are held.
             assert_eq!(done.recv(), Ok(0));
             for running in &running {

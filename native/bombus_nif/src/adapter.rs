@@ -3,6 +3,7 @@
 use crate::answer::{Address, result_term};
 use crate::held::Held;
 use bombus::adapter::Adapter;
+use bombus::error::catch_in;
 use rustler::{Env, Resource, ResourceArc, Term};
 use std::path::PathBuf;
 
@@ -24,7 +25,9 @@ fn load_adapter<'a>(
     reference: Term<'a>,
 ) -> Term<'a> {
     let started = Address::caller(env, reference).answer_later(move || {
-        let adapter = Adapter::open(&PathBuf::from(path), scale.map(|scale| scale as f32))?;
+        let adapter = catch_in(&format!("loading `{path}`"), || {
+            Adapter::open(&PathBuf::from(&path), scale.map(|scale| scale as f32))
+        })?;
         let (rank, scale) = (adapter.rank, adapter.scale);
         let format = if adapter.is_peft() { atoms::peft() } else { atoms::mlx_lm() };
         let handle = AdapterHandle(Held::new("adapter", adapter));
@@ -39,12 +42,12 @@ fn unload_adapter<'a>(
     env: Env<'a>,
     handle: ResourceArc<AdapterHandle>,
     reference: Term<'a>,
-) -> rustler::Atom {
+) -> Term<'a> {
     let address = Address::caller(env, reference);
     let done = move || address.tell_ok();
     match handle.0.take() {
         Some(adapter) => adapter.on_drop(done),
         None => done(),
     }
-    rustler::types::atom::ok()
+    result_term(env, &Ok(rustler::types::atom::ok()))
 }

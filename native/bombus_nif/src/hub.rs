@@ -1,7 +1,7 @@
 //! Downloads from the Hub: their settings, what is told of them, and their end with their caller.
 
 use crate::answer::{Address, result_term};
-use bombus::error::{Error, Result, catch};
+use bombus::error::{Error, Result, catch_in};
 use bombus::hub::{self, Event, Kind, Settings, Source, Token, Watch};
 use rustler::{Encoder, Env, LocalPid, Monitor, NifMap, NifUnitEnum, Resource, ResourceArc, Term};
 use std::path::Path;
@@ -103,7 +103,8 @@ fn fetch<'a>(env: Env<'a>, wanted: Wanted, kind: KindOption, reference: Term<'a>
     let handle = ResourceArc::new(handle);
     env.monitor(&handle, &env.pid());
     let work = move || {
-        let folder = catch(|| hub::fetch(&settings, &source, kind.into(), &watch));
+        let what = format!("fetching `{}`", source.id);
+        let folder = catch_in(&what, || hub::fetch(&settings, &source, kind.into(), &watch));
         let folder = folder.map(|folder| folder.display().to_string());
         tell(&listener, |env| (atoms::done(), result_term(env, &folder)).encode(env));
     };

@@ -9,7 +9,7 @@ use bombus::config::{Config, Quantization};
 use bombus::engine::{Device, Engine, Fault, Step};
 #[cfg(not(feature = "mlx"))]
 use bombus::error::Error;
-use bombus::error::Result;
+use bombus::error::{Result, catch_in};
 use bombus::scheduler::Limits;
 use rustler::{
     Atom, Encoder, Env, LocalPid, Monitor, NifMap, NifUnitEnum, Resource, ResourceArc, Term,
@@ -190,7 +190,8 @@ fn save_model<'a>(
     reference: Term<'a>,
 ) -> Term<'a> {
     let started = Address::caller(env, reference).answer_later(move || {
-        model.0.save(&PathBuf::from(path), overwrite)?;
+        let what = format!("saving to `{path}`");
+        catch_in(&what, || model.0.save(&PathBuf::from(path), overwrite))?;
         Ok(rustler::types::atom::ok())
     });
     result_term(env, &started.map(|()| rustler::types::atom::ok()))
@@ -210,10 +211,10 @@ fn unload_model<'a>(
     model: ResourceArc<ModelHandle>,
     cancel: bool,
     reference: Term<'a>,
-) -> Atom {
+) -> Term<'a> {
     let address = Address::caller(env, reference);
     model.0.unload(cancel, move || address.tell_ok());
-    rustler::types::atom::ok()
+    result_term(env, &Ok(rustler::types::atom::ok()))
 }
 
 /// A step, as Elixir hears of it; the duration in nanoseconds.

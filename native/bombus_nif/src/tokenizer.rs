@@ -55,11 +55,20 @@ fn load_tokenizer<'a>(env: Env<'a>, path: String, reference: Term<'a>) -> Term<'
     result_term(env, &started.map(|()| rustler::types::atom::ok()))
 }
 
-/// Requests that run keep it until they end; later ones are refused.
+/// Answers `{reference, {:ok, :ok}}`. Requests that run keep it until they end; later ones are refused.
 #[rustler::nif]
-fn unload_tokenizer(handle: ResourceArc<TokenizerHandle>) -> rustler::Atom {
-    drop(handle.0.take());
-    rustler::types::atom::ok()
+fn unload_tokenizer<'a>(
+    env: Env<'a>,
+    handle: ResourceArc<TokenizerHandle>,
+    reference: Term<'a>,
+) -> Term<'a> {
+    // A large one takes a while to drop.
+    let tokenizer = handle.0.take();
+    let started = Address::caller(env, reference).answer_later(move || {
+        drop(tokenizer);
+        Ok(rustler::types::atom::ok())
+    });
+    result_term(env, &started.map(|()| rustler::types::atom::ok()))
 }
 
 /// Answers `{reference, {:ok, ids} | {:error, {reason, message}}}`. `special`: with the tokens that

@@ -78,6 +78,10 @@ impl Adapter {
         self.transposed
     }
 
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Runs `hook` when the adapter is dropped: what was bound of it can go too.
     pub fn on_drop(&self, hook: impl FnOnce() + Send + 'static) {
         self.hooks.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(hook));

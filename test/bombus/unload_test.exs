@@ -1,0 +1,123 @@
+defmodule Bombus.UnloadTest do
+  # The counts are the VM's.
+  use ExUnit.Case, async: false
+
+  alias Bombus.{Error, Fixtures, Serving}
+
+  @endless %{token_ids: [3, 1, 4, 1, 5], max_new_tokens: 300}
+
+  # What others have left behind goes first.
+  setup do
+    for pid <- Process.list(), do: :erlang.garbage_collect(pid)
+    settle(Bombus.memory_info())
+  end
+
+  defp settle(before) do
+    Process.sleep(100)
+    info = Bombus.memory_info()
+    same? = Map.take(info, [:models, :adapters]) == Map.take(before, [:models, :adapters])
+    if same?, do: :ok, else: settle(info)
+  end
+
+  defp load do
+    model = Bombus.load_model!(Fixtures.checkpoint("f32-untied"), device: :cpu)
+    {model, Serving.new(model, nil)}
+  end
+
+  defp models, do: Bombus.memory_info().models
+
+  test "a model is gone while its struct is held" do
+    before = models()
+    {model, serving} = load()
+    assert models() == before + 1
+    active = Bombus.memory_info().active
+
+    assert Bombus.unload(model) == :ok
+    assert models() == before
+    assert Bombus.memory_info().active < active
+
+    assert {:error, %Error{reason: :unloaded, message: message}} = Serving.run(serving, @endless)
+    assert message =~ "the model was unloaded"
+    assert {:error, %Error{reason: :unloaded}} = Bombus.score(model, [1, 2, 3])
+
+    assert_raise Error, ~r/unloaded/, fn ->
+      serving |> Serving.stream(@endless) |> Enum.to_list()
+    end
+
+    # Once more, and still a model to look at.
+    assert Bombus.unload(model) == :ok
+    assert Bombus.unload(model, cancel: true) == :ok
+    assert inspect(model) =~ "f32-untied"
+  end
+
+  test "requests that run end first" do
+    {model, serving} = load()
+    tasks = for _ <- 1..3, do: Task.async(fn -> Serving.run(serving, @endless) end)
+    wait_until(fn -> Bombus.memory_info().sequences >= 3 end)
+    assert Bombus.unload(model) == :ok
+
+    for %{results: [result]} <- Task.await_many(tasks) do
+      assert {length(result.token_ids), result.finish_reason} == {300, :length}
+    end
+  end
+
+  test "or are cancelled" do
+    {model, serving} = load()
+    input = %{@endless | max_new_tokens: 500}
+    tasks = for _ <- 1..3, do: Task.async(fn -> Serving.run(serving, input) end)
+    wait_until(fn -> Bombus.memory_info().sequences >= 3 end)
+    assert Bombus.unload(model, cancel: true) == :ok
+
+    for %{results: [result]} <- Task.await_many(tasks) do
+      assert result.finish_reason == :cancelled
+      assert length(result.token_ids) < 500
+    end
+  end
+
+  test "an adapter goes with the last request that has it" do
+    {_model, serving} = load()
+    path = Path.join(Fixtures.checkpoint("f32-untied"), "adapters/all-layers")
+    before = Bombus.memory_info().adapters
+    adapter = Bombus.load_adapter!(path)
+    input = Map.put(@endless, :adapter, adapter)
+    task = Task.async(fn -> Serving.run(serving, input) end)
+    wait_until(fn -> Bombus.memory_info().sequences >= 1 end)
+
+    assert Bombus.unload(adapter) == :ok
+    assert Bombus.memory_info().adapters == before
+    assert %{results: [%{finish_reason: :length}]} = Task.await(task)
+    assert {:error, %Error{reason: :unloaded, message: message}} = Serving.run(serving, input)
+    assert message =~ "the adapter was unloaded"
+    assert Bombus.unload(adapter) == :ok
+    assert %{results: [_result]} = Serving.run(serving, @endless)
+  end
+
+  test "a tokenizer is refused afterwards" do
+    model = Bombus.load_model!(:demo, device: :cpu)
+    tokenizer = Bombus.load_tokenizer!(:demo)
+    serving = Serving.new(model, tokenizer, max_new_tokens: 3)
+    assert %{results: [_result]} = Serving.run(serving, "Tea")
+    assert Bombus.unload(tokenizer) == :ok
+    assert {:error, %Error{reason: :unloaded}} = Serving.run(serving, "Tea")
+    assert Bombus.unload(tokenizer) == :ok
+  end
+
+  test "what is none of these is the caller's mistake" do
+    assert_raise ArgumentError, ~r/a model, a tokenizer or an adapter/, fn ->
+      Bombus.unload(:demo)
+    end
+
+    {model, _serving} = load()
+    assert_raise ArgumentError, ~r/:cancel/, fn -> Bombus.unload(model, cancel: 1) end
+    assert_raise ArgumentError, ~r/cancel/, fn -> Bombus.unload(model, cancle: true) end
+    assert Bombus.unload(model) == :ok
+  end
+
+  defp wait_until(condition, tries \\ 2000) do
+    cond do
+      condition.() -> :ok
+      tries == 0 -> flunk("it did not happen")
+      true -> Process.sleep(2) && wait_until(condition, tries - 1)
+    end
+  end
+end
