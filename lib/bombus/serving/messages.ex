@@ -1,37 +1,12 @@
 defmodule Bombus.Serving.Messages do
   @moduledoc false
-  # A conversation and what its chat template takes, as JSON text. Where the caller has an order
-  # (a keyword list, a list of pairs, JSON text), it stays. A map has none, and that of its atoms
-  # differs from VM to VM, and with it the tokens: its names are sorted, those of messages, tools
-  # and schemas as OpenAI's documents have them.
+  # A conversation and what its chat template takes, as JSON text in an order of its own.
+
+  import Bombus.OrderedJSON, only: [encode: 2, object?: 1, pairs: 2]
 
   alias Bombus.{Error, Tokenizer}
 
   @always ~w(add_generation_prompt chat_template continue_final_message)
-
-  @orders %{
-    message: ~w(role content name reasoning_content tool_calls tool_call_id),
-    call: ~w(id type function),
-    called: ~w(name arguments),
-    tool: ~w(type function name description parameters),
-    function: ~w(name description parameters),
-    schema: ~w(type enum const format description items properties required additionalProperties),
-    document: ~w(title text)
-  }
-
-  # What lies below a name; a list's elements are of the list's kind.
-  @inner %{
-    message: %{"tool_calls" => :call},
-    call: %{"function" => :called},
-    tool: %{"function" => :function, "parameters" => :schema, "return" => :schema},
-    function: %{"parameters" => :schema, "return" => :schema},
-    schema:
-      Map.merge(
-        Map.new(~w(items additionalProperties anyOf oneOf allOf not prefixItems), &{&1, :schema}),
-        Map.new(~w(properties patternProperties $defs definitions), &{&1, :schemas})
-      ),
-    options: %{"tools" => :tool, "documents" => :document}
-  }
 
   @doc """
   Messages and template options as a prompt for the NIF, or the error of a text that is none.
@@ -49,7 +24,7 @@ defmodule Bombus.Serving.Messages do
 
     known!(options, tokenizer)
     options = options!(options)
-    messages = messages |> Enum.map(&message!/1) |> json(:message) |> IO.iodata_to_binary()
+    messages = messages |> Enum.map(&message!/1) |> encode(:message) |> IO.iodata_to_binary()
     {:ok, {:chat, messages, options}}
   catch
     {:not_text, text} ->
@@ -57,16 +32,20 @@ defmodule Bombus.Serving.Messages do
 
     {:not_json, term} ->
       raise ArgumentError, "expected a message to be of what JSON has, got: #{show(term)}"
+
+    {:name_twice, object} ->
+      raise ArgumentError,
+            "expected every name once, as an atom or a string, got: #{show(object)}"
   end
 
   @doc "Whether template options are names and values that JSON has."
   @spec options?(map()) :: boolean()
   def options?(options) do
-    _json = json(options, :options)
+    _json = encode(options, :options)
     true
   catch
     {:not_text, _text} -> true
-    {:not_json, _term} -> false
+    {kind, _term} when kind in [:not_json, :name_twice] -> false
   end
 
   # An option that no template looks at would be without effect.
@@ -89,7 +68,7 @@ defmodule Bombus.Serving.Messages do
     options
     |> Map.new(fn {name, value} -> {to_string(name), value} end)
     |> Map.replace_lazy("tools", &tools!/1)
-    |> json(:options)
+    |> encode(:options)
     |> IO.iodata_to_binary()
   end
 
@@ -97,7 +76,7 @@ defmodule Bombus.Serving.Messages do
 
   defp tools!(text) when is_binary(text) do
     case JSON.decode(text) do
-      {:ok, tools} when is_list(tools) -> {__MODULE__, :json, text}
+      {:ok, tools} when is_list(tools) -> {:json, text}
       _other -> bad_tools!(text)
     end
   end
@@ -108,7 +87,7 @@ defmodule Bombus.Serving.Messages do
 
   defp tool!(text) when is_binary(text) do
     case JSON.decode(text) do
-      {:ok, %{}} -> {__MODULE__, :json, text}
+      {:ok, %{}} -> {:json, text}
       _other -> bad_tools!(text)
     end
   end
@@ -185,74 +164,6 @@ defmodule Bombus.Serving.Messages do
           "expected a message to be %{role: \"user\", content: \"...\"}, its content a string, a " <>
             "list of %{type: \"text\", text: \"...\"}, or nil, got: #{show(message)}"
   end
-
-  defp json(nil, _kind), do: "null"
-  defp json(bool, _kind) when is_boolean(bool), do: Atom.to_string(bool)
-  # JSON text of the caller's, as it is.
-  defp json({__MODULE__, :json, text}, _kind), do: text
-  defp json(number, _kind) when is_number(number), do: JSON.encode!(number)
-  defp json(atom, _kind) when is_atom(atom), do: text(Atom.to_string(atom))
-  defp json(text, _kind) when is_binary(text), do: text(text)
-  defp json(%_struct{} = struct, _kind), do: encoded(struct)
-
-  defp json(value, kind) do
-    cond do
-      object?(value) ->
-        fields =
-          for {name, value} <- pairs(value, kind),
-              do: [text(name), ?:, json(value, inner(kind, name))]
-
-        [?{, Enum.intersperse(fields, ?,), ?}]
-
-      is_list(value) and Bombus.Options.proper_list?(value) ->
-        [?[, value |> Enum.map(&json(&1, kind)) |> Enum.intersperse(?,), ?]]
-
-      true ->
-        throw({:not_json, value})
-    end
-  end
-
-  # The names of properties are the caller's, what lies below each is a schema.
-  defp inner(:schemas, _name), do: :schema
-  defp inner(kind, name), do: get_in(@inner, [kind, name]) || :any
-
-  defp encoded(struct) do
-    JSON.encode!(struct)
-  rescue
-    _error -> throw({:not_json, struct})
-  end
-
-  defp text(text) do
-    if String.valid?(text), do: JSON.encode!(text), else: throw({:not_text, text})
-  end
-
-  # A map, or a list that is not empty, of pairs with names.
-  defp object?(map) when is_non_struct_map(map), do: true
-
-  defp object?([_ | _] = list) do
-    Bombus.Options.proper_list?(list) and
-      Enum.all?(list, &match?({name, _value} when is_atom(name) or is_binary(name), &1))
-  end
-
-  defp object?(_other), do: false
-
-  defp pairs(object, kind) do
-    pairs = for {name, value} <- object, do: {name!(name), value}
-
-    if length(Enum.uniq_by(pairs, &elem(&1, 0))) < length(pairs) do
-      raise ArgumentError,
-            "expected every name once, as an atom or a string, got: #{show(object)}"
-    end
-
-    if is_map(object), do: Enum.sort_by(pairs, &place(&1, @orders[kind] || [])), else: pairs
-  end
-
-  defp place({name, _value}, order) do
-    {Enum.find_index(order, &(&1 == name)) || length(order), name}
-  end
-
-  defp name!(name) when is_atom(name) or is_number(name) or is_binary(name), do: to_string(name)
-  defp name!(other), do: throw({:not_json, other})
 
   defp show(term), do: Bombus.Options.show(term)
 end

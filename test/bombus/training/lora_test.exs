@@ -150,8 +150,8 @@ defmodule Bombus.Training.LoRATest do
       row = %{messages: messages, tools: [%{type: "function", function: %{name: "rain"}}]}
       data(dir, [row], split_ratio: 1)
       text = dir |> Path.join("data/train.jsonl") |> File.read!()
-      # The caller's order, else that of the names.
-      assert text =~ ~s({"arguments":{"where":"Ulm","at":{"hour":7,"day":null}},"name":"rain"})
+      # The caller's order, else that of OpenAI's documents.
+      assert text =~ ~s({"name":"rain","arguments":{"where":"Ulm","at":{"hour":7,"day":null}}})
       row = JSON.decode!(text)
       assert row["tools"] == [%{"type" => "function", "function" => %{"name" => "rain"}}]
       assert [_user, asks, tool, answer] = row["messages"]

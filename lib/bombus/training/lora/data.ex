@@ -3,8 +3,8 @@ defmodule Bombus.Training.LoRA.Data do
   # train.jsonl and valid.jsonl: what mlx_lm's lora command reads. Rows go through a file, so that a
   # stream of any length takes little memory: of each only its place there is kept.
 
-  alias Bombus.Error
-  alias Bombus.Training.LoRA.{Json, Options, Row}
+  alias Bombus.{Error, OrderedJSON}
+  alias Bombus.Training.LoRA.{Options, Row}
 
   # Rows left out of which the report says which they are.
   @examples 10
@@ -84,9 +84,9 @@ defmodule Bombus.Training.LoRA.Data do
   end
 
   defp line(object) do
-    {:ok, IO.iodata_to_binary([Json.encode(object), ?\n])}
+    {:ok, IO.iodata_to_binary([OrderedJSON.encode(object, :row), ?\n])}
   catch
-    {:skip, reason} -> {:skip, reason}
+    {_kind, _term} -> {:skip, "it has something that is no JSON"}
   end
 
   defp keep(state, line) do
