@@ -6,10 +6,10 @@
 //! that do not wrap, strings with Python's methods.
 //!
 //! What a rendering may take is bounded: the source's length and depth, the steps, the depth of
-//! values and calls, the bytes of all texts, the stack (`limits`). This is why the crate exists:
-//! minijinja's fuel counts instructions, not what one of them costs. There a list that holds a list
-//! twice, forty times over, is printed or compared for ever, lists within lists end in a stack
-//! overflow, and so does a namespace that holds itself.
+//! values and calls, the bytes of all texts, the stack (`limits`). This is why the crate exists. In
+//! minijinja 3.1, with fuel, a list that holds itself twice, forty times over, is compared or printed
+//! for ever; a namespace that holds itself, lists within lists, and 60,000 signs before a number each
+//! end the process with a stack overflow. No hook of its environment reaches these places.
 //!
 //! A source goes through `lexer` and `parser` to a tree (`ast`), which `eval` walks; `value` and
 //! what uses it is Python. Nothing here knows of chats or files.
