@@ -76,7 +76,7 @@ defmodule Bombus.DependencyTest do
     package = Path.join(@root, "_build/without_mlx/bombus")
     File.mkdir_p!(Path.join(package, "native"))
     files = ~w(lib config mix.exs priv/models native/Cargo.toml native/Cargo.lock
-               native/bombus native/bombus_nif native/xtask)
+               native/bombus native/bombus_nif native/jinja native/xtask)
 
     for file <- files do
       target = Path.join(package, file)

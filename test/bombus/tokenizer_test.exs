@@ -214,7 +214,7 @@ defmodule Bombus.TokenizerTest do
          %{tokenizer: tokenizer} do
       model = Bombus.load_model!(Fixtures.checkpoint("f32-tied"))
       assert tokenizer.vocab_size > model.spec.vocab_size
-      assert %{token_ids: [_ | _]} = run(model, tokenizer, %{text: "ab", chat_template: false})
+      assert %{token_ids: [_ | _]} = run(model, tokenizer, %{text: "x", chat_template: false})
 
       assert {:error, %Error{reason: :bad_request, message: message}} =
                run(model, tokenizer, %{text: "Write a post about coffee"})
@@ -245,7 +245,8 @@ defmodule Bombus.TokenizerTest do
     File.write!(Path.join(folder, "chat_template.jinja"), always)
     tokenizer = Bombus.load_tokenizer!(folder)
     free = Bombus.load_tokenizer!(:demo)
-    assert %{unfinished_thinking: true, finish_reason: :length} = run(model, tokenizer, "x")
+    one = %{text: "x", max_new_tokens: 1}
+    assert %{unfinished_thinking: true, finish_reason: :length} = run(model, tokenizer, one)
     assert %{unfinished_thinking: false} = run(model, free, "x")
     [open, close] = Enum.map(["<think>", "</think>"], &Tokenizer.encode!(free, &1))
     assert length(open) > 1
@@ -276,7 +277,7 @@ defmodule Bombus.TokenizerTest do
       assert {:ok, _count} = Tokenizer.count(tokenizer, "hi")
       assert Enum.any?(callers, &Process.alive?/1)
       Enum.each(callers, &Process.exit(&1, :kill))
-      assert {:ok, 1_200_001} = Tokenizer.count(tokenizer, String.duplicate("7 ", 600_000) <> "a")
+      assert {:ok, 1_200_000} = Tokenizer.count(tokenizer, String.duplicate("7 ", 600_000) <> "a")
     end
   end
 end
