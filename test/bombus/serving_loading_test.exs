@@ -241,16 +241,6 @@ defmodule Bombus.ServingLoadingTest do
     end
   end
 
-  test "a tokenizer of another model fails with the load" do
-    capture_log(fn ->
-      start!(name: Foreign, model: @endless, tokenizer: :demo)
-      assert_soon(fn -> failed?(Foreign) end)
-    end)
-
-    assert %{state: {:failed, %Error{message: message}}} = Serving.status(Foreign)
-    assert message =~ "tokenizer"
-  end
-
   test "the mistakes of a child's options are raised at once" do
     for {wrong, words} <- [
           {[model: 5], "source"},
