@@ -1,18 +1,19 @@
 # make demo: the model that ships with Bombus writes posts, without and with an adapter.
 # make test: all tests. Both set up what they need in .toolchain first.
 # make soak: hundreds of callers for MINUTES (5), to see that nothing leaks.
+# make fuzz: mutated files for MINUTES (5), to see that nothing crashes or hangs; needs cargo alone.
 # make bench: the engine's speed on this machine; needs cargo alone. bench/README.md
 
 SHELL := /bin/sh
 in_toolchain := . .toolchain/env &&
 mlx_c := native/target/mlx-c/config.toml
 
-.PHONY: demo test bench soak setup test-rust test-elixir lint format clean
+.PHONY: demo test bench soak fuzz setup test-rust test-fuzz test-elixir lint format clean
 
 demo: setup
 	@$(in_toolchain) mix run scripts/demo.exs
 
-test: lint test-rust test-elixir
+test: lint test-rust test-fuzz test-elixir
 
 setup:
 	@sh scripts/setup.sh
@@ -20,7 +21,11 @@ setup:
 # The engine and the NIF in one call: cargo then builds their common dependencies once. On Linux
 # the first Elixir compilation makes MLX's C layer.
 test-rust: compile
-	$(in_toolchain) cd native && cargo test --release -p bombus -p bombus_nif $(cargo_config)
+	$(in_toolchain) cd native && cargo test --release -p bombus -p bombus_nif -p bombus_jinja $(cargo_config)
+
+# A minute on one core; always the same inputs.
+test-fuzz: test-rust
+	$(in_toolchain) cd native && cargo run --release -p bombus --example fuzz --features mlx $(mlx_c_config) -- --minutes 1
 
 test-elixir: compile
 	$(in_toolchain) mix test
@@ -37,11 +42,15 @@ MINUTES ?= 5
 soak: setup
 	@$(in_toolchain) RUST_BACKTRACE=0 mix run scripts/soak.exs $(MINUTES)
 
+# ARGS="--only config --seed 7 ..."; --help shows all
+fuzz:
+	cd native && cargo run --release -p bombus --example fuzz -- --minutes $(MINUTES) $(ARGS)
+
 lint: compile
 	$(in_toolchain) mix format --check-formatted
 	$(in_toolchain) cd native && cargo fmt --all --check
 	$(in_toolchain) cd native && cargo clippy --release --all-targets --quiet $(cargo_config) -- -D warnings
-	$(in_toolchain) cd native && cargo clippy --release --quiet -p bombus -p bombus_nif -- -D warnings
+	$(in_toolchain) cd native && cargo clippy --release --quiet -p bombus -p bombus_nif -p bombus_jinja -- -D warnings
 
 ifneq ($(shell uname),Darwin)
 mlx_c_config := --config $(CURDIR)/$(mlx_c)
