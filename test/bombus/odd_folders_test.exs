@@ -137,6 +137,13 @@ defmodule Bombus.OddFoldersTest do
       end
     end
 
+    test "is named where MLX's own layout is not", %{tmp_dir: dir} do
+      folder = Fixtures.copy(Fixtures.checkpoint("f32-tied"), dir)
+      fp8 = %{"quant_method" => "fp8", "fmt" => "e4m3"}
+      config(folder, %{"quantization" => nil, "quantization_config" => fp8})
+      refused(folder, :unsupported, "quant_method `fp8`")
+    end
+
     # Bytes of another type: a quarter of each row where there were four a number.
     defp retype(tensors, name, dtype) do
       Enum.map(tensors, fn

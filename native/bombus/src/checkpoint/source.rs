@@ -83,6 +83,9 @@ fn refuse_other_formats(path: &Path, config: &Config, tensors: &TensorFiles) -> 
         let dtype = tensors.get(name)?.dtype;
         kind_of(name, dtype).map(|kind| (name, kind))
     });
+    // As mlx-lm: scales that no configuration of MLX's speaks of are the method's.
+    let scales = || tensors.names().find(|name| name.ends_with(".scales"));
+    let found = found.or_else(|| Some((method.and_then(|_| scales())?, Kind::Other)));
     let place = tensors.place();
     let (name, kind) = match found {
         None => return Ok(()),
