@@ -73,7 +73,8 @@ impl Reading {
 
     fn take(&mut self, bytes: usize) -> bool {
         let wanted = self.taken.saturating_add(bytes as u64);
-        let fits = self.left.is_none_or(|left| wanted.saturating_add(MARGIN) <= left);
+        let with_margin = wanted.checked_add(MARGIN);
+        let fits = self.left.is_none_or(|left| with_margin.is_some_and(|all| all <= left));
         if fits {
             self.taken = wanted;
         }
