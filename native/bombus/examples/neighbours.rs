@@ -24,6 +24,9 @@ const GROUP_SIZE: usize = 64;
 const TOKENS: usize = 60;
 const ALONE: usize = 10;
 
+/// What is asked beside the neighbour.
+type Requests = Box<dyn Fn() -> Vec<Request>>;
+
 fn main() -> Result<()> {
     let folder = tempfile::tempdir()?;
     checkpoint(folder.path())?;
@@ -31,7 +34,7 @@ fn main() -> Result<()> {
     let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../priv/models/demo");
     let tokenizer = Arc::new(Tokenizer::open(&demo)?);
     println!("{:48} {:>10} {:>10}", "beside", "median ms", "worst ms");
-    let cases: Vec<(&str, Box<dyn Fn() -> Vec<Request>>)> = vec![
+    let cases: Vec<(&str, Requests)> = vec![
         ("nobody", Box::new(Vec::new)),
         ("an ordinary request", Box::new(|| vec![ids(&[5; 8])])),
         ("a bias on the whole vocabulary", Box::new(|| vec![biased()])),

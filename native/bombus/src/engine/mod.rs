@@ -262,7 +262,7 @@ impl Engine {
             cancelled: cancelled.clone(),
         };
         // The engine knows of it before its text is tokens: it may be cancelled, or take too long.
-        if request.tokenizer.is_none() {
+        if known && request.tokenizer.is_none() {
             self.send(Command::Generate(Box::new(order), task))?;
         } else {
             self.send(Command::Generate(Box::new(order), None))?;
