@@ -139,6 +139,7 @@ defmodule Bombus.Serving do
     Deadline,
     Input,
     Loader,
+    Messages,
     Options,
     Request,
     Requests,
@@ -205,12 +206,14 @@ defmodule Bombus.Serving do
     options = Bombus.Options.given!(options, table, "Bombus.Serving.new/3")
     {limits, options} = Keyword.split(options, Keyword.keys(Model.Options.limits()))
     Input.adapter!(options[:adapter], model)
+    tokenizer = tokenizer!(tokenizer)
+    Messages.options_known!(options[:template_options] || %{}, tokenizer)
     narrower? = Enum.any?(limits, fn {_key, limit} -> limit end)
     limits = Model.Options.native_limits(limits)
 
     %__MODULE__{
       model: model,
-      tokenizer: tokenizer!(tokenizer),
+      tokenizer: tokenizer,
       options: Options.new!(options, model),
       limits: limits,
       group: if(narrower?, do: Native.new_group(limits))

@@ -22,7 +22,7 @@ defmodule Bombus.Serving.Messages do
       raise ArgumentError, "expected :messages to be a list of messages, got: #{show(messages)}"
     end
 
-    known!(options, tokenizer)
+    options_known!(options, tokenizer)
     options = options!(options)
     messages = messages |> Enum.map(&message!/1) |> encode(:message) |> IO.iodata_to_binary()
     {:ok, {:chat, messages, options}}
@@ -48,8 +48,11 @@ defmodule Bombus.Serving.Messages do
     {kind, _term} when kind in [:not_json, :name_twice] -> false
   end
 
-  # An option that no template looks at would be without effect.
-  defp known!(options, %{template_options: known}) do
+  @doc "Raises for an option that no template looks at, which would be without effect."
+  @spec options_known!(map(), Tokenizer.t() | nil) :: :ok
+  def options_known!(_options, nil), do: :ok
+
+  def options_known!(options, %{template_options: known}) do
     names =
       options |> Map.new(fn {name, value} -> {to_string(name), value} end) |> Map.drop(@always)
 
@@ -60,7 +63,7 @@ defmodule Bombus.Serving.Messages do
       {name, _value} ->
         raise ArgumentError,
               "the chat template has no option #{name}, so it would be without effect: " <>
-                "expected one of #{Enum.join(known ++ @always, ", ")}"
+                "expected one of #{Enum.join(Enum.uniq(known ++ @always), ", ")}"
     end
   end
 
