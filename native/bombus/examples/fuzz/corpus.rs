@@ -113,7 +113,7 @@ fn tokenizers(demo: &Value) -> Vec<Value> {
     let of = |model: Value| {
         let mut tokenizer = bpe.clone();
         tokenizer["model"] = model;
-        tokenizer["pre_tokenizer"] = json!({"type": "Whitespace"});
+        tokenizer["pre_tokenizer"] = json!({"type": "WhitespaceSplit"});
         tokenizer["decoder"] = Value::Null;
         tokenizer
     };

@@ -139,7 +139,7 @@ impl Parsers {
         match PARSERS[parser].0 {
             "safetensors" | "index" => {
                 let files = TensorFiles::open(path)?;
-                files.names().take(200).try_for_each(|name| files.require(name)?.read().map(drop))
+                files.names().take(40).try_for_each(|name| files.require(name)?.read().map(drop))
             }
             "config" | "generation_config" | "model" => {
                 Config::open(path)?;

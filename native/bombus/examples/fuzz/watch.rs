@@ -50,9 +50,7 @@ impl Run<'_> {
         let mut child = self.spawn(from, &state_path, &errors)?;
         let died = self.wait(&mut child, &state)?;
         let counts = state.read();
-        for place in 1..COUNTS {
-            self.counts[place] += counts[place];
-        }
+        self.counts.iter_mut().zip(counts).skip(1).for_each(|(sum, count)| *sum += count);
         self.take_findings(&state_path)?;
         let Some(how) = died else { return Ok(None) };
         if counts == [0; COUNTS] {
