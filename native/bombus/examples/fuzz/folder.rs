@@ -3,20 +3,22 @@
 use anyhow::Result;
 use std::path::{Path, PathBuf};
 
-/// Emptied for every input. Where it can be it is in memory.
+/// Emptied for every input.
 pub struct Folder {
     folder: tempfile::TempDir,
     files: Vec<PathBuf>,
 }
 
+/// A temporary folder in memory, where there is such a place.
+pub fn temporary() -> Result<tempfile::TempDir> {
+    let memory = Path::new("/dev/shm");
+    Ok(if memory.is_dir() { tempfile::tempdir_in(memory)? } else { tempfile::tempdir()? })
+}
+
 impl Folder {
-    pub fn new() -> Result<Self> {
-        let memory = Path::new("/dev/shm");
-        let folder = match memory.is_dir() {
-            true => tempfile::tempdir_in(memory)?,
-            false => tempfile::tempdir()?,
-        };
-        Ok(Self { folder, files: vec![] })
+    /// Within the parent's folder, which goes with the parent where a child is killed.
+    pub fn new(within: &Path) -> Result<Self> {
+        Ok(Self { folder: tempfile::tempdir_in(within)?, files: vec![] })
     }
 
     pub fn path(&self) -> &Path {

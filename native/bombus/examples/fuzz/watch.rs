@@ -1,6 +1,7 @@
 //! The parent: starts a child, sees it die or hang, and goes on behind the input that did it.
 
 use super::Options;
+use super::folder::temporary;
 use super::parsers::{PARSERS, parser};
 use super::random::Random;
 use super::work::{COUNTS, Counts, Finding, State};
@@ -25,7 +26,7 @@ struct Run<'a> {
 }
 
 pub fn run(options: &Options) -> Result<()> {
-    let folder = tempfile::tempdir()?;
+    let folder = temporary()?;
     let mut run = Run { options, start: Instant::now(), counts: [0; COUNTS], findings: vec![] };
     let mut next = options.from;
     while let Some(after) = run.child(next, folder.path())? {

@@ -1,6 +1,6 @@
 //! The child: runs one input after another, and says in a file which it is at.
 
-use super::folder::Folder;
+use super::folder::{Folder, temporary};
 use super::parsers::{PARSERS, Parsers, parser};
 use super::random::Random;
 use super::{Options, memory};
@@ -93,7 +93,8 @@ pub fn run(options: &Options, state: &Path) -> Result<()> {
     let findings = state.with_extension("findings");
     let findings = OpenOptions::new().append(true).create(true).open(findings)?;
     on_thread(|| {
-        let (mut folder, mut counts) = (Folder::new()?, [0; COUNTS]);
+        let within = state.parent().context("a folder for the files")?;
+        let (mut folder, mut counts) = (Folder::new(within)?, [0; COUNTS]);
         let start = Instant::now();
         for input in options.from..options.from.saturating_add(options.inputs) {
             let mut random = Random::of(options.seed, input);
@@ -167,7 +168,8 @@ pub fn replay(options: &Options) -> Result<()> {
     let parsers = Parsers::new()?;
     on_thread(|| {
         let mut random = Random::of(options.seed, options.from);
-        let (parser, mut folder) = (parser(&mut random), Folder::new()?);
+        let temporary = temporary()?;
+        let (parser, mut folder) = (parser(&mut random), Folder::new(temporary.path())?);
         parsers.write(&mut random, parser, &mut folder)?;
         let kept = folder.keep(&options.from.to_string()).context("the input's files")?;
         println!("input {} for {}: {}", options.from, PARSERS[parser].0, kept.display());
