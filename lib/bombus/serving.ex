@@ -205,19 +205,21 @@ defmodule Bombus.Serving do
     table = Model.Options.limits() ++ Options.schema()
     options = Bombus.Options.given!(options, table, "Bombus.Serving.new/3")
     {limits, options} = Keyword.split(options, Keyword.keys(Model.Options.limits()))
-    Input.adapter!(options[:adapter], model)
     tokenizer = tokenizer!(tokenizer)
     Messages.options_known!(options[:template_options] || %{}, tokenizer)
     narrower? = Enum.any?(limits, fn {_key, limit} -> limit end)
     limits = Model.Options.native_limits(limits)
 
-    %__MODULE__{
+    serving = %__MODULE__{
       model: model,
       tokenizer: tokenizer,
       options: Options.new!(options, model),
       limits: limits,
       group: if(narrower?, do: Native.new_group(limits))
     }
+
+    Input.check_options!(serving.options, serving)
+    serving
   end
 
   @doc """

@@ -24,6 +24,23 @@ defmodule Bombus.BadRequestsTest do
     assert_still_answers(context)
   end
 
+  test "options that do not go with the model are refused when a serving is made", context do
+    for {options, tokenizer} <- [
+          {[stop: 999_999], context.tokenizer},
+          {[logit_bias: %{999_999 => 1}], context.tokenizer},
+          {[template_options: %{enable_thinking: false}], context.tokenizer},
+          {[stop: "a"], nil}
+        ] do
+      assert_raise ArgumentError, fn -> Serving.new(context.model, tokenizer, options) end
+    end
+  end
+
+  test "a name that is not UTF-8 is unknown like any other", %{serving: serving} do
+    assert_raise ArgumentError, ~r/unknown/, fn ->
+      Serving.run(serving, %{:text => "a", <<255>> => 2})
+    end
+  end
+
   defp wrong_options do
     [
       {:temperature, -0.1, "a number, 0 (greedy) or above"},

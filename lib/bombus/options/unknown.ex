@@ -166,7 +166,7 @@ defmodule Bombus.Options.Unknown do
   @near 0.77
 
   defp closest(key, names) when is_atom(key) or is_binary(key) do
-    word = key |> to_string() |> String.slice(0, 64)
+    word = key |> to_string() |> String.replace_invalid() |> String.slice(0, 64)
     near = Enum.map(names, &{String.jaro_distance(word, to_string(&1)), &1})
 
     case Enum.max_by(near, &elem(&1, 0), fn -> {0, nil} end) do

@@ -56,8 +56,8 @@ defmodule Bombus.Serving.Input do
     named
   end
 
-  # What only shows beside a model and a tokenizer.
-  defp check_options!(options, serving) do
+  @doc "Raises for options that do not go with the model or the tokenizer."
+  def check_options!(options, serving) do
     stop!(options, serving)
     biases!(options, serving)
     adapter!(options.adapter, serving.model)

@@ -422,6 +422,8 @@ defmodule Bombus.Training.LoRATest do
       # Starts that fail: before Python, in Python, and once the model is loaded.
       for {options, reason} <- [
             {[python: "python-9"], :python_missing},
+            # It ends before it is spoken to.
+            {[python: "true"], :training_failed},
             {[python: script(dir, "echo no such thing; exit 1")], :training_failed},
             {[base_model: Path.join(dir, "data")], :not_found},
             {[num_layers: 99], :bad_request}

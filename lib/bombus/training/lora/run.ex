@@ -59,7 +59,8 @@ defmodule Bombus.Training.LoRA.Run do
          {:ok, file} <- Events.create(path, settings.done) do
       Process.flag(:trap_exit, true)
       port = open(python, settings)
-      {:os_pid, os_pid} = Port.info(port, :os_pid)
+      # None where Python has ended already; its exit status comes as a message.
+      os_pid = with {:os_pid, os_pid} <- Port.info(port, :os_pid), do: os_pid
 
       state = %{
         caller: caller,
@@ -119,7 +120,8 @@ defmodule Bombus.Training.LoRA.Run do
       |> Map.delete(:overwrite)
       |> Map.put(:log, Folder.starting_log(settings.adapter_path))
 
-    Port.command(port, [JSON.encode_to_iodata!(settings), ?\n])
+    # As a message: a command to a port that is closed would raise.
+    send(port, {self(), {:command, [JSON.encode_to_iodata!(settings), ?\n]}})
     port
   end
 
