@@ -40,7 +40,7 @@ impl<B: Backend> Live<B> {
 
     /// It joins the batch, where `cached` tokens of its prompt are computed already.
     pub fn start(&mut self, cached: usize) {
-        // One that begins again has been told of.
+        // A sequence that starts again keeps its first times.
         if self.usage.queued.is_zero() {
             self.usage.queued = self.asked.elapsed();
             self.usage.cached_tokens = cached;

@@ -127,7 +127,7 @@ struct Order {
     places: Vec<Place>,
     asked: Instant,
     deadline: Option<Instant>,
-    /// For whoever makes tokens of its text: nobody waits for them any more.
+    /// Set when the request has ended, so that its text is not encoded.
     cancelled: Arc<AtomicBool>,
 }
 

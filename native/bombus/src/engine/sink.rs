@@ -68,7 +68,7 @@ pub struct Sink {
     window: Option<Window>,
 }
 
-/// Chunks that a reader has not acknowledged, and what waits for it to do so.
+/// The chunks that the reader has not acknowledged, and those held back until it does.
 struct Window {
     size: usize,
     unread: usize,
