@@ -1,8 +1,7 @@
-"""Makes the parity fixtures: small random Qwen3 checkpoints and adapters, with mlx-lm's answers and the
-exact ones.
+"""Makes the parity fixtures: small random checkpoints and adapters, with mlx-lm's answers and the exact ones.
 
     pip install "mlx[cpu]==0.32.2" "mlx-lm==0.32.2" numpy
-    python scripts/make_fixtures.py [OUT_DIR]      # default: test/fixtures/parity
+    python scripts/make_fixtures.py [CASE ...]      # default: all, into test/fixtures/parity
 
 Each case is a folder: config.json, model.safetensors (or shards and an index), adapters/<name>/, and expected.json:
 
@@ -29,12 +28,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.models import qwen3
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
-from mlx_lm.utils import load_model
+from mlx_lm.utils import _get_classes, load_model
 
-from exact_qwen3 import ExactQwen3
+from exact_decoder import ExactDecoder
 
 mx.set_default_device(mx.cpu)
 
@@ -61,6 +59,23 @@ BASE_CONFIG = {
     "use_sliding_window": False,
     "vocab_size": 256,
 }
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "head_dim": None,
+    "rope_theta": 10000.0,
+    "use_sliding_window": None,
+}
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "attention_bias": None,
+    "head_dim": None,
+    "layer_types": ["full_attention", "full_attention"],
+}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 256}
 
 
 @dataclass
@@ -100,6 +115,8 @@ class Case:
     shards: int = 1
     eos: str = "single"
     adapters: list = field(default_factory=list)
+    # An adapter that is also there in PEFT's format.
+    peft: str | None = None
 
     def rng(self):
         """The case's own source of random numbers."""
@@ -206,6 +223,47 @@ CASES = [
         adapters=[ALL_LAYERS, LAST_QV],
     ),
     Case("bf16-dense", dtype=mx.bfloat16, bits=None, config=UNTIED),
+    Case("f32-llama", config=LLAMA | UNTIED, adapters=[ALL_LAYERS, LAST_QV, DORA], peft="all-layers"),
+    Case("f32-llama-biases", config=LLAMA | {"attention_bias": True, "mlp_bias": True}, adapters=[ALL_LAYERS, DORA]),
+    Case("f32-llama-head-dim", config=LLAMA | HEAD_DIM | {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+    Case(
+        "f32-llama-dynamic",
+        config=LLAMA | {"max_position_embeddings": 24, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    ),
+    Case(
+        "f32-llama3",
+        config=LLAMA | UNTIED | {
+            "rope_theta": 500.0,
+            "rope_scaling": {
+                "factor": 8.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 64,
+                "rope_type": "llama3",
+            },
+        },
+    ),
+    Case("bf16-mistral", dtype=mx.bfloat16, config=MISTRAL | UNTIED | WIDE, adapters=[ALL_LAYERS]),
+    Case("f32-qwen2", config=QWEN2, adapters=[ALL_LAYERS, LAST_QV, DORA], peft="all-layers"),
+    Case(
+        "f32-qwen2-yarn",
+        bits=None,
+        config=QWEN2 | UNTIED | {
+            "rope_theta": 10000.0,
+            "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 64, "type": "yarn"},
+        },
+        adapters=[DORA],
+    ),
+    Case("f32-qwen3-yarn", config={
+        "rope_scaling": {"factor": 2.0, "original_max_position_embeddings": 32, "rope_type": "yarn"},
+        "rope_theta": 1000.0,
+    }),
+    Case(
+        "bf16-qwen2",
+        dtype=mx.bfloat16,
+        config=QWEN2 | {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
+        adapters=[ALL_LAYERS, LAST_QV],
+    ),
 ]
 
 
@@ -234,6 +292,8 @@ def format_json(value, indent=""):
 
 def random_parameter(name, shape, rng):
     """A weight that lets faults show: wide logits, norms away from 1."""
+    if name.endswith(".bias"):
+        return rng.normal(0, 0.5, shape)
     if len(shape) == 1:
         return rng.uniform(0.5, 1.5, shape)
     if name.startswith(("model.embed_tokens", "lm_head")):
@@ -242,8 +302,10 @@ def random_parameter(name, shape, rng):
 
 
 def random_model(case, rng):
-    """A Qwen3 with random weights, quantized as the case says."""
-    model = qwen3.Model(qwen3.ModelArgs.from_dict(case.full_config(0)))
+    """A model with random weights, quantized as the case says."""
+    config = case.full_config(0)
+    model_class, args_class = _get_classes(config)
+    model = model_class(args_class.from_dict(config))
     shapes = sorted((name, value.shape) for name, value in tree_flatten(model.parameters()))
     weights = [(name, mx.array(random_parameter(name, shape, rng)).astype(case.dtype)) for name, shape in shapes]
     model.load_weights(weights)
@@ -296,6 +358,22 @@ def save_adapter(case_folder, adapter, rng):
     folder = adapter_folder(case_folder, adapter.name)
     write_json(folder / "adapter_config.json", config)
     mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+
+
+def save_as_peft(case_folder, name, new_name):
+    """The same adapter as PEFT writes it: transposed, and its scale as lora_alpha / r."""
+    source, folder = adapter_folder(case_folder, name), adapter_folder(case_folder, new_name)
+    parameters = json.loads((source / "adapter_config.json").read_text())["lora_parameters"]
+    rank, alpha = parameters["rank"], parameters["scale"] * parameters["rank"]
+    names = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+    tensors, targets = {}, set()
+    for path, value in mx.load(str(source / "adapters.safetensors")).items():
+        module, role = path.rsplit(".", 1)
+        tensors[f"base_model.model.{module}.{names[role]}"] = mx.contiguous(value.T)
+        targets.add(module.rsplit(".", 1)[-1])
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": sorted(targets)}
+    write_json(folder / "adapter_config.json", config)
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), tensors)
 
 
 def adapter_folder(case_folder, name):
@@ -381,10 +459,10 @@ def answers(mlx, exact, ids, greedy):
 
 def load_runs(folder, adapters):
     """Run name -> (mlx-lm's model, the exact model)."""
-    runs = {"base": (load(folder), ExactQwen3(folder))}
+    runs = {"base": (load(folder), ExactDecoder(folder))}
     for adapter in adapters:
         path = adapter_folder(folder, adapter.name)
-        runs[f"adapter:{adapter.name}"] = (load(folder, adapter.name), ExactQwen3(folder, path))
+        runs[f"adapter:{adapter.name}"] = (load(folder, adapter.name), ExactDecoder(folder, path))
     return runs
 
 
@@ -413,6 +491,9 @@ def make_expected(case, folder, rng):
     runs = {}
     for name, (mlx, exact) in models.items():
         runs[name] = answers(mlx, exact, ids, greedy_answers(mlx, exact, prompt, case.least_margin()))
+    if case.peft:
+        save_as_peft(folder, case.peft, f"{case.peft}-peft")
+        runs[f"adapter:{case.peft}-peft"] = runs[f"adapter:{case.peft}"]
     eos = write_eos(case, folder, runs, vocab_size)
     asked = {"token_ids": ids, "greedy_prompt": prompt, "eos_token_ids": eos}
     write_json(folder / "expected.json", {"dtype": dtype_name(case.dtype), **asked, "runs": runs})
@@ -454,11 +535,11 @@ def folder_size(folder):
 
 
 def main():
-    default = Path(__file__).resolve().parent.parent / "test" / "fixtures" / "parity"
-    out = Path(sys.argv[1]) if len(sys.argv) > 1 else default
-    for case in CASES:
+    out = Path(__file__).resolve().parent.parent / "test" / "fixtures" / "parity"
+    cases = [case for case in CASES if case.name in sys.argv[1:]] if sys.argv[1:] else CASES
+    for case in cases:
         make_case(case, out)
-    print(f"{len(CASES)} cases, {folder_size(out) / 1024:.0f} KB")
+    print(f"{len(cases)} cases, {folder_size(out) / 1024:.0f} KB")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ use anyhow::Result;
 use bombus::adapter::Adapter;
 use bombus::config::Config;
 use bombus::engine::{Device, Engine, Event, Generation, Prompt, Request, Sink};
-use bombus::modules::{Module, projections, vocabulary};
 use bombus::sampler::Sampling;
 use bombus::scheduler::Limits;
+use bombus::spec::Module;
 use bombus::tensor_file::{NewTensor, write};
 use bombus::tokenizer::Tokenizer;
 use std::path::Path;
@@ -154,10 +154,8 @@ fn checkpoint(folder: &Path) -> Result<()> {
     let config = Config::open(folder)?;
     let mut tensors: Vec<(String, &str, Vec<usize>, Vec<u8>)> = vec![];
     let half = |number: f32, count: usize| half::f16::from_f32(number).to_le_bytes().repeat(count);
-    let layers = 0..config.num_hidden_layers;
-    let modules = layers.clone().flat_map(|layer| projections(&config, layer));
-    for module in [vocabulary(&config, "model.embed_tokens")].into_iter().chain(modules) {
-        let Module { path, in_features, out_features } = module;
+    for module in config.spec.linears() {
+        let Module { path, in_features, out_features, .. } = module;
         let columns = in_features / 8;
         let groups = out_features * in_features / GROUP_SIZE;
         let shape = vec![out_features, in_features / GROUP_SIZE];
@@ -172,17 +170,7 @@ fn checkpoint(folder: &Path) -> Result<()> {
         tensors.push((format!("{path}.biases"), "F16", shape, half(-0.03, groups)));
     }
     let mut norm = |name: String, width| tensors.push((name, "F16", vec![width], half(1.0, width)));
-    norm("model.norm.weight".into(), config.hidden_size);
-    for layer in layers {
-        for (name, width) in [
-            ("input_layernorm", config.hidden_size),
-            ("post_attention_layernorm", config.hidden_size),
-            ("self_attn.q_norm", config.head_dim),
-            ("self_attn.k_norm", config.head_dim),
-        ] {
-            norm(format!("model.layers.{layer}.{name}.weight"), width);
-        }
-    }
+    config.spec.norms().for_each(|(path, width)| norm(format!("{path}.weight"), width));
     save(&folder.join("model.safetensors"), &tensors)
 }
 
@@ -196,8 +184,8 @@ fn adapter(folder: &Path) -> Result<()> {
     let settings = serde_json::json!({ "lora_parameters": parameters });
     std::fs::write(adapter.join("adapter_config.json"), settings.to_string())?;
     let mut tensors = vec![];
-    for module in (0..config.num_hidden_layers).flat_map(|layer| projections(&config, layer)) {
-        let Module { path, in_features, out_features } = module;
+    for module in (0..config.spec.layers.len()).flat_map(|layer| config.spec.layer(layer)) {
+        let Module { path, in_features, out_features, .. } = module;
         for (name, shape) in [("lora_a", [in_features, RANK]), ("lora_b", [RANK, out_features])] {
             let bytes = 1e-3f32.to_le_bytes().repeat(shape[0] * shape[1]);
             tensors.push((format!("{path}.{name}"), "F32", shape.to_vec(), bytes));

@@ -1,34 +1,27 @@
 //! The transformer, written once for every backend.
 //!
-//! Module paths are the checkpoint's: `model.layers.0.self_attn.q_proj`. Reference:
-//! mlx-lm's `models/qwen3.py`.
+//! It interprets a `ModelSpec`. Fields are named as modules of the checkpoint:
+//! `model.layers.0.self_attn.q_proj`.
 
-use crate::backend::{AttentionShape, Backend, LoraRows, Page, Segment, Token};
+use crate::backend::{Backend, LoraRows, Page, Segment, Token};
 use crate::error::Result;
-use crate::modules::PROJECTIONS;
+use crate::spec::{ModelSpec, Projection};
 use std::ops::Range;
 
-/// Where each fused projection stands in `PROJECTIONS`.
-const QKV: Range<usize> = 0..3;
-const O: Range<usize> = 3..4;
-const GATE_UP: Range<usize> = 4..6;
-const DOWN: Range<usize> = 6..7;
-
 pub struct Decoder<B: Backend> {
+    pub spec: ModelSpec,
     pub backend: B,
     pub embed_tokens: B::Embedding,
     pub layers: Vec<Layer<B>>,
     pub norm: B::Norm,
     /// None: the embedding is the head
     pub lm_head: Option<B::Linear>,
-    pub attention: AttentionShape,
 }
 
 pub struct Layer<B: Backend> {
     pub input_layernorm: B::Norm,
     pub qkv_proj: B::Linear,
-    pub q_norm: B::Norm,
-    pub k_norm: B::Norm,
+    pub attention: B::Attention,
     pub o_proj: B::Linear,
     pub post_attention_layernorm: B::Norm,
     pub gate_up_proj: B::Linear,
@@ -36,19 +29,18 @@ pub struct Layer<B: Backend> {
 }
 
 impl<B: Backend> Layer<B> {
-    /// The linear layer of projection `place` (as in `PROJECTIONS`), and which part of it.
-    pub fn projection(&self, place: usize) -> (&B::Linear, usize) {
-        match place {
-            0..3 => (&self.qkv_proj, place - QKV.start),
-            3 => (&self.o_proj, 0),
-            4..6 => (&self.gate_up_proj, place - GATE_UP.start),
-            _ => (&self.down_proj, 0),
+    pub fn projection(&self, projection: Projection) -> &B::Linear {
+        match projection {
+            Projection::Qkv => &self.qkv_proj,
+            Projection::O => &self.o_proj,
+            Projection::GateUp => &self.gate_up_proj,
+            Projection::Down => &self.down_proj,
         }
     }
 }
 
-/// An adapter's pairs for a layer, in the order of `PROJECTIONS`.
-pub type Loras<B> = [Option<<B as Backend>::Lora>; PROJECTIONS.len()];
+/// An adapter's pairs for the linear layers of each projection of a layer.
+pub type Loras<B> = [Vec<Option<<B as Backend>::Lora>>; Projection::ALL.len()];
 
 /// An adapter's pairs, each at its place in the decoder.
 pub struct BoundAdapter<B: Backend> {
@@ -113,8 +105,7 @@ impl<B: Backend> Decoder<B> {
     pub fn reserve(&self, cache: &mut KvCache<B>, positions: Range<usize>) -> Result<()> {
         let mut layers = self.layers.iter().enumerate();
         layers.try_for_each(|(index, layer)| {
-            let (shape, positions) = (&self.attention, positions.clone());
-            self.backend.reserve(shape, index, &layer.k_norm, cache, positions)
+            self.backend.reserve(&layer.attention, index, cache, positions.clone())
         })
     }
 
@@ -183,23 +174,22 @@ impl<B: Backend> Decoder<B> {
         spans: &[Span<B>],
     ) -> Result<B::Tensor> {
         let backend = &self.backend;
-        let eps = self.attention.rms_norm_eps;
+        let eps = self.spec.layers[index].norm.eps;
         let loras = |projections| layer_loras(index, projections, spans);
 
         let x = backend.rms_norm(&hidden, &layer.input_layernorm, eps)?;
-        let [q, k, v] = outputs(backend.project(&layer.qkv_proj, &x, &loras(QKV))?);
+        let [q, k, v] = outputs(backend.project(&layer.qkv_proj, &x, &loras(Projection::Qkv))?);
         let segments: Vec<Segment> = parts.iter().map(|part| part.segment.clone()).collect();
         let mut caches: Vec<_> = parts.iter_mut().map(|part| &mut *part.cache).collect();
-        let norms = [&layer.q_norm, &layer.k_norm];
-        let x =
-            backend.attention(&self.attention, index, [q, k, v], norms, &segments, &mut caches)?;
-        let [x] = outputs(backend.project(&layer.o_proj, &x, &loras(O))?);
+        let x = backend.attention(&layer.attention, index, [q, k, v], &segments, &mut caches)?;
+        let [x] = outputs(backend.project(&layer.o_proj, &x, &loras(Projection::O))?);
         let hidden = backend.add(&hidden, &x)?;
 
         let x = backend.rms_norm(&hidden, &layer.post_attention_layernorm, eps)?;
-        let [gate, up] = outputs(backend.project(&layer.gate_up_proj, &x, &loras(GATE_UP))?);
+        let [gate, up] =
+            outputs(backend.project(&layer.gate_up_proj, &x, &loras(Projection::GateUp))?);
         let x = backend.gated(&gate, &up)?;
-        let [x] = outputs(backend.project(&layer.down_proj, &x, &loras(DOWN))?);
+        let [x] = outputs(backend.project(&layer.down_proj, &x, &loras(Projection::Down))?);
         backend.add(&hidden, &x)
     }
 
@@ -210,7 +200,7 @@ impl<B: Backend> Decoder<B> {
         outputs: &[usize],
         spans: &[Span<B>],
     ) -> Result<B::Tensor> {
-        let x = self.backend.rms_norm(hidden, &self.norm, self.attention.rms_norm_eps)?;
+        let x = self.backend.rms_norm(hidden, &self.norm, self.spec.norm.eps)?;
         let within = |row: usize| outputs.partition_point(|output| *output < row);
         let selected = |rows: &Range<usize>| within(rows.start)..within(rows.end);
         let loras = loras(spans, 0, selected, |adapter| adapter.lm_head.as_ref());
@@ -255,14 +245,15 @@ fn loras<'a, B: Backend>(
 
 fn layer_loras<'a, B: Backend>(
     layer: usize,
-    projections: Range<usize>,
+    projection: Projection,
     spans: &[Span<'a, B>],
 ) -> Vec<LoraRows<'a, B>> {
-    let of = |(part, projection): (usize, usize)| {
-        let own = move |adapter: &'a BoundAdapter<B>| adapter.layers[layer][projection].as_ref();
-        loras(spans, part, Range::clone, own)
+    let own = |adapter: &'a BoundAdapter<B>| &adapter.layers[layer][projection as usize];
+    let parts = spans.iter().map(|(_, adapter)| own(adapter).len()).max().unwrap_or(0);
+    let of = |part: usize| {
+        loras(spans, part, Range::clone, move |adapter| own(adapter).get(part)?.as_ref())
     };
-    projections.enumerate().flat_map(of).collect()
+    (0..parts).flat_map(of).collect()
 }
 
 /// A projection has as many outputs as it was loaded with, which `checkpoint` decides.

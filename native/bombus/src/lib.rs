@@ -11,6 +11,7 @@
 
 pub mod abandon;
 pub mod adapter;
+pub mod arch;
 pub mod backend;
 pub mod checkpoint;
 pub mod config;
@@ -23,10 +24,10 @@ pub mod gauge;
 pub mod hub;
 pub mod mapped_file;
 pub mod memory;
-pub mod modules;
 pub mod quantization;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
+pub mod spec;
 pub mod tensor_file;
 pub mod tokenizer;

@@ -24,6 +24,11 @@ fn one_row_and_a_tile_of_them() {
 }
 
 #[test]
+fn biases_without_norms_of_heads_and_a_table_of_frequencies() {
+    steps_are_right("bias", "3 10");
+}
+
+#[test]
 fn several_tiles() {
     steps_are_right("small", "10 33");
 }

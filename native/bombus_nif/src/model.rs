@@ -266,10 +266,10 @@ fn spec(engine: &Engine, device: Device, max_batch_size: usize) -> Spec {
     let config = engine.config();
     Spec {
         family: config.model_type.clone(),
-        layers: config.num_hidden_layers,
+        layers: config.spec.layers.len(),
         context: engine.context(),
-        hidden_size: config.hidden_size,
-        vocab_size: config.vocab_size,
+        hidden_size: config.spec.hidden,
+        vocab_size: config.spec.vocab,
         quantization: engine.quantization().map(|default| quantization_spec(config, default)),
         device: match device {
             Device::Cpu(_) => DeviceOption::Cpu,

@@ -3,7 +3,7 @@
 use crate::Options;
 use anyhow::{Result, bail};
 use bombus::config::Config;
-use bombus::modules::{Module, projections, vocabulary};
+use bombus::spec::Module;
 use safetensors::{Dtype, View};
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -38,10 +38,10 @@ pub fn adapters(folder: &Path, count: usize) -> Result<Vec<PathBuf>> {
         let parameters = serde_json::json!({ "rank": RANK, "scale": 20.0, "dropout": 0.0 });
         let settings = serde_json::json!({ "lora_parameters": parameters });
         std::fs::write(adapter.join("adapter_config.json"), settings.to_string())?;
-        let layers = 0..config.num_hidden_layers;
-        let modules = layers.flat_map(|layer| projections(&config, layer));
+        let layers = 0..config.spec.layers.len();
+        let modules = layers.flat_map(|layer| config.spec.layer(layer));
         let tensors = modules.enumerate().flat_map(|(place, module)| {
-            let Module { path, in_features, out_features } = module;
+            let Module { path, in_features, out_features, .. } = module;
             let seed = (index * 1000 + place) as u64;
             let half = |name, shape: [usize; 2]| {
                 let kind = Kind::About(1e-3);
@@ -109,32 +109,18 @@ fn tensors(config: &Config, bits: usize, dtype: &str) -> Result<Vec<(String, Ran
     };
     // A standard deviation of 0.02, as at the start of a training.
     let scale = 0.07 / (1 << bits) as f32;
-    let mut quantized = |Module { path, in_features, out_features }: Module| {
+    for Module { path, in_features, out_features, bias } in config.spec.linears() {
         let groups = [out_features, in_features / GROUP_SIZE];
         let columns = in_features * bits / 32;
         add(format!("{path}.weight"), Dtype::U32, &[out_features, columns], Kind::Codes);
         add(format!("{path}.scales"), float, &groups, Kind::About(scale));
         add(format!("{path}.biases"), float, &groups, Kind::About(-0.035));
-    };
-    quantized(vocabulary(config, "model.embed_tokens"));
-    if !config.tie_word_embeddings {
-        quantized(vocabulary(config, "lm_head"));
-    }
-    for layer in 0..config.num_hidden_layers {
-        projections(config, layer).into_iter().for_each(&mut quantized);
-    }
-    let (hidden, head_dim) = (config.hidden_size, config.head_dim);
-    add("model.norm.weight".into(), float, &[hidden], Kind::Ones);
-    for layer in 0..config.num_hidden_layers {
-        let norms = [
-            ("input_layernorm", hidden),
-            ("post_attention_layernorm", hidden),
-            ("self_attn.q_norm", head_dim),
-            ("self_attn.k_norm", head_dim),
-        ];
-        for (norm, width) in norms {
-            add(format!("model.layers.{layer}.{norm}.weight"), float, &[width], Kind::Ones);
+        if bias {
+            add(format!("{path}.bias"), float, &[out_features], Kind::About(0.01));
         }
+    }
+    for (path, width) in config.spec.norms() {
+        add(format!("{path}.weight"), float, &[width], Kind::Ones);
     }
     Ok(tensors)
 }

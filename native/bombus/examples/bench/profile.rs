@@ -38,7 +38,7 @@ pub fn profile(
     backend.clone().scope(|| {
         let config = Config::open(folder)?;
         let decoder = checkpoint::load(folder, &config, None, backend)?;
-        let adapter = adapter.map(|adapter| adapter.bind(&config, &decoder)).transpose()?;
+        let adapter = adapter.map(|adapter| adapter.bind(&decoder)).transpose()?;
         let bandwidth = bandwidth()?;
         println!("memory: {:.2} TB/s for a copy, read and written", bandwidth / 1e12);
         let mut all = vec![];
@@ -142,8 +142,8 @@ fn time(
 
 /// As `Decoder::forward`.
 fn layers(decoder: &Decoder<Mlx>, rows: usize) -> Result<Table> {
-    let (backend, shape) = (&decoder.backend, &decoder.attention);
-    let eps = shape.rms_norm_eps;
+    let backend = &decoder.backend;
+    let eps = decoder.spec.norm.eps;
     let tokens: Vec<Token> = (0..rows).map(token).collect();
     let segments = [Segment { rows: 0..rows, start: 0 }];
     let mut cache = decoder.kv_cache();
@@ -162,9 +162,8 @@ fn layers(decoder: &Decoder<Mlx>, rows: usize) -> Result<Table> {
         let [q, k, v] = [&qkv[0], &qkv[1], &qkv[2]];
         let x = one(time(&mut table, "attention", 0, &[q, k, v], || {
             let qkv = [q.clone(), k.clone(), v.clone()];
-            let norms = [&layer.q_norm, &layer.k_norm];
             let mut caches = [&mut cache];
-            Ok(vec![backend.attention(shape, index, qkv, norms, &segments, &mut caches)?])
+            Ok(vec![backend.attention(&layer.attention, index, qkv, &segments, &mut caches)?])
         })?);
         let x = one(time(&mut table, "o", layer.o_proj.nbytes(), &[&x], || {
             backend.project(&layer.o_proj, &x, &[])
@@ -211,9 +210,9 @@ fn steps(
         let own = caches.iter_mut().enumerate();
         let mut parts: Vec<_> = own.map(|(row, cache)| (cache, row..row + 1, position)).collect();
         forward(decoder, adapter, &tokens, &mut parts)?;
-        let shape = &decoder.attention;
+        let attention = &decoder.spec.layers[0].attention;
         // Keys and values of bfloat16.
-        let seen = 4 * shape.num_key_value_heads * shape.head_dim * (position + 1);
+        let seen = 4 * attention.kv_heads * attention.head_dim * (position + 1);
         let phases = decoder.backend.profile()?.into_iter().map(|phase| Line {
             bytes: match phase.name {
                 "attention" => batch * seen * decoder.layers.len(),

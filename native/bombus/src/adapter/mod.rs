@@ -12,11 +12,10 @@ mod peft;
 mod peft_kinds;
 
 use crate::backend::{Adapted, Backend, LoraWeights};
-use crate::config::Config;
-use crate::decoder::{BoundAdapter, Decoder, Layer, Loras};
+use crate::decoder::{BoundAdapter, Decoder, Loras};
 use crate::error::{Error, Result};
 use crate::gauge;
-use crate::modules::{Module, PROJECTIONS, projections, vocabulary};
+use crate::spec::{EMBED_TOKENS, LM_HEAD, ModelSpec, Module, Projection};
 use crate::tensor_file::TensorFiles;
 use fields::short;
 use file::{File, Pair};
@@ -24,9 +23,6 @@ use safetensors::tensor::Dtype;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-
-const EMBED_TOKENS: &str = "model.embed_tokens";
-const LM_HEAD: &str = "lm_head";
 
 pub struct Adapter {
     path: PathBuf,
@@ -87,30 +83,22 @@ impl Adapter {
         self.hooks.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(hook));
     }
 
-    pub fn bind<B: Backend>(
-        &self,
-        config: &Config,
-        decoder: &Decoder<B>,
-    ) -> Result<BoundAdapter<B>> {
-        self.check(config)?;
-        let layers = decoder.layers.iter().enumerate();
-        let layers = layers.map(|(index, layer)| self.bind_layer(config, layer, index, decoder));
+    pub fn bind<B: Backend>(&self, decoder: &Decoder<B>) -> Result<BoundAdapter<B>> {
+        self.check(&decoder.spec)?;
+        let layers = (0..decoder.layers.len()).map(|index| self.bind_layer(index, decoder));
         self.bind_vocabulary(decoder, layers.collect::<Result<_>>()?)
     }
 
     /// The pairs of one layer.
-    pub fn bind_layer<B: Backend>(
-        &self,
-        config: &Config,
-        layer: &Layer<B>,
-        index: usize,
-        decoder: &Decoder<B>,
-    ) -> Result<Loras<B>> {
-        let mut loras = [const { None }; PROJECTIONS.len()];
-        for (place, module) in projections(config, index).iter().enumerate() {
-            let (linear, part) = layer.projection(place);
-            loras[place] =
-                self.lora(&module.path, Adapted::Projection(linear, part), &decoder.backend)?;
+    pub fn bind_layer<B: Backend>(&self, index: usize, decoder: &Decoder<B>) -> Result<Loras<B>> {
+        let mut loras = [const { vec![] }; Projection::ALL.len()];
+        for projection in Projection::ALL {
+            let linear = decoder.layers[index].projection(projection);
+            let modules = decoder.spec.projection(index, projection).into_iter().enumerate();
+            let own = modules.map(|(part, module)| {
+                self.lora(&module.path, Adapted::Projection(linear, part), &decoder.backend)
+            });
+            loras[projection as usize] = own.collect::<Result<_>>()?;
         }
         Ok(loras)
     }
@@ -149,14 +137,13 @@ impl Adapter {
     }
 
     /// Every tensor must find its module, with the right shape; the error lists the first that do not.
-    pub fn check(&self, config: &Config) -> Result<()> {
-        let layers = 0..config.num_hidden_layers;
+    pub fn check(&self, spec: &ModelSpec) -> Result<()> {
         let mut modules: Vec<Module> =
-            layers.flat_map(|layer| projections(config, layer)).collect();
-        modules.push(turned(vocabulary(config, EMBED_TOKENS)));
+            (0..spec.layers.len()).flat_map(|layer| spec.layer(layer)).collect();
+        modules.push(turned(spec.embedding()));
         // mlx-lm has no head of its own where it is tied; PEFT adapts it all the same.
-        if !config.tie_word_embeddings || self.transposed {
-            modules.push(vocabulary(config, LM_HEAD));
+        if !spec.is_tied() || self.transposed {
+            modules.push(spec.lm_head());
         }
         let modules: BTreeMap<&str, &Module> =
             modules.iter().map(|module| (module.path.as_str(), module)).collect();
@@ -226,8 +213,8 @@ impl Drop for Adapter {
 
 /// An embedding's pair goes from token to hidden, where a head's goes from hidden to token.
 fn turned(module: Module) -> Module {
-    let Module { path, in_features, out_features } = module;
-    Module { path, in_features: out_features, out_features: in_features }
+    let Module { path, in_features, out_features, bias } = module;
+    Module { path, in_features: out_features, out_features: in_features, bias }
 }
 
 /// The problems that an error lists.

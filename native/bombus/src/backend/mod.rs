@@ -14,7 +14,9 @@ use crate::config::Quantization;
 use crate::decoder::{Decoder, Part};
 use crate::error::{Error, Result};
 use crate::sampler::{Draw, Sample};
+use crate::spec::AttentionSpec;
 use crate::tensor_file::TensorView;
+use safetensors::tensor::Dtype;
 use std::ops::Range;
 
 /// The tensors of one linear layer (or of the embedding), as they lie in the checkpoint.
@@ -22,6 +24,8 @@ use std::ops::Range;
 pub struct LinearWeights<'a> {
     pub weight: TensorView<'a>,
     pub quantized: Option<QuantizedWeights<'a>>,
+    /// `[out]`
+    pub bias: Option<TensorView<'a>>,
     pub out_features: usize,
 }
 
@@ -57,14 +61,12 @@ pub enum Adapted<'a, B: Backend + ?Sized> {
     TiedHead(&'a B::Embedding),
 }
 
-/// Heads and positions of an attention layer.
-#[derive(Clone, Debug)]
-pub struct AttentionShape {
-    pub num_attention_heads: usize,
-    pub num_key_value_heads: usize,
-    pub head_dim: usize,
-    pub rope_theta: f32,
-    pub rms_norm_eps: f32,
+/// What an attention layer has besides its linear layers.
+pub struct AttentionWeights<'a> {
+    /// of q's heads and of k's, `[head_dim]`
+    pub norms: Option<[TensorView<'a>; 2]>,
+    /// The type of the model's activations, which decides on that of keys and values.
+    pub dtype: Dtype,
 }
 
 /// The rows of a step that belong to one sequence, and the position of the first of them.
@@ -103,6 +105,8 @@ pub trait Backend {
     /// One or several linear layers that share their input (q, k and v; gate and up).
     type Linear;
     type Embedding;
+    /// An attention layer: its norms, its rotation, the form of its keys and values.
+    type Attention;
     /// One adapter's pair for one linear layer or embedding.
     type Lora;
     /// Keys and values of one sequence.
@@ -158,6 +162,11 @@ pub trait Backend {
     fn norm(&self, weight: &TensorView) -> Result<Self::Norm>;
     fn linear(&self, parts: &[LinearWeights]) -> Result<Self::Linear>;
     fn embedding(&self, weights: &LinearWeights) -> Result<Self::Embedding>;
+    fn attention_layer(
+        &self,
+        spec: &AttentionSpec,
+        weights: &AttentionWeights,
+    ) -> Result<Self::Attention>;
     fn lora(&self, weights: &LoraWeights, adapted: Adapted<Self>) -> Result<Self::Lora>;
     fn cache(&self, layers: usize) -> Self::Cache;
     /// A cache that begins as this one, up to so many positions: what is the same is shared.
@@ -167,9 +176,8 @@ pub trait Backend {
     /// Makes room for these positions in a layer: an error where there is no memory for them.
     fn reserve(
         &self,
-        shape: &AttentionShape,
+        attention: &Self::Attention,
         layer: usize,
-        k_norm: &Self::Norm,
         cache: &mut Self::Cache,
         positions: Range<usize>,
     ) -> Result<()>;
@@ -183,7 +191,7 @@ pub trait Backend {
         loras: &[LoraRows<Self>],
     ) -> Result<Self::Tensor>;
 
-    /// One output for each layer that `linear` is made of: `x W'`, and what the adapters add.
+    /// One output for each layer that `linear` is made of: `x W' + bias`, and what the adapters add.
     fn project(
         &self,
         linear: &Self::Linear,
@@ -193,14 +201,13 @@ pub trait Backend {
 
     fn rms_norm(&self, x: &Self::Tensor, norm: &Self::Norm, eps: f32) -> Result<Self::Tensor>;
 
-    /// Norms and rotates the heads of q and k, appends k and v to the segments' caches and
+    /// Norms (where there are norms) and rotates the heads of q and k, appends k and v to the segments' caches and
     /// attends: q `[rows, heads * head_dim]` -> the same shape. `caches` go with `segments`.
     fn attention(
         &self,
-        shape: &AttentionShape,
+        attention: &Self::Attention,
         layer: usize,
         qkv: [Self::Tensor; 3],
-        head_norms: [&Self::Norm; 2],
         segments: &[Segment],
         caches: &mut [&mut Self::Cache],
     ) -> Result<Self::Tensor>;

@@ -6,12 +6,12 @@ mod source;
 pub use source::open;
 
 use crate::abandon;
-use crate::backend::{AttentionShape, Backend, LinearWeights, QuantizedWeights};
+use crate::backend::{AttentionWeights, Backend, LinearWeights, QuantizedWeights};
 use crate::config::{Config, Quantization};
 use crate::convert;
 use crate::decoder::{Decoder, Layer};
 use crate::error::{Error, Result};
-use crate::modules::{Module, projections, vocabulary};
+use crate::spec::{HeadSpec, Module, Projection};
 use crate::tensor_file::{TensorFiles, TensorView};
 use safetensors::tensor::Dtype;
 use std::cell::RefCell;
@@ -28,21 +28,18 @@ pub fn load<B: Backend>(
     let tensors = open(folder)?.1;
     let tensors = convert::for_loading(config, tensors, layout)?;
     let checkpoint = Checkpoint { config, tensors, taken: RefCell::default() };
+    let spec = &config.spec;
     let layers: Result<_> =
-        (0..config.num_hidden_layers).map(|index| checkpoint.layer(index, &backend)).collect();
+        (0..spec.layers.len()).map(|index| checkpoint.layer(index, &backend)).collect();
     let decoder = Decoder {
-        embed_tokens: backend
-            .embedding(&checkpoint.linear(&vocabulary(config, "model.embed_tokens"))?)?,
+        embed_tokens: backend.embedding(&checkpoint.linear(&spec.embedding())?)?,
         layers: layers?,
-        norm: backend.norm(&checkpoint.norm("model.norm", config.hidden_size)?)?,
-        lm_head: match config.tie_word_embeddings {
-            true => None,
-            false => {
-                let head = checkpoint.linear(&vocabulary(config, "lm_head"))?;
-                Some(backend.linear(&[head])?)
-            }
+        norm: backend.norm(&checkpoint.norm(NORM, spec.hidden)?)?,
+        lm_head: match spec.head {
+            HeadSpec::Tied => None,
+            HeadSpec::Linear => Some(backend.linear(&[checkpoint.linear(&spec.lm_head())?])?),
         },
-        attention: attention_shape(config),
+        spec: spec.clone(),
         backend,
     };
     checkpoint.check_all_taken()?;
@@ -50,15 +47,8 @@ pub fn load<B: Backend>(
     Ok(decoder)
 }
 
-fn attention_shape(config: &Config) -> AttentionShape {
-    AttentionShape {
-        num_attention_heads: config.num_attention_heads,
-        num_key_value_heads: config.num_key_value_heads,
-        head_dim: config.head_dim,
-        rope_theta: config.rope_theta,
-        rms_norm_eps: config.rms_norm_eps,
-    }
-}
+/// Its type is that of all activations.
+const NORM: &str = "model.norm";
 
 struct Checkpoint<'a> {
     config: &'a Config,
@@ -70,25 +60,37 @@ struct Checkpoint<'a> {
 impl Checkpoint<'_> {
     fn layer<B: Backend>(&self, index: usize, backend: &B) -> Result<Layer<B>> {
         abandon::check()?;
-        let (hidden, head_dim) = (self.config.hidden_size, self.config.head_dim);
-        let norm = |name: &str, width| {
-            backend.norm(&self.norm(&format!("model.layers.{index}.{name}"), width)?)
+        let spec = &self.config.spec;
+        let norm = |name: &str| {
+            backend.norm(&self.norm(&format!("model.layers.{index}.{name}"), spec.hidden)?)
         };
-        let modules = projections(self.config, index);
-        let linear = |modules: &[Module]| {
+        let linear = |projection| {
+            let modules = spec.projection(index, projection);
             let weights: Result<Vec<_>> = modules.iter().map(|m| self.linear(m)).collect();
             backend.linear(&weights?)
         };
         Ok(Layer {
-            input_layernorm: norm("input_layernorm", hidden)?,
-            qkv_proj: linear(&modules[0..3])?,
-            q_norm: norm("self_attn.q_norm", head_dim)?,
-            k_norm: norm("self_attn.k_norm", head_dim)?,
-            o_proj: linear(&modules[3..4])?,
-            post_attention_layernorm: norm("post_attention_layernorm", hidden)?,
-            gate_up_proj: linear(&modules[4..6])?,
-            down_proj: linear(&modules[6..7])?,
+            input_layernorm: norm("input_layernorm")?,
+            qkv_proj: linear(Projection::Qkv)?,
+            attention: self.attention(index, backend)?,
+            o_proj: linear(Projection::O)?,
+            post_attention_layernorm: norm("post_attention_layernorm")?,
+            gate_up_proj: linear(Projection::GateUp)?,
+            down_proj: linear(Projection::Down)?,
         })
+    }
+
+    fn attention<B: Backend>(&self, index: usize, backend: &B) -> Result<B::Attention> {
+        let spec = &self.config.spec.layers[index].attention;
+        let norm = |name: &str| {
+            self.norm(&format!("model.layers.{index}.self_attn.{name}"), spec.head_dim)
+        };
+        let norms = match spec.qk_norm {
+            Some(_) => Some([norm("q_norm")?, norm("k_norm")?]),
+            None => None,
+        };
+        let dtype = self.tensor(&format!("{NORM}.weight"))?.dtype;
+        backend.attention_layer(spec, &AttentionWeights { norms, dtype })
     }
 
     fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
@@ -114,7 +116,15 @@ impl Checkpoint<'_> {
                 None
             }
         };
-        Ok(LinearWeights { weight, quantized, out_features: module.out_features })
+        let bias = module.bias.then(|| self.bias(module)).transpose()?;
+        Ok(LinearWeights { weight, quantized, bias, out_features: module.out_features })
+    }
+
+    fn bias(&self, module: &Module) -> Result<TensorView<'_>> {
+        let name = format!("{}.bias", module.path);
+        let bias = self.tensor(&name)?;
+        check(&name, &bias, &[module.out_features])?;
+        Ok(bias)
     }
 
     fn quantized(&self, module: &Module, weight: &TensorView) -> Result<QuantizedWeights<'_>> {

@@ -5,7 +5,7 @@ use crate::config::{Config, Quantization};
 use crate::convert::is_packed;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::modules::projections;
+use crate::spec::Module;
 use crate::tensor_file::TensorFiles;
 use safetensors::tensor::Dtype;
 use std::path::Path;
@@ -41,27 +41,25 @@ fn packed_layout(config: &Config) -> Quantization {
     Quantization { bits: 4, group_size: group_size.unwrap_or(128) }
 }
 
-/// The first module that has no weight. As many layers are looked at as the files have.
+/// The first tensor that is not there. As many layers are looked at as the files have.
 fn missing(config: &Config, tensors: &TensorFiles) -> Option<String> {
-    let layers = (0..config.num_hidden_layers).flat_map(|layer| {
-        let norms =
-            ["input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"];
-        let norms = norms.map(|norm| format!("model.layers.{layer}.{norm}"));
-        norms.into_iter().chain(projections(config, layer).map(|module| module.path))
-    });
-    let ends = ["model.embed_tokens", "model.norm"].map(str::to_owned);
-    let head = (!config.tie_word_embeddings).then(|| "lm_head".to_owned());
-    let has = |path: &String| {
-        ["weight", "qweight"].iter().any(|kind| tensors.contains(&format!("{path}.{kind}")))
+    let weight = |path: &str| {
+        let packed = tensors.contains(&format!("{path}.qweight"));
+        Some(format!("{path}.weight")).filter(|name| !packed && !tensors.contains(name))
     };
-    ends.into_iter().chain(layers).chain(head).find(|path| !has(path))
+    let of = |module: Module| {
+        let bias = module.bias.then(|| format!("{}.bias", module.path));
+        weight(&module.path).or(bias.filter(|name| !tensors.contains(name)))
+    };
+    let spec = &config.spec;
+    let norm = || spec.norms().find_map(|(path, _)| weight(&path));
+    spec.linears().find_map(of).or_else(norm)
 }
 
-fn absent(path: &Path, config: &Config, tensors: &TensorFiles, module: &str) -> Error {
-    let name = format!("{module}.weight");
+fn absent(path: &Path, config: &Config, tensors: &TensorFiles, name: &str) -> Error {
     let layers = tensors.names().filter_map(layer_of).max().map_or(0, |last| last + 1);
-    let wanted = config.num_hidden_layers;
-    let hint = match layer_of(&name) {
+    let wanted = config.spec.layers.len();
+    let hint = match layer_of(name) {
         Some(_) if layers < wanted => {
             format!("; `{}` says that there are {wanted} layers, here are {layers}", path.display())
         }

@@ -1,31 +1,22 @@
 //! A checkpoint's `config.json` and `generation_config.json`, checked field by field.
 
-mod fields;
 mod quantization;
 
 pub use quantization::{QuantMethod, Quantization};
 
+use crate::arch;
 use crate::error::{Error, Result};
-use fields::Fields;
+use crate::files::Fields;
+use crate::spec::ModelSpec;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// The shape of a decoder-only transformer, with the names of `config.json`.
+/// What a checkpoint's configuration says.
 #[derive(Clone, Debug)]
 pub struct Config {
     pub model_type: String,
-    pub hidden_size: usize,
-    pub num_hidden_layers: usize,
-    pub intermediate_size: usize,
-    pub num_attention_heads: usize,
-    pub num_key_value_heads: usize,
-    pub head_dim: usize,
-    pub vocab_size: usize,
-    pub rms_norm_eps: f32,
-    pub rope_theta: f32,
-    pub max_position_embeddings: usize,
-    pub tie_word_embeddings: bool,
+    pub spec: ModelSpec,
     /// Tokens that end a sequence.
     pub eos_token_ids: Vec<u32>,
     pub quantization: Option<Quantization>,
@@ -55,65 +46,34 @@ impl Config {
     /// what some converters write of the rotation.
     pub fn leaves_out(&self, name: &str) -> bool {
         name.ends_with("rotary_emb.inv_freq")
-            || (self.tie_word_embeddings && name.starts_with("lm_head."))
+            || (self.spec.is_tied() && name.starts_with("lm_head."))
     }
 
     fn parse(fields: &Fields, generation: Fields) -> Result<Self> {
-        check_family(fields)?;
+        refuse_other_files(fields)?;
         let quantization = fields.quantization()?;
-        let num_attention_heads = fields.size("num_attention_heads")?;
         let config = Self {
             model_type: fields.text("model_type")?,
-            hidden_size: fields.size("hidden_size")?,
-            num_hidden_layers: fields.size("num_hidden_layers")?,
-            intermediate_size: fields.size("intermediate_size")?,
-            num_attention_heads,
-            num_key_value_heads: fields.size_or("num_key_value_heads", num_attention_heads)?,
-            // transformers' own default for Qwen3, not hidden_size / num_attention_heads
-            head_dim: fields.size_or("head_dim", 128)?,
-            vocab_size: fields.size("vocab_size")?,
-            rms_norm_eps: fields.number_or("rms_norm_eps", 1e-6)? as f32,
-            rope_theta: fields.rope_theta()?,
-            max_position_embeddings: fields.size_or("max_position_embeddings", 32768)?,
-            tie_word_embeddings: fields.flag_or("tie_word_embeddings", false)?,
+            spec: arch::spec(fields)?,
             eos_token_ids: eos_token_ids(fields, &generation)?,
             quantization: quantization.default,
             overrides: quantization.overrides,
             quant_method: fields.quant_method()?,
             generation: generation.map,
         };
-        config.check(fields)?;
         Ok(config.with_known_eos())
     }
 
     /// Without ids that the vocabulary has not: no token is one of them.
     fn with_known_eos(mut self) -> Self {
-        let vocab_size = self.vocab_size;
-        self.eos_token_ids.retain(|id| (*id as usize) < vocab_size);
+        let vocab = self.spec.vocab;
+        self.eos_token_ids.retain(|id| (*id as usize) < vocab);
         self
-    }
-
-    fn check(&self, fields: &Fields) -> Result<()> {
-        if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
-            return Err(fields.error("num_key_value_heads", "it must divide num_attention_heads"));
-        }
-        if !self.head_dim.is_multiple_of(2) {
-            return Err(fields.error("head_dim", "it must be even"));
-        }
-        if self.num_attention_heads.saturating_mul(self.head_dim) > i32::MAX as usize {
-            return Err(fields.error("head_dim", "it is too large for so many heads"));
-        }
-        if !(self.rms_norm_eps >= 0.0 && self.rms_norm_eps.is_finite()) {
-            return Err(fields.error("rms_norm_eps", "expected a number of at least 0"));
-        }
-        if !(self.rope_theta > 0.0 && self.rope_theta.is_finite()) {
-            return Err(fields.error("rope_theta", "expected a number above 0"));
-        }
-        Ok(())
     }
 }
 
-fn check_family(fields: &Fields) -> Result<()> {
+/// What is no model's configuration, or asks for code.
+fn refuse_other_files(fields: &Fields) -> Result<()> {
     if fields.value("model_file").is_some() {
         let message = "`model_file` asks to run code from the checkpoint, which is refused";
         return Err(Error::Unsupported(format!("`{}`: {message}", fields.path.display())));
@@ -122,13 +82,6 @@ fn check_family(fields: &Fields) -> Result<()> {
         let message = "is an adapter's: load it with `Bombus.load_adapter`";
         return Err(Error::Config(format!("`{}` {message}", fields.path.display())));
     }
-    let family = fields.text("model_type")?;
-    if family != "qwen3" {
-        let path = fields.path.display();
-        let message =
-            format!("`{path}`: the model_type `{family}` is not supported (only qwen3 is)");
-        return Err(Error::Unsupported(message));
-    }
     Ok(())
 }
 
@@ -136,26 +89,6 @@ fn check_family(fields: &Fields) -> Result<()> {
 fn eos_token_ids(config: &Fields, generation: &Fields) -> Result<Vec<u32>> {
     let ids = generation.token_ids("eos_token_id")?;
     if ids.is_empty() { config.token_ids("eos_token_id") } else { Ok(ids) }
-}
-
-impl Fields {
-    /// `rope_theta`, since transformers 5 inside `rope_parameters`. Scaled positions are refused.
-    fn rope_theta(&self) -> Result<f32> {
-        const DEFAULT: f64 = 1_000_000.0;
-        for field in ["rope_scaling", "rope_parameters"] {
-            let Some(rope) = self.object(field)? else { continue };
-            let kind = rope.value("rope_type").or(rope.value("type")).and_then(Value::as_str);
-            if !matches!(kind, None | Some("default")) {
-                let path = self.path.display();
-                let message = format!("`{path}`: `{field}`: this kind of rope is not supported");
-                return Err(Error::Unsupported(format!("{message}: {}", kind.unwrap_or_default())));
-            }
-            if rope.value("rope_theta").is_some() {
-                return Ok(rope.number_or("rope_theta", DEFAULT)? as f32);
-            }
-        }
-        Ok(self.number_or("rope_theta", DEFAULT)? as f32)
-    }
 }
 
 #[cfg(test)]
@@ -201,8 +134,9 @@ mod tests {
 
     #[test]
     fn head_dim_is_read_and_not_computed() {
-        assert_eq!(parse(minimal()).unwrap().head_dim, 32);
-        assert_eq!(with("head_dim", Value::Null).unwrap().head_dim, 128);
+        let head_dim = |config: Config| config.spec.layers[0].attention.head_dim;
+        assert_eq!(head_dim(parse(minimal()).unwrap()), 32);
+        assert_eq!(head_dim(with("head_dim", Value::Null).unwrap()), 128);
     }
 
     #[test]
@@ -216,8 +150,8 @@ mod tests {
         );
         assert!(message(with("vocab_size", json!(1u64 << 40))).contains("vocab_size"));
         assert!(message(with("num_key_value_heads", json!(3))).contains("num_key_value_heads"));
-        assert!(message(with("rope_scaling", json!({"type": "yarn"}))).contains("yarn"));
-        assert!(message(with("model_type", json!("qwen2"))).contains("qwen2"));
+        assert!(message(with("rope_scaling", json!({"type": "su"}))).contains("su"));
+        assert!(message(with("model_type", json!("gpt2"))).contains("gpt2"));
         assert!(message(with("model_file", json!("model.py"))).contains("model_file"));
     }
 

@@ -1,7 +1,7 @@
 //! How a checkpoint is quantized, as `config.json` says it.
 
-use super::fields::Fields;
 use crate::error::{Error, Result};
+use crate::files::Fields;
 use serde_json::Value;
 use std::collections::BTreeMap;
 

@@ -15,7 +15,6 @@ use crate::backend::cpu::{default_threads, quantize};
 use crate::config::{Config, Quantization};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::modules::all_modules;
 use crate::quantization::{Array, Quantized};
 use crate::tensor_file::{Entry, TensorFiles, TensorView, TensorWriter};
 use packed::Packed;
@@ -76,7 +75,9 @@ fn steps(
 
 fn quantizing(config: &Config, tensors: &TensorFiles, layout: Quantization) -> Vec<Step> {
     let fits = |columns: usize| columns.is_multiple_of(layout.group_size);
-    let modules: BTreeMap<String, [usize; 2]> = all_modules(config)
+    let modules: BTreeMap<String, [usize; 2]> = config
+        .spec
+        .linears()
         .filter(|module| fits(module.in_features))
         .map(|module| (module.path, [module.out_features, module.in_features]))
         .collect();

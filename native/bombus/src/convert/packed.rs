@@ -11,8 +11,8 @@ use super::{Step, affine_entries, cast, is_float, kept};
 use crate::backend::cpu::{default_threads, quantize};
 use crate::config::{Config, Quantization};
 use crate::error::{Error, Result};
-use crate::modules::{Module, all_modules};
 use crate::quantization::Array;
+use crate::spec::Module;
 use crate::tensor_file::{Entry, TensorFiles, TensorView, TensorWriter};
 use safetensors::tensor::Dtype;
 use std::collections::BTreeMap;
@@ -50,7 +50,7 @@ pub fn steps(config: &Config, tensors: &TensorFiles) -> Result<Vec<Step>> {
         )));
     }
     let modules: BTreeMap<String, Module> =
-        all_modules(config).map(|module| (module.path.clone(), module)).collect();
+        config.spec.linears().map(|module| (module.path.clone(), module)).collect();
     let is_packed = |module: &str| tensors.contains(&format!("{module}.qweight"));
     // As in mlx-lm, all floats get the type of the scales.
     let dtype = tensors.names().filter(|name| name.ends_with(".qweight")).last();
@@ -120,7 +120,7 @@ impl Packed {
     }
 
     pub fn entries(&self) -> Vec<Entry> {
-        let Module { path, in_features, out_features } = &self.module;
+        let Module { path, in_features, out_features, .. } = &self.module;
         affine_entries(path, *out_features, in_features / 8, self.groups, self.dtype)
     }
 

@@ -4,7 +4,6 @@
 use super::live::{InUse, adapter_key};
 use crate::adapter::Adapter;
 use crate::backend::Backend;
-use crate::config::Config;
 use crate::decoder::{BoundAdapter, Decoder, Loras};
 use crate::error::{Result, catch_in};
 use std::collections::{HashMap, VecDeque};
@@ -72,10 +71,10 @@ impl<B: Backend> Bindings<B> {
     }
 
     /// One layer of the first that is under way; -> what is bound with it.
-    pub fn advance(&mut self, config: &Config, decoder: &Decoder<B>) -> Option<Bound> {
+    pub fn advance(&mut self, decoder: &Decoder<B>) -> Option<Bound> {
         let binding = self.under_way.front_mut()?;
         let what = format!("binding `{}`", binding.adapter.path().display());
-        let result = match catch_in(&what, || binding.advance(config, decoder)) {
+        let result = match catch_in(&what, || binding.advance(decoder)) {
             Ok(None) => return None,
             Ok(Some(bound)) => {
                 self.bound.insert(adapter_key(Some(&binding.adapter)), Rc::new(bound));
@@ -89,16 +88,12 @@ impl<B: Backend> Bindings<B> {
 }
 
 impl<B: Backend> Binding<B> {
-    fn advance(
-        &mut self,
-        config: &Config,
-        decoder: &Decoder<B>,
-    ) -> Result<Option<BoundAdapter<B>>> {
+    fn advance(&mut self, decoder: &Decoder<B>) -> Result<Option<BoundAdapter<B>>> {
         if self.layers.is_empty() {
-            self.adapter.check(config)?;
+            self.adapter.check(&decoder.spec)?;
         }
-        if let Some(layer) = decoder.layers.get(self.layers.len()) {
-            self.layers.push(self.adapter.bind_layer(config, layer, self.layers.len(), decoder)?);
+        if self.layers.len() < decoder.layers.len() {
+            self.layers.push(self.adapter.bind_layer(self.layers.len(), decoder)?);
             return Ok(None);
         }
         let layers = std::mem::take(&mut self.layers);

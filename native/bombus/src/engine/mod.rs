@@ -191,7 +191,7 @@ impl Engine {
         }
         let config = Arc::new(checkpoint::open(folder)?.0);
         let queue = Queue::new(&limits);
-        let longest = config.max_position_embeddings;
+        let longest = config.spec.context;
         let context = limits.max_context.map_or(longest, |max| max.min(longest));
         let (commands, receiver) = mpsc::channel();
         let commands = Arc::new(commands);

@@ -114,7 +114,7 @@ impl Request {
             let special = self.stop.iter().filter_map(|stop| tokenizer.special_token_id(stop));
             let own = special.chain(tokenizer.eos_token_id());
             // The tokenizer may have more tokens than the model.
-            ends.extend(own.filter(|id| (*id as usize) < config.vocab_size));
+            ends.extend(own.filter(|id| (*id as usize) < config.spec.vocab));
         }
         ends.extend(&self.stop_ids);
         Ok(ends)
@@ -156,7 +156,7 @@ pub(super) fn check_ids(ids: &[u32], config: &Config, context: usize) -> Result<
 }
 
 fn check_vocabulary<'a>(ids: impl IntoIterator<Item = &'a u32>, config: &Config) -> Result<()> {
-    let vocab = config.vocab_size;
+    let vocab = config.spec.vocab;
     match ids.into_iter().find(|id| **id as usize >= vocab) {
         None => Ok(()),
         Some(id) => Err(Error::Request(format!(

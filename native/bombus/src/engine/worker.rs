@@ -280,7 +280,7 @@ impl<B: Backend> Worker<B> {
 
     /// A layer of the adapter that is bound next.
     fn advance_bindings(&mut self) {
-        let bound = self.bindings.advance(&self.config, &self.decoder);
+        let bound = self.bindings.advance(&self.decoder);
         let Some(Bound { adapter, waiting, result }) = bound else { return };
         match result {
             Ok(()) => {

@@ -4,6 +4,7 @@
 //! device has no end), and only up to a size, so that no file decides how much memory is taken.
 
 mod content;
+mod fields;
 mod json;
 mod new_file;
 
@@ -15,6 +16,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 pub use content::{HEAD, mistaken_tensors, other_formats};
+pub use fields::Fields;
 pub use json::{json, parse};
 pub use new_file::{NewFile, write_error};
 

@@ -15,7 +15,7 @@ failed=0
 # The sources in the order of step.rs; primitives.cuh and barriers.cuh are the emulator's.
 {
   echo '#include "numbers.cuh"'
-  for constant in HIDDEN INNER HEADS KV_HEADS DIM LAYERS VOCAB EPS_BITS THETA_BITS; do
+  for constant in HIDDEN INNER HEADS KV_HEADS DIM LAYERS VOCAB EPS_BITS THETA_BITS QK_NORM QKV_BIAS SCALED; do
     echo "constexpr int $constant = MODEL_$constant;"
   done
   sed -n 's/.*include_str!("\(step\/.*\.cuh\)").*/#include "\1"/p' "$cuda/step.rs"
@@ -25,7 +25,7 @@ failed=0
   echo '}'
 } > "$build/kernel.inc"
 
-# NAME HIDDEN INNER HEADS KV_HEADS DIM LAYERS VOCAB BLOCKS ROWS...
+# NAME HIDDEN INNER HEADS KV_HEADS DIM LAYERS VOCAB BLOCKS ROWS..., with `norm`, `bias` and `scaled` as set before
 model() {
   name=$1 hidden=$2 inner=$3 heads=$4 kv=$5 dim=$6 layers=$7 vocab=$8 blocks=$9
   shift 9
@@ -37,7 +37,8 @@ model() {
     -Wno-enum-compare -I"$build" -I"$cuda" \
     -DMODEL_HIDDEN="$hidden" -DMODEL_INNER="$inner" -DMODEL_HEADS="$heads" \
     -DMODEL_KV_HEADS="$kv" -DMODEL_DIM="$dim" -DMODEL_LAYERS="$layers" -DMODEL_VOCAB="$vocab" \
-    -DMODEL_EPS_BITS=0x358637bd -DMODEL_THETA_BITS=0x49742400 -o "$build/$name" "$here/step_test.cpp" || {
+    -DMODEL_EPS_BITS=0x358637bd -DMODEL_THETA_BITS=0x49742400 \
+    -DMODEL_QK_NORM="$norm" -DMODEL_QKV_BIAS="$bias" -DMODEL_SCALED="$scaled" -o "$build/$name" "$here/step_test.cpp" || {
     failed=1
     echo "did not compile"
     return
@@ -48,10 +49,15 @@ model() {
 }
 
 only=${1:-}
+norm=1 bias=0 scaled=0
 model small    256  768 4 2  64 3 320 5 1 9 8 12 2 40 5
 model odd      320  832 6 2  64 2 330 7 5 12 1 33 6
 model wide    1024 3072 8 1 128 2 328 7 8 9 2 40
 model chunks  1280 5376 2 2 128 2  72 5 1 3 10
 # More blocks than there are units of outputs.
 model many     256  512 2 2  64 2 100 45 1 3 10
+# As Qwen2 and Llama 3 have it.
+norm=0 bias=1 scaled=1
+model bias     256  768 4 2  64 3 320 5 1 9 8 40
+model yarn    1024 1536 8 2 128 2 328 7 3 10
 exit $failed

@@ -135,12 +135,24 @@ struct Layer {
   Weight down{HIDDEN, INNER, 2 / std::sqrt(INNER), false};
   Array<bf16> input_norm = random_numbers(HIDDEN, 1, 0.3), post_norm = random_numbers(HIDDEN, 1, 0.3);
   Array<bf16> q_norm = random_numbers(DIM, 1.5, 0.3), k_norm = random_numbers(DIM, 1.5, 0.3);
+  Array<bf16> bias = random_numbers(QKV_WIDTH, 0, 1);
 };
 
 struct Model {
   std::vector<Layer> layers{LAYERS};
   Weight embedding{VOCAB, HIDDEN, 1, false}, head{VOCAB, HIDDEN, 1 / std::sqrt(HIDDEN), false};
   Array<bf16> norm = random_numbers(HIDDEN, 1, 0.3);
+  Array<float> rotation{DIM / 2 + 1};
+
+  Model() {
+    // Llama 3's shape of it: the slower half by 8; and YaRN's larger heads.
+    for (int i = 0; i < DIM / 2; i++) rotation[i] = frequency(i) / (i < DIM / 4 ? 1 : 8);
+    rotation[DIM / 2] = 1.25f;
+  }
+
+  static double frequency(int pair) {
+    return std::pow(std::bit_cast<float>((unsigned)THETA_BITS), -2.0 * pair / DIM);
+  }
 
   // As `table` of step.rs.
   Array<word> table() const {
@@ -148,11 +160,13 @@ struct Model {
     for (const Layer& layer : layers) {
       for (const Weight* weight : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down})
         words.insert(words.end(), {weight->codes.address(), weight->small.address()});
-      for (const Array<bf16>* norm : {&layer.input_norm, &layer.post_norm, &layer.q_norm, &layer.k_norm})
-        words.push_back(norm->address());
+      for (const Array<bf16>* norm : {&layer.input_norm, &layer.post_norm}) words.push_back(norm->address());
+      for (const Array<bf16>* norm : {&layer.q_norm, &layer.k_norm}) words.push_back(QK_NORM ? norm->address() : 0);
+      words.push_back(QKV_BIAS ? layer.bias.address() : 0);
     }
     words.insert(words.end(), {head.codes.address(), head.small.address(), norm.address()});
     words.insert(words.end(), {embedding.codes.address(), embedding.scales.address(), embedding.biases.address()});
+    words.push_back(rotation.address());
     Array<word> table(words.size());
     std::copy(words.begin(), words.end(), table.data);
     return table;
@@ -246,7 +260,10 @@ struct Reference {
     }
     for (int layer = 0; layer < LAYERS; layer++) {
       const Layer& own = model.layers[layer];
-      const auto qkv = normed_product(own.qkv, own.input_norm, layer, {LORA_QKV, LORA_QKV + 1, LORA_QKV + 2});
+      auto qkv = normed_product(own.qkv, own.input_norm, layer, {LORA_QKV, LORA_QKV + 1, LORA_QKV + 2});
+      if (QKV_BIAS)
+        for (Numbers& row : qkv)
+          for (int i = 0; i < QKV_WIDTH; i++) row[i] += float_of(own.bias[i]);
       std::vector<Numbers> mixed;
       for (size_t row = 0; row < rows.size(); row++) mixed.push_back(attend(row, layer, qkv[row]));
       add(product(own.o, mixed, layer, {LORA_O}));
@@ -301,12 +318,13 @@ struct Reference {
   }
 
   // A head of queries or keys, normed and rotated.
-  static Numbers turned(const double* x, const Array<bf16>& norm, int at) {
-    const double own = factor(x, DIM), theta = std::bit_cast<float>((unsigned)THETA_BITS);
+  Numbers turned(const double* x, const Array<bf16>& norm, int at) const {
+    const double own = factor(x, DIM), amplitude = SCALED ? (double)model.rotation[DIM / 2] : 1;
+    const auto normed = [&](int i) { return amplitude * (QK_NORM ? x[i] * own * float_of(norm[i]) : x[i]); };
     Numbers y(DIM);
     for (int i = 0; i < DIM / 2; i++) {
-      const double angle = at * std::pow(theta, -2.0 * i / DIM);
-      const double one = x[i] * own * float_of(norm[i]), other = x[i + DIM / 2] * own * float_of(norm[i + DIM / 2]);
+      const double angle = at * (SCALED ? (double)model.rotation[i] : Model::frequency(i));
+      const double one = normed(i), other = normed(i + DIM / 2);
       y[i] = rounded(one * std::cos(angle) - other * std::sin(angle));
       y[i + DIM / 2] = rounded(one * std::sin(angle) + other * std::cos(angle));
     }

@@ -6,13 +6,16 @@
 //! way, page by page (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
 
 use super::float::Float;
-use super::rows::{Norm, norm_factor, part};
+use super::rows::{norm_factor, part};
 use super::simd::{Kernel, LANES, Simd, prefetch};
 use super::tensor::{Shared, Tensor};
-use super::{AttentionShape, Cpu, Page, Segment, lock};
+use super::{AttentionWeights, Cpu, Page, Segment, lock};
 use crate::error::{Error, Result};
 use crate::gauge;
 use crate::memory;
+use crate::spec::{AttentionSpec, NormSpec, Rope};
+use safetensors::tensor::Dtype;
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -117,14 +120,6 @@ pub struct Layout {
 }
 
 impl Layout {
-    pub fn new(shape: &AttentionShape, k_norm: &Norm) -> Self {
-        Self {
-            heads: shape.num_key_value_heads,
-            dim: shape.head_dim,
-            float: if k_norm.float == Float::F32 { Float::F32 } else { Float::F16 },
-        }
-    }
-
     fn value_dim(&self) -> usize {
         self.dim.next_multiple_of(LANES)
     }
@@ -149,60 +144,94 @@ struct Pages(Vec<*mut u8>);
 // SAFETY: a position is written by one thread, and read only once all are written.
 unsafe impl Sync for Pages {}
 
+/// An attention layer but for its linear layers.
+pub struct Attention {
+    spec: AttentionSpec,
+    pub layout: Layout,
+    /// of q's heads and of k's
+    norms: Option<[Vec<f32>; 2]>,
+    /// Radians a position, where that is the same for all lengths.
+    frequencies: Vec<f64>,
+}
+
+impl Attention {
+    pub fn load(spec: &AttentionSpec, weights: &AttentionWeights) -> Result<Self> {
+        let norms = match &weights.norms {
+            Some([q, k]) => Some([Float::read(q)?, Float::read(k)?]),
+            None => None,
+        };
+        let float = if weights.dtype == Dtype::F32 { Float::F32 } else { Float::F16 };
+        Ok(Self {
+            layout: Layout { heads: spec.kv_heads, dim: spec.head_dim, float },
+            frequencies: spec.rope.frequencies(1),
+            norms,
+            spec: spec.clone(),
+        })
+    }
+
+    fn frequencies(&self, positions: usize) -> Cow<'_, [f64]> {
+        match self.spec.rope.is_dynamic() {
+            true => self.spec.rope.frequencies(positions).into(),
+            false => (&self.frequencies[..]).into(),
+        }
+    }
+}
+
 /// cos and sin of every row of a step: `[rows, dim / 2]` each. Layers of a step share them.
 #[derive(Default)]
-pub struct Rope {
-    positions: Vec<usize>,
+pub struct Rotation {
+    rope: Option<Rope>,
+    positions: Vec<Range<usize>>,
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
 
-impl Rope {
-    /// Source: Su et al., "RoFormer" (2021); the halves of a head are rotated together.
-    fn turn_to(&mut self, positions: Vec<usize>, shape: &AttentionShape) {
-        let half = shape.head_dim / 2;
-        if self.positions == positions && self.cos.len() == positions.len() * half {
+impl Rotation {
+    /// The positions of each segment.
+    fn prepare(&mut self, attention: &Attention, positions: Vec<Range<usize>>) {
+        let rope = &attention.spec.rope;
+        if self.positions == positions && self.rope.as_ref() == Some(rope) {
             return;
         }
-        let frequency = |pair: usize| {
-            f64::from(shape.rope_theta).powf(-2.0 * pair as f64 / shape.head_dim as f64)
-        };
-        let frequencies: Vec<f64> = (0..half).map(frequency).collect();
+        let amplitude = f64::from(rope.amplitude());
         self.cos.clear();
         self.sin.clear();
-        for &position in &positions {
-            for frequency in &frequencies {
-                let (sin, cos) = (position as f64 * frequency).sin_cos();
-                self.cos.push(cos as f32);
-                self.sin.push(sin as f32);
+        for segment in &positions {
+            let frequencies = attention.frequencies(segment.end);
+            for position in segment.clone() {
+                for frequency in frequencies.iter() {
+                    let (sin, cos) = (position as f64 * frequency).sin_cos();
+                    self.cos.push((amplitude * cos) as f32);
+                    self.sin.push((amplitude * sin) as f32);
+                }
             }
         }
         self.positions = positions;
+        self.rope = Some(rope.clone());
     }
 }
 
 pub fn attend(
     cpu: &Cpu,
-    shape: &AttentionShape,
+    attention: &Attention,
     [mut q, k, v]: [Tensor; 3],
-    [q_norm, k_norm]: [&Norm; 2],
     segments: &[Segment],
     caches: &mut [&mut Cache],
 ) -> Result<Tensor> {
-    let layout = Layout::new(shape, k_norm);
-    let mut rope = lock(&cpu.rope);
+    let layout = attention.layout;
+    let mut rotation = lock(&cpu.rotation);
     let positions = |segment: &Segment| segment.start..segment.start + segment.rows.len();
-    rope.turn_to(segments.iter().flat_map(positions).collect(), shape);
+    rotation.prepare(attention, segments.iter().map(positions).collect());
     let pages = segments.iter().zip(caches).map(|(segment, cache)| {
         cache.reserve(positions(segment), &layout)?;
         Ok(cache.pointers())
     });
     let pages = pages.collect::<Result<Vec<_>>>()?;
     let step = Step {
-        shape,
+        spec: &attention.spec,
         layout,
-        rope: &rope,
-        norms: [&q_norm.weight, &k_norm.weight],
+        rotation: &rotation,
+        norms: attention.norms.as_ref(),
         q: Shared(q.data_mut().as_mut_ptr()),
         stride: q.stride,
         k: &k,
@@ -226,10 +255,10 @@ pub fn attend(
 
 /// What all pieces of a step share.
 struct Step<'a> {
-    shape: &'a AttentionShape,
+    spec: &'a AttentionSpec,
     layout: Layout,
-    rope: &'a Rope,
-    norms: [&'a [f32]; 2],
+    rotation: &'a Rotation,
+    norms: Option<&'a [Vec<f32>; 2]>,
     /// Normed and rotated in place; what comes out has rows as far apart.
     q: Shared,
     stride: usize,
@@ -296,12 +325,13 @@ impl Prepare<'_> {
     #[inline(always)]
     unsafe fn queries<S: Simd>(&self, row: usize) {
         let dim = self.step.layout.dim;
-        let scale = (dim as f32).powf(-0.5);
+        let scale = self.step.spec.scale();
+        let norm = self.step.norms.map(|[q, _]| &q[..]);
         let mut turned = vec![0.0; dim];
-        for head in 0..self.step.shape.num_attention_heads {
+        for head in 0..self.step.spec.heads {
             let q = self.step.q.at(row * self.step.stride + head * dim);
             let q = std::slice::from_raw_parts_mut(q, dim);
-            self.turn::<S>(row, q, self.step.norms[0], scale, &mut turned);
+            self.rotate::<S>(row, q, norm, scale, &mut turned);
             q.copy_from_slice(&turned);
         }
     }
@@ -310,11 +340,12 @@ impl Prepare<'_> {
     unsafe fn keys_values<S: Simd>(&self, row: usize, page: *mut u8, place: usize) {
         let Layout { heads, dim, float } = self.step.layout;
         let wide = self.step.layout.value_dim();
+        let norm = self.step.norms.map(|[_, k]| &k[..]);
         let mut turned = vec![0.0; wide];
         for head in 0..heads {
             let k = &self.step.k.row(row)[head * dim..][..dim];
             let v = &self.step.v.row(row)[head * dim..][..dim];
-            self.turn::<S>(row, k, self.step.norms[1], 1.0, &mut turned[..dim]);
+            self.rotate::<S>(row, k, norm, 1.0, &mut turned[..dim]);
             let first = self.step.layout.keys(head) + place / LANES * LANES * dim + place % LANES;
             put::<S>(float, page, first, LANES, &turned, dim);
             turned[..dim].copy_from_slice(v);
@@ -324,32 +355,44 @@ impl Prepare<'_> {
         }
     }
 
-    /// The norm of a head, rotated by the row's position, times `scale`.
+    /// A head, normed where there is a norm, rotated by the row's position, times `scale`.
     #[inline(always)]
-    unsafe fn turn<S: Simd>(
+    unsafe fn rotate<S: Simd>(
         &self,
         row: usize,
         x: &[f32],
-        weight: &[f32],
+        norm: Option<&[f32]>,
         scale: f32,
         out: &mut [f32],
     ) {
         let half = x.len() / 2;
-        let (cos, sin) = (&self.step.rope.cos[row * half..], &self.step.rope.sin[row * half..]);
-        let factor = norm_factor::<S>(x, self.step.shape.rms_norm_eps) * scale;
+        let (cos, sin) =
+            (&self.step.rotation.cos[row * half..], &self.step.rotation.sin[row * half..]);
+        let factor = match (norm, self.step.spec.qk_norm) {
+            (Some(_), Some(NormSpec { eps })) => norm_factor::<S>(x, eps) * scale,
+            _ => scale,
+        };
         let factor = S::splat(factor);
         for place in (0..half).step_by(LANES) {
             let lanes = LANES.min(half - place);
-            let low = S::mul(part::<S>(x, place, lanes), part::<S>(weight, place, lanes));
-            let high = half + place;
-            let high = S::mul(part::<S>(x, high, lanes), part::<S>(weight, high, lanes));
-            let (low, high) = (S::mul(factor, low), S::mul(factor, high));
+            let low = S::mul(factor, weighted::<S>(x, norm, place, lanes));
+            let high = S::mul(factor, weighted::<S>(x, norm, half + place, lanes));
             let (cos, sin) = (part::<S>(cos, place, lanes), part::<S>(sin, place, lanes));
             let turned =
                 [S::sub(S::mul(low, cos), S::mul(high, sin)), S::fma(low, sin, S::mul(high, cos))];
             S::store_part(out.as_mut_ptr().add(place), turned[0], lanes);
             S::store_part(out.as_mut_ptr().add(half + place), turned[1], lanes);
         }
+    }
+}
+
+/// Lanes of x, times the norm's weight where there is one.
+#[inline(always)]
+unsafe fn weighted<S: Simd>(x: &[f32], norm: Option<&[f32]>, place: usize, lanes: usize) -> S::F {
+    let x = part::<S>(x, place, lanes);
+    match norm {
+        Some(norm) => S::mul(x, part::<S>(norm, place, lanes)),
+        None => x,
     }
 }
 
@@ -409,8 +452,7 @@ impl Attend<'_> {
     /// Some queries at a time: each has a row, and a head that reads the piece's key head.
     #[inline(always)]
     unsafe fn queries<S: Simd, const HALF: bool>(&self) {
-        let shape = self.step.shape;
-        let shared_by = shape.num_attention_heads / shape.num_key_value_heads;
+        let shared_by = self.step.spec.group();
         let Piece { head, ref rows, .. } = *self.piece;
         let query =
             |index: usize| (rows.start + index / shared_by, head * shared_by + index % shared_by);

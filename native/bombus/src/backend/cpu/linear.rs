@@ -4,6 +4,7 @@ use super::affine::{self, Affine};
 use super::dense::{self, Dense};
 use super::digits::{Digits, Format};
 use super::float::Float;
+use super::rows::part;
 use super::simd::{Kernel, LANES, Level, Simd};
 use super::tensor::{Shared, Target, Tensor};
 use super::{Adapted, Cpu, LinearWeights, LoraRows, LoraWeights, lock};
@@ -21,6 +22,8 @@ pub enum Weights {
 /// One or several layers with the same input: one pass over the threads serves them all.
 pub struct Linear {
     parts: Vec<Weights>,
+    /// of each part
+    biases: Vec<Option<Vec<f32>>>,
     /// The numbers of a row of x; of an embedding, those of a token.
     pub width: usize,
     _share: gauge::Share,
@@ -81,10 +84,12 @@ impl Weights {
 
 impl Linear {
     pub fn load(parts: &[LinearWeights]) -> Result<Self> {
+        let bias = |part: &LinearWeights| part.bias.as_ref().map(Float::read).transpose();
+        let biases = parts.iter().map(bias).collect::<Result<Vec<_>>>()?;
         let parts = parts.iter().map(Weights::load).collect::<Result<Vec<_>>>()?;
         let mut share = gauge::Share::of(&gauge::CPU_BYTES);
         share.set(parts.iter().flat_map(Weights::tensors).map(Mapped::len).sum());
-        Ok(Self { width: parts[0].in_features(), parts, _share: share })
+        Ok(Self { width: parts[0].in_features(), parts, biases, _share: share })
     }
 
     /// Where the weights are.
@@ -131,6 +136,12 @@ impl Linear {
                 for delta in deltas.iter().filter(|delta| delta.part == part) {
                     // SAFETY: as above.
                     unsafe { cpu.level.run(Add { delta, target: target.clone() }) };
+                }
+                if let Some(bias) = &self.biases[part] {
+                    // SAFETY: as above. DoRA scales what is before the bias.
+                    unsafe {
+                        cpu.level.run(AddBias { bias, rows: x.rows, target: target.clone() })
+                    };
                 }
                 start = end;
             }
@@ -503,6 +514,30 @@ impl Add<'_> {
                 if let Some(Factors::Outputs(factors)) = factors {
                     sum = S::mul(sum, number::<S, false>(factors.as_ptr().cast(), place, lanes));
                 }
+                S::store_part(y, sum, lanes);
+            }
+        }
+    }
+}
+
+/// Adds a bias to the target's columns of all rows.
+struct AddBias<'a> {
+    bias: &'a [f32],
+    rows: usize,
+    target: Target,
+}
+
+impl Kernel for AddBias<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        for place in self.target.range.clone().step_by(LANES) {
+            let lanes = LANES.min(self.target.range.end - place);
+            let bias = part::<S>(self.bias, place, lanes);
+            for row in 0..self.rows {
+                let y = self.target.at(row, place);
+                let sum = S::add(number::<S, false>(y.cast(), 0, lanes), bias);
                 S::store_part(y, sum, lanes);
             }
         }

@@ -29,13 +29,14 @@ mod tests;
 pub use pool::{Turn, default_threads};
 pub use simd::Level;
 
-use super::{Adapted, AttentionShape, Backend, LinearWeights};
+use super::{Adapted, AttentionWeights, Backend, LinearWeights};
 use super::{LoraRows, LoraWeights, Page, Segment, Token};
 use crate::error::{Error, Result};
 use crate::mapped_file::MappedFile;
 use crate::sampler::{Draw, Sample};
+use crate::spec::AttentionSpec;
 use crate::tensor_file::TensorView;
-use attention::{Cache, Rope};
+use attention::{Attention, Cache, Rotation};
 use digits::{Digits, Format};
 use float::Float;
 use linear::{Delta, Linear, Lora};
@@ -68,7 +69,7 @@ pub struct Cpu {
     level: Level,
     spare: Spare,
     digits: Arc<Mutex<Vec<(Format, Digits)>>>,
-    rope: Arc<Mutex<Rope>>,
+    rotation: Arc<Mutex<Rotation>>,
     /// Where the weights are: an answer counts only if none of these has changed.
     files: Arc<Mutex<Vec<Arc<MappedFile>>>>,
 }
@@ -91,7 +92,7 @@ impl Cpu {
             level,
             spare: Spare::default(),
             digits: Arc::default(),
-            rope: Arc::default(),
+            rotation: Arc::default(),
             files: Arc::default(),
         })
     }
@@ -132,6 +133,7 @@ impl Backend for Cpu {
     type Norm = Norm;
     type Linear = Linear;
     type Embedding = Linear;
+    type Attention = Attention;
     type Lora = Lora;
     type Cache = Vec<Cache>;
     type Samples = Samples;
@@ -155,6 +157,14 @@ impl Backend for Cpu {
         self.load(std::slice::from_ref(weights))
     }
 
+    fn attention_layer(
+        &self,
+        spec: &AttentionSpec,
+        weights: &AttentionWeights,
+    ) -> Result<Attention> {
+        Attention::load(spec, weights)
+    }
+
     fn lora(&self, weights: &LoraWeights, adapted: Adapted<Self>) -> Result<Lora> {
         Lora::load(self, weights, adapted)
     }
@@ -173,13 +183,12 @@ impl Backend for Cpu {
 
     fn reserve(
         &self,
-        shape: &AttentionShape,
+        attention: &Attention,
         layer: usize,
-        k_norm: &Norm,
         cache: &mut Vec<Cache>,
         positions: Range<usize>,
     ) -> Result<()> {
-        cache[layer].reserve(positions, &attention::Layout::new(shape, k_norm))
+        cache[layer].reserve(positions, &attention.layout)
     }
 
     fn embed(
@@ -228,15 +237,14 @@ impl Backend for Cpu {
 
     fn attention(
         &self,
-        shape: &AttentionShape,
+        attention: &Attention,
         layer: usize,
         qkv: [Tensor; 3],
-        head_norms: [&Norm; 2],
         segments: &[Segment],
         caches: &mut [&mut Vec<Cache>],
     ) -> Result<Tensor> {
         let mut caches: Vec<_> = caches.iter_mut().map(|cache| &mut cache[layer]).collect();
-        attention::attend(self, shape, qkv, head_norms, segments, &mut caches)
+        attention::attend(self, attention, qkv, segments, &mut caches)
     }
 
     fn gated(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {

@@ -1,7 +1,8 @@
 //! Attention over the caches of the sequences in a step.
 
-use super::{AttentionShape, Page, Segment, array};
+use super::{AttentionWeights, Page, Segment, array};
 use crate::error::Result;
+use crate::spec::{AttentionSpec, Scaling};
 use mlx_rs::fast::{self, ScaledDotProductAttentionMask as Mask};
 use mlx_rs::ops::indexing::Ellipsis;
 use mlx_rs::{Array, ops};
@@ -73,43 +74,87 @@ fn grown(caches: Option<[Array; 2]>, new: &[Array; 2], end: i32) -> Result<[Arra
     Ok([grow(old_keys, &new[0])?, grow(old_values, &new[1])?])
 }
 
-pub fn attend(
-    shape: &AttentionShape,
-    [q, k, v]: [Array; 3],
-    [q_norm, k_norm]: [&Array; 2],
-    segments: &[Segment],
-    caches: &mut [&mut LayerCache],
-) -> Result<Array> {
-    let head_dim = shape.head_dim as i32;
-    let heads = |x: Array| x.reshape(&[x.dim(0), -1, head_dim]);
-    let q = fast::rms_norm(heads(q)?, Some(q_norm), shape.rms_norm_eps)?;
-    let k = fast::rms_norm(heads(k)?, Some(k_norm), shape.rms_norm_eps)?;
-    let v = heads(v)?;
-    let mut outputs = vec![];
-    for (segment, cache) in segments.iter().zip(caches) {
-        // [rows, heads, head_dim] -> [1, heads, rows, head_dim]
-        let own = |x: &Array| -> Result<Array> {
-            Ok(array::rows(x, &segment.rows)?.transpose_axes(&[1, 0, 2])?.expand_dims(0)?)
+/// An attention layer but for its linear layers.
+pub struct Attention {
+    spec: AttentionSpec,
+    /// of q's heads and of k's, `[head_dim]`
+    pub norms: Option<[Array; 2]>,
+    /// Positions a radian, `[head_dim / 2]`, where MLX does not make them of `theta` itself.
+    periods: Option<Array>,
+}
+
+impl Attention {
+    pub fn load(spec: &AttentionSpec, weights: &AttentionWeights) -> Result<Self> {
+        let norms = match &weights.norms {
+            Some([q, k]) => Some([array::load(q)?, array::load(k)?]),
+            None => None,
         };
-        let start = segment.start as i32;
-        let rope =
-            |x: Array| fast::rope(x, head_dim, false, shape.rope_theta, 1.0, start, None::<&Array>);
-        let [keys, values] = cache.append(start, [rope(own(&k)?)?, own(&v)?])?;
-        let mask = (segment.rows.len() > 1).then_some(Mask::Causal);
-        let scale = (shape.head_dim as f32).powf(-0.5);
-        let attended = fast::scaled_dot_product_attention(
-            rope(own(&q)?)?,
-            keys,
-            values,
-            scale,
-            mask,
-            None::<&Array>,
-        )?;
-        let rows = segment.rows.len() as i32;
-        outputs.push(attended.transpose_axes(&[0, 2, 1, 3])?.reshape(&[rows, -1])?);
+        let own = spec.rope.scaling != Scaling::None && !spec.rope.is_dynamic();
+        Ok(Self { periods: own.then(|| periods(spec, 1)), norms, spec: spec.clone() })
     }
-    match &outputs[..] {
-        [one] => Ok(one.clone()),
-        _ => Ok(ops::concatenate(&outputs, 0)?),
+
+    pub fn attend(
+        &self,
+        qkv: [Array; 3],
+        segments: &[Segment],
+        caches: &mut [&mut LayerCache],
+    ) -> Result<Array> {
+        let [q, k, v] = self.heads(qkv)?;
+        let mut outputs = vec![];
+        for (segment, cache) in segments.iter().zip(caches) {
+            // [rows, heads, head_dim] -> [1, heads, rows, head_dim]
+            let own = |x: &Array| -> Result<Array> {
+                Ok(array::rows(x, &segment.rows)?.transpose_axes(&[1, 0, 2])?.expand_dims(0)?)
+            };
+            let [q, k] = [self.rotate(own(&q)?, segment)?, self.rotate(own(&k)?, segment)?];
+            let [keys, values] = cache.append(segment.start as i32, [k, own(&v)?])?;
+            let mask = (segment.rows.len() > 1).then_some(Mask::Causal);
+            let (scale, sinks) = (self.spec.scale(), None::<&Array>);
+            let attended = fast::scaled_dot_product_attention(q, keys, values, scale, mask, sinks)?;
+            let rows = segment.rows.len() as i32;
+            outputs.push(attended.transpose_axes(&[0, 2, 1, 3])?.reshape(&[rows, -1])?);
+        }
+        match &outputs[..] {
+            [one] => Ok(one.clone()),
+            _ => Ok(ops::concatenate(&outputs, 0)?),
+        }
     }
+
+    /// `[rows, heads, head_dim]` each, q and k normed where there are norms
+    fn heads(&self, qkv: [Array; 3]) -> Result<[Array; 3]> {
+        let heads = |x: Array| x.reshape(&[x.dim(0), -1, self.spec.head_dim as i32]);
+        let [q, k, v] = qkv;
+        let [q, k, v] = [heads(q)?, heads(k)?, heads(v)?];
+        let (Some([q_norm, k_norm]), Some(norm)) = (&self.norms, self.spec.qk_norm) else {
+            return Ok([q, k, v]);
+        };
+        let q = fast::rms_norm(q, Some(q_norm), norm.eps)?;
+        let k = fast::rms_norm(k, Some(k_norm), norm.eps)?;
+        Ok([q, k, v])
+    }
+
+    /// x: `[1, heads, rows, head_dim]`
+    fn rotate(&self, x: Array, segment: &Segment) -> Result<Array> {
+        let rope = &self.spec.rope;
+        let (dim, start) = (rope.dim as i32, segment.start as i32);
+        let amplitude = rope.amplitude();
+        let x = match amplitude == 1.0 {
+            true => x,
+            false => x.multiply(Array::from_f32(amplitude).as_dtype(x.dtype())?)?,
+        };
+        let own = match (&self.periods, rope.is_dynamic()) {
+            (Some(periods), _) => Some(periods.clone()),
+            (None, true) => Some(periods(&self.spec, segment.start + segment.rows.len())),
+            (None, false) => None,
+        };
+        let theta = own.is_none().then_some(rope.theta);
+        Ok(fast::rope(x, dim, false, theta, 1.0, start, own.as_ref())?)
+    }
+}
+
+/// For a sequence of so many positions.
+fn periods(spec: &AttentionSpec, positions: usize) -> Array {
+    let frequencies = spec.rope.frequencies(positions).into_iter();
+    let periods: Vec<f32> = frequencies.map(|frequency| (1.0 / frequency) as f32).collect();
+    Array::from_slice(&periods, &[periods.len() as i32])
 }

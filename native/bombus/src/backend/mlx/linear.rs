@@ -17,6 +17,8 @@ pub struct Linear {
 
 struct Block {
     weight: Weight,
+    /// `[out]`, of all layers
+    bias: Option<Array>,
     /// Where each layer but the first begins in the output.
     splits: Vec<i32>,
 }
@@ -47,16 +49,33 @@ impl Linear {
             });
             let mut splits: Vec<i32> = ends.collect();
             splits.pop();
-            blocks.push(Block { weight: Weight::load(block, device)?, splits });
+            let (weight, bias) = (Weight::load(block, device)?, bias(block, device)?);
+            blocks.push(Block { weight, bias, splits });
         }
         Ok(Self { blocks, device })
     }
 
     /// x: `[rows, in]` -> one `[rows, out]` for each layer
     pub fn apply(&self, x: &Array) -> Result<Vec<Array>> {
+        self.outputs(x, |block, y| match &block.bias {
+            Some(bias) => Ok(y.add(bias)?),
+            None => Ok(y),
+        })
+    }
+
+    /// The same without biases.
+    pub fn product(&self, x: &Array) -> Result<Vec<Array>> {
+        self.outputs(x, |_, y| Ok(y))
+    }
+
+    fn outputs(
+        &self,
+        x: &Array,
+        finish: impl Fn(&Block, Array) -> Result<Array>,
+    ) -> Result<Vec<Array>> {
         let mut outputs = vec![];
         for block in &self.blocks {
-            let y = block.weight.matmul(x)?;
+            let y = finish(block, block.weight.matmul(x)?)?;
             match block.splits[..] {
                 [] => outputs.push(y),
                 ref splits => outputs.extend(y.split_at_indices(splits, -1)?),
@@ -65,13 +84,38 @@ impl Linear {
         Ok(outputs)
     }
 
+    /// A layer's bias, `[out]`.
+    pub fn bias(&self, part: usize) -> Result<Option<Array>> {
+        let (block, place, _) = self.block(part);
+        let Some(bias) = &block.bias else { return Ok(None) };
+        match block.splits[..] {
+            [] => Ok(Some(bias.clone())),
+            ref splits => Ok(Some(bias.split_at_indices(splits, -1)?.swap_remove(place))),
+        }
+    }
+
+    /// The bias of all layers, where they are one matrix.
+    pub fn bias_of_all(&self) -> Option<&Array> {
+        match &self.blocks[..] {
+            [block] => block.bias.as_ref(),
+            _ => None,
+        }
+    }
+
     /// The matrix that a layer is part of, and the first of its rows there.
     fn part(&self, part: usize) -> (&Weight, usize) {
+        let (block, _, first) = self.block(part);
+        (&block.weight, first)
+    }
+
+    /// The block that a layer is in, its place and its first row there.
+    fn block(&self, part: usize) -> (&Block, usize, usize) {
         let mut before = 0;
         for block in &self.blocks {
             if part <= before + block.splits.len() {
-                let first = (part - before).checked_sub(1).map_or(0, |split| block.splits[split]);
-                return (&block.weight, first as usize);
+                let place = part - before;
+                let first = place.checked_sub(1).map_or(0, |split| block.splits[split]);
+                return (block, place, first as usize);
             }
             before += block.splits.len() + 1;
         }
@@ -130,12 +174,21 @@ impl Matrix<'_> {
 /// Whether two layers may be one matrix.
 fn fusible(one: &LinearWeights, other: &LinearWeights) -> bool {
     match (&one.quantized, &other.quantized) {
+        _ if one.bias.is_some() != other.bias.is_some() => false,
         (Some(one), Some(other)) => {
             one.layout == other.layout && one.scales.dtype == other.scales.dtype
         }
         (None, None) => one.weight.dtype == other.weight.dtype,
         _ => false,
     }
+}
+
+/// The biases of layers that are one matrix.
+fn bias(parts: &[LinearWeights], device: Device) -> Result<Option<Array>> {
+    let biases: Option<Vec<_>> = parts.iter().map(|part| part.bias.as_ref()).collect();
+    let Some(biases) = biases else { return Ok(None) };
+    let stacked = stack(&mut biases.into_iter().map(array::load))?;
+    Ok(Some(if device.is_cuda() { cuda::on_card(&stacked)? } else { stacked }))
 }
 
 impl Weight {

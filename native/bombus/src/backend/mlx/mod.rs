@@ -14,13 +14,14 @@ mod sample;
 pub use cuda::Phase;
 pub use device::{Device, gpu_available, memory};
 
-use super::{Adapted, AttentionShape, Backend, LinearWeights};
+use super::{Adapted, AttentionWeights, Backend, LinearWeights};
 use super::{LoraRows, LoraWeights, Page, Segment, Token};
 use crate::decoder::{Decoder, Part};
 use crate::error::{Error, Result};
 use crate::sampler::{Draw, Sample};
+use crate::spec::AttentionSpec;
 use crate::tensor_file::TensorView;
-use attention::LayerCache;
+use attention::{Attention, LayerCache};
 use cuda::Card;
 use linear::{Linear, Lora};
 use mlx_rs::ops::indexing::{take_along_axis, take_axis};
@@ -77,6 +78,30 @@ impl Mlx {
 }
 
 impl Mlx {
+    /// DoRA scales what is before the bias.
+    fn apply_dora(
+        &self,
+        linear: &Linear,
+        part: usize,
+        x: &Array,
+        lora: &Lora,
+        y: Array,
+    ) -> Result<Array> {
+        let bias = linear.bias(part)?;
+        let y = match (self.device, &bias) {
+            // mlx-lm's DoRA multiplies with dense weights, whose products are added in float32
+            // everywhere; those with quantized ones are so on a GPU only.
+            (Device::Cpu, _) => linear.product(&x.as_dtype(Dtype::Float32)?)?.swap_remove(part),
+            (Device::Gpu, Some(_)) => linear.product(x)?.swap_remove(part),
+            (Device::Gpu, None) => y,
+        };
+        let y = lora.apply(x, y)?;
+        match bias {
+            Some(bias) => Ok(y.add(bias.as_dtype(y.dtype())?)?),
+            None => Ok(y),
+        }
+    }
+
     /// How long the phases of the last step took, where the kernel for NVIDIA cards made it.
     pub fn profile(&self) -> Result<Vec<Phase>> {
         self.card.get().map_or(Ok(vec![]), |card| card.step().profile())
@@ -88,6 +113,7 @@ impl Backend for Mlx {
     type Norm = Array;
     type Linear = Linear;
     type Embedding = Linear;
+    type Attention = Attention;
     type Lora = Lora;
     type Cache = Cache;
     type Samples = Samples;
@@ -114,6 +140,14 @@ impl Backend for Mlx {
 
     fn embedding(&self, weights: &LinearWeights) -> Result<Linear> {
         Linear::load(std::slice::from_ref(weights), self.device)
+    }
+
+    fn attention_layer(
+        &self,
+        spec: &AttentionSpec,
+        weights: &AttentionWeights,
+    ) -> Result<Attention> {
+        Attention::load(spec, weights)
     }
 
     fn lora(&self, weights: &LoraWeights, adapted: Adapted<Self>) -> Result<Lora> {
@@ -147,9 +181,8 @@ impl Backend for Mlx {
     /// MLX says so itself when it has no memory.
     fn reserve(
         &self,
-        _: &AttentionShape,
+        _: &Attention,
         _: usize,
-        _: &Array,
         cache: &mut Cache,
         positions: Range<usize>,
     ) -> Result<()> {
@@ -212,14 +245,12 @@ impl Backend for Mlx {
     fn project(&self, linear: &Linear, x: &Array, loras: &[LoraRows<Self>]) -> Result<Vec<Array>> {
         let outputs = linear.apply(x)?.into_iter().enumerate();
         let add = |(part, y)| {
-            linear::apply_loras(y, part, loras, |rows, lora, mut y| {
+            linear::apply_loras(y, part, loras, |rows, lora, y| {
                 let x = array::rows(x, rows)?;
-                // mlx-lm's DoRA multiplies with dense weights, whose products are added in float32
-                // everywhere; those with quantized ones are so on a GPU only.
-                if lora.is_dora() && self.device == Device::Cpu {
-                    y = linear.apply(&x.as_dtype(Dtype::Float32)?)?.swap_remove(part);
+                match lora.is_dora() {
+                    true => self.apply_dora(linear, part, &x, lora, y),
+                    false => lora.apply(&x, y),
                 }
-                lora.apply(&x, y)
             })
         };
         outputs.map(add).collect()
@@ -231,10 +262,9 @@ impl Backend for Mlx {
 
     fn attention(
         &self,
-        shape: &AttentionShape,
+        attention: &Attention,
         layer: usize,
         qkv: [Array; 3],
-        head_norms: [&Array; 2],
         segments: &[Segment],
         caches: &mut [&mut Cache],
     ) -> Result<Array> {
@@ -246,8 +276,8 @@ impl Backend for Mlx {
             }
         }
         match self.card.get() {
-            Some(card) => card.attend(layer, qkv, head_norms, segments, &mut sequences),
-            None => attention::attend(shape, qkv, head_norms, segments, &mut layers),
+            Some(card) => card.attend(attention, layer, qkv, segments, &mut sequences),
+            None => attention.attend(qkv, segments, &mut layers),
         }
     }
 

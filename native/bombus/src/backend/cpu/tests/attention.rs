@@ -1,6 +1,7 @@
 //! Attention over the caches of several sequences, in chunks, beside its definition.
 
 use super::*;
+use crate::spec::{NormSpec, Rope, Scaling};
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
@@ -11,6 +12,7 @@ proptest! {
         head_dim in prop::sample::select(vec![2usize, 6, 16, 24, 34, 64, 80, 96, 128, 130, 256]),
         lengths in prop::collection::vec((1usize..150, 1usize..60), 1..4),
         half in any::<bool>(),
+        normed in any::<bool>(),
         seed in 1u64..1 << 40,
     ) {
         let (heads, kv_heads) = heads;
@@ -22,12 +24,14 @@ proptest! {
             ("k", dtype, vec![head_dim], bytes(&norms[1], dtype)),
         ]);
         let norms = norms.map(|norm| rounded(&norm, dtype));
-        let shape = AttentionShape {
-            num_attention_heads: heads,
-            num_key_value_heads: kv_heads,
+        let spec = AttentionSpec {
+            heads,
+            kv_heads,
             head_dim,
-            rope_theta: 10_000.0,
-            rms_norm_eps: 1e-6,
+            rope: Rope { dim: head_dim, theta: 10_000.0, scaling: Scaling::None },
+            qk_norm: normed.then_some(NormSpec { eps: 1e-6 }),
+            qkv_bias: false,
+            o_bias: false,
         };
         let widths = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim];
         // sequence -> q, k and v of all its positions
@@ -36,10 +40,10 @@ proptest! {
             .map(|(length, _)| widths.map(|width| numbers.take(length * width)))
             .collect();
         let exact: Vec<_> =
-            sequences.iter().map(|sequence| attended(&shape, sequence, &norms)).collect();
+            sequences.iter().map(|sequence| attended(&spec, sequence, &norms)).collect();
         for cpu in cpus() {
-            let norm = |name| cpu.norm(&files.require(name).unwrap()).unwrap();
-            let head_norms = [norm("q"), norm("k")];
+            let norms = normed.then(|| ["q", "k"].map(|name| files.require(name).unwrap()));
+            let layer = cpu.attention_layer(&spec, &AttentionWeights { norms, dtype }).unwrap();
             let mut caches: Vec<Vec<Cache>> = sequences.iter().map(|_| cpu.cache(1)).collect();
             let mut done = vec![0; sequences.len()];
             // Steps of a chunk of every sequence that is not yet at its end.
@@ -66,8 +70,7 @@ proptest! {
                     .filter(|(user, _)| users.contains(user))
                     .map(|(_, cache)| cache)
                     .collect();
-                let norms_of = [&head_norms[0], &head_norms[1]];
-                let out = cpu.attention(&shape, 0, qkv, norms_of, &segments, &mut used).unwrap();
+                let out = cpu.attention(&layer, 0, qkv, &segments, &mut used).unwrap();
                 for (segment, user) in segments.iter().zip(users) {
                     for row in segment.rows.clone() {
                         let position = segment.start + row - segment.rows.start;
@@ -89,19 +92,24 @@ proptest! {
 
 /// Attention in f64, from its definition: `[position][head * head_dim]`.
 fn attended(
-    shape: &AttentionShape,
+    spec: &AttentionSpec,
     [q, k, v]: &[Vec<f32>; 3],
     norms: &[Vec<f64>; 2],
 ) -> Vec<Vec<f64>> {
-    let AttentionShape { head_dim: dim, num_attention_heads: heads, .. } = *shape;
-    let kv_heads = shape.num_key_value_heads;
+    let AttentionSpec { head_dim: dim, heads, kv_heads, .. } = *spec;
     let turned = |x: &[f32], norm: &[f64], position: usize| -> Vec<f64> {
-        let mean = x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / dim as f64;
-        let factor = 1.0 / (mean + f64::from(shape.rms_norm_eps)).sqrt();
-        let x: Vec<f64> = x.iter().zip(norm).map(|(x, n)| f64::from(*x) * factor * n).collect();
+        let x: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
+        let mean = x.iter().map(|x| x.powi(2)).sum::<f64>() / dim as f64;
+        let x: Vec<f64> = match spec.qk_norm {
+            Some(NormSpec { eps }) => {
+                let factor = 1.0 / (mean + f64::from(eps)).sqrt();
+                x.iter().zip(norm).map(|(x, n)| x * factor * n).collect()
+            }
+            None => x,
+        };
         let turn = |place: usize| {
             let pair = place % (dim / 2);
-            let wave = f64::from(shape.rope_theta).powf(2.0 * pair as f64 / dim as f64);
+            let wave = f64::from(spec.rope.theta).powf(2.0 * pair as f64 / dim as f64);
             let (sin, cos) = (position as f64 / wave).sin_cos();
             match place < dim / 2 {
                 true => x[place] * cos - x[place + dim / 2] * sin,

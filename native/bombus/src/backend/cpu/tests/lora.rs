@@ -77,7 +77,7 @@ proptest! {
         let weights = |part: usize| LinearWeights {
             weight: require(format!("w{part}")),
             quantized: None,
-            out_features: outputs[part],
+            bias: None, out_features: outputs[part],
         };
         for cpu in cpus() {
             let linear = cpu.linear(&[weights(0), weights(1)]).unwrap();

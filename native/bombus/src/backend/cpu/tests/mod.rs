@@ -116,6 +116,7 @@ fn what_is_no_number_stays_so() {
             biases: scales(),
             layout: Quantization { group_size: 64, bits: 4 },
         }),
+        bias: None,
         out_features: 4,
     };
     for cpu in cpus() {

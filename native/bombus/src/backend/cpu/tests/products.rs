@@ -185,6 +185,7 @@ proptest! {
                 biases: files.require(&format!("{name}.b")).unwrap(),
                 layout: Quantization { group_size, bits },
             }),
+            bias: None,
             out_features: layer.out_features,
         });
         let weights: Vec<LinearWeights> = weights.collect();
@@ -220,6 +221,7 @@ proptest! {
                 biases: files.require("0.b").unwrap(),
                 layout: Quantization { group_size, bits },
             }),
+            bias: None,
             out_features: layer.out_features,
         };
         for cpu in cpus() {

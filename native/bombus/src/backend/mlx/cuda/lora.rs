@@ -65,7 +65,7 @@ impl Tables {
         if adapter.embed_tokens.is_some() || adapter.lm_head.is_some() {
             return Ok(None);
         }
-        let loras = || adapter.layers.iter().flatten();
+        let loras = || adapter.layers.iter().flatten().flatten();
         if loras().flatten().any(|lora| lora.packed.is_none()) {
             return Ok(None);
         }

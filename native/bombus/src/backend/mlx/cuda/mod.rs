@@ -18,10 +18,12 @@ pub use pages::Sequence;
 pub use step::Phase;
 pub use turns::Turn;
 
+use super::attention::Attention;
 use super::linear::Matrix;
 use super::{Cache, Mlx, Segment, Token, array, device};
 use crate::decoder::{Decoder, Part};
 use crate::error::{Error, Result};
+use crate::spec::{AttentionSpec, Rope, Scaling};
 use kernel::{Kernel, Launch, Source};
 use mlx_rs::{Array, Dtype, Stream, ops, transforms};
 use pages::{Addresses, POSITIONS, Pool};
@@ -42,6 +44,8 @@ pub struct Card {
     pool: Rc<Pool>,
     /// Numbers of layers, each on the card.
     layers: Vec<Array>,
+    /// Radians a position of every pair of a head, and what the head is multiplied by.
+    rotation: Array,
     /// For the step that is being made.
     turn: RefCell<Option<Turn>>,
 }
@@ -57,6 +61,11 @@ pub struct Shape {
     vocab: usize,
     eps: f32,
     theta: f32,
+    /// of heads of q and k
+    qk_norm: bool,
+    qkv_bias: bool,
+    /// Whether frequencies are others than theta's own.
+    scaled: bool,
 }
 
 impl Card {
@@ -68,7 +77,7 @@ impl Card {
         let pool = Pool::new(addresses.clone(), page_bytes)?;
         let append = Kernel::new(&Source {
             name: c"bombus_append",
-            inputs: &[c"q", c"k", c"v", c"q_norm", c"k_norm", c"plan", c"layer"],
+            inputs: &[c"q", c"k", c"v", c"q_norm", c"k_norm", c"plan", c"layer", c"rotation"],
             outputs: &[c"queries", c"keys", c"values"],
             header: &[PRIMITIVES, NUMBERS].concat(),
             body: include_str!("append.cu"),
@@ -88,8 +97,9 @@ impl Card {
         })?;
         let layers = (0..shape.layers).map(|layer| on_card(&array::indices(&[layer])));
         let layers = layers.collect::<Result<_>>()?;
-        let step = Step::new(decoder, shape, addresses)?;
-        let card = Self { step, append, attend, pool, layers, turn: RefCell::default() };
+        let rotation = on_card(&rotation(&decoder.spec.layers[0].attention.rope))?;
+        let step = Step::new(decoder, shape, addresses, &rotation)?;
+        let card = Self { step, append, attend, pool, layers, rotation, turn: RefCell::default() };
         Ok(card.works(decoder)?.then_some(card))
     }
 
@@ -173,9 +183,9 @@ impl Card {
     /// As `attention::attend`.
     pub fn attend(
         &self,
+        attention: &Attention,
         layer: usize,
         [q, k, v]: [Array; 3],
-        head_norms: [&Array; 2],
         segments: &[Segment],
         sequences: &mut [&mut Sequence],
     ) -> Result<Array> {
@@ -185,7 +195,7 @@ impl Card {
             let count = segment.rows.len();
             sequence.reserve(segment.start..segment.start + count)?;
             let qkv = [rows(&q)?, rows(&k)?, rows(&v)?];
-            let qkv = self.append(layer, qkv, head_norms, segment, sequence)?;
+            let qkv = self.append(layer, qkv, attention, segment, sequence)?;
             let Shape { heads, kv_heads, dim, .. } = self.step.shape;
             let attended = self.attend.run(&Launch {
                 inputs: &qkv.each_ref(),
@@ -211,11 +221,14 @@ impl Card {
         &self,
         layer: usize,
         [q, k, v]: [Array; 3],
-        [q_norm, k_norm]: [&Array; 2],
+        attention: &Attention,
         segment: &Segment,
         sequence: &Sequence,
     ) -> Result<[Array; 3]> {
-        let Shape { heads, kv_heads, dim, eps, theta, .. } = self.step.shape;
+        let Shape { heads, kv_heads, dim, eps, theta, qk_norm, scaled, .. } = self.step.shape;
+        // Without norms something is passed in their place, and not read.
+        let none = [&self.rotation; 2];
+        let [q_norm, k_norm] = attention.norms.as_ref().map_or(none, |[q, k]| [q, k]);
         let count = segment.rows.len();
         let end = segment.start + count;
         let of = |heads: usize, positions: usize| [1, heads as i32, positions as i32, dim as i32];
@@ -230,6 +243,7 @@ impl Card {
                 k_norm,
                 &sequence.plan(segment.start),
                 &self.layers[layer],
+                &self.rotation,
             ],
             outputs: &[own, all, all]
                 .map(|shape| (shape, Dtype::Bfloat16))
@@ -243,6 +257,8 @@ impl Card {
                 (c"DIM", dim as i32),
                 (c"EPS_BITS", eps.to_bits() as i32),
                 (c"THETA_BITS", theta.to_bits() as i32),
+                (c"QK_NORM", i32::from(qk_norm)),
+                (c"SCALED", i32::from(scaled)),
             ],
         })?;
         Ok(outputs.try_into().unwrap_or_else(|_| unreachable!("three outputs")))
@@ -252,10 +268,15 @@ impl Card {
 impl Shape {
     /// None where the kernels are not made for it.
     fn of(decoder: &Decoder<Mlx>) -> Option<Self> {
-        let attention = &decoder.attention;
-        let (heads, kv_heads) = (attention.num_attention_heads, attention.num_key_value_heads);
-        let dim = attention.head_dim;
         let first = decoder.layers.first()?;
+        let layer = decoder.spec.layers.first()?;
+        let AttentionSpec { heads, kv_heads, head_dim: dim, ref rope, .. } = layer.attention;
+        let plain = layer.attention.qk_norm.is_none_or(|norm| norm == layer.norm)
+            && layer.norm == decoder.spec.norm
+            && !(rope.is_dynamic() || layer.attention.o_bias || layer.mlp.bias);
+        if !plain || decoder.spec.layers.iter().any(|other| other != layer) {
+            return None;
+        }
         let [hidden, inner, vocab] = [
             first.o_proj.matrix()?.outputs,
             first.down_proj.matrix()?.inputs,
@@ -269,10 +290,13 @@ impl Shape {
             dim,
             layers: decoder.layers.len(),
             vocab,
-            eps: attention.rms_norm_eps,
-            theta: attention.rope_theta,
+            eps: layer.norm.eps,
+            theta: rope.theta,
+            qk_norm: layer.attention.qk_norm.is_some(),
+            qkv_bias: layer.attention.qkv_bias,
+            scaled: rope.scaling != Scaling::None,
         };
-        let bf16 = |norm: &Array| norm.dtype() == Dtype::Bfloat16;
+        let bf16 = |array: &Array| array.dtype() == Dtype::Bfloat16;
         let fits = |matrix: Option<Matrix>, outputs, inputs| {
             matrix.is_some_and(|it| it.outputs == outputs && it.inputs == inputs && it.is_usual())
         };
@@ -282,7 +306,8 @@ impl Shape {
                 && fits(layer.gate_up_proj.matrix(), 2 * inner, hidden)
                 && fits(layer.down_proj.matrix(), hidden, inner)
                 && [&layer.input_layernorm, &layer.post_attention_layernorm].into_iter().all(bf16)
-                && [&layer.q_norm, &layer.k_norm].into_iter().all(bf16)
+                && layer.attention.norms.iter().flatten().all(bf16)
+                && layer.qkv_proj.bias_of_all().into_iter().all(bf16)
         });
         let head = decoder.lm_head.as_ref().unwrap_or(&decoder.embed_tokens);
         let whole = whole
@@ -299,6 +324,13 @@ impl Shape {
     fn qkv_width(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.dim
     }
+}
+
+/// As `angle_of` of `numbers.cuh` takes it.
+fn rotation(rope: &Rope) -> Array {
+    let frequencies = rope.frequencies(1).into_iter().map(|frequency| frequency as f32);
+    let numbers: Vec<f32> = frequencies.chain([rope.amplitude()]).collect();
+    Array::from_slice(&numbers, &[numbers.len() as i32])
 }
 
 /// A copy in the card's own memory: what comes from a file is in memory that both share, and moves between

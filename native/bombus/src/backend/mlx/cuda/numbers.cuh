@@ -36,16 +36,28 @@ __device__ inline Angle angle(int at, int i, int dim, float theta) {
   return angle;
 }
 
-// A head, normed and rotated: lane l has the numbers l, l + 32, ... of it and the norm; angles: those of l, l + 32, ...
+// The same where `rotation` has radians a position of every pair, and behind them what the head is multiplied by.
+__device__ inline Angle angle_of(int at, int i, int dim, const float* rotation) {
+  Angle angle;
+  sincosf(at * rotation[i], &angle.sine, &angle.cosine);
+  angle.sine *= rotation[dim / 2], angle.cosine *= rotation[dim / 2];
+  return angle;
+}
+
+// A head, normed: lane l has the numbers l, l + 32, ... of it and of the norm.
 template <int DIM>
-__device__ void norm_and_rotate(
-    float (&x)[DIM / 32], const float (&norm)[DIM / 32], const Angle (&angles)[DIM / 64], float eps) {
+__device__ void norm_head(float (&x)[DIM / 32], const float (&norm)[DIM / 32], float eps) {
   float square = 0.f;
 #pragma unroll
   for (int i = 0; i < DIM / 32; i++) square += x[i] * x[i];
   const float factor = rsqrtf(warp_sum(square) / DIM + eps);
 #pragma unroll
   for (int i = 0; i < DIM / 32; i++) x[i] *= factor * norm[i];
+}
+
+// A head, rotated; angles: those of l, l + 32, ...
+template <int DIM>
+__device__ void rotate_head(float (&x)[DIM / 32], const Angle (&angles)[DIM / 64]) {
 #pragma unroll
   for (int i = 0; i < DIM / 64; i++) {
     const float one = x[i], other = x[i + DIM / 64];

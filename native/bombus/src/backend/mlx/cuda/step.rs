@@ -49,7 +49,7 @@ struct Form {
 
 impl Form {
     fn new(shape: &Shape, tiles: usize) -> Result<Self> {
-        let Shape { hidden, inner, heads, kv_heads, dim, layers, vocab, eps, theta } = *shape;
+        let Shape { hidden, inner, heads, kv_heads, dim, layers, vocab, eps, theta, .. } = *shape;
         let numbers = [
             ("TILES", tiles),
             ("HIDDEN", hidden),
@@ -61,6 +61,9 @@ impl Form {
             ("VOCAB", vocab),
             ("EPS_BITS", eps.to_bits() as usize),
             ("THETA_BITS", theta.to_bits() as usize),
+            ("QK_NORM", usize::from(shape.qk_norm)),
+            ("QKV_BIAS", usize::from(shape.qkv_bias)),
+            ("SCALED", usize::from(shape.scaled)),
         ];
         // MLX knows a kernel by its name.
         let mut name = String::from("bombus_step");
@@ -116,8 +119,13 @@ pub struct Row<'a> {
 }
 
 impl Step {
-    pub fn new(decoder: &Decoder<Mlx>, shape: Shape, addresses: Rc<Addresses>) -> Result<Self> {
-        let (table, small) = table(decoder, &addresses)?;
+    pub fn new(
+        decoder: &Decoder<Mlx>,
+        shape: Shape,
+        addresses: Rc<Addresses>,
+        rotation: &Array,
+    ) -> Result<Self> {
+        let (table, small) = table(decoder, &addresses, rotation)?;
         Ok(Self {
             one_tile: Form::new(&shape, 1)?,
             tiles: Form::new(&shape, TILES)?,
@@ -226,7 +234,11 @@ impl Step {
 }
 
 /// The addresses of all weights, in the order of the kernel, and what was made of some of them.
-fn table(decoder: &Decoder<Mlx>, addresses: &Addresses) -> Result<(Array, Vec<Array>)> {
+fn table(
+    decoder: &Decoder<Mlx>,
+    addresses: &Addresses,
+    rotation: &Array,
+) -> Result<(Array, Vec<Array>)> {
     let (mut words, mut made) = (vec![], vec![]);
     let mut matrix = |matrix: Option<Matrix>, gated: bool, words: &mut Vec<Array>| -> Result<()> {
         if let Some(matrix) = matrix {
@@ -242,9 +254,17 @@ fn table(decoder: &Decoder<Mlx>, addresses: &Addresses) -> Result<(Array, Vec<Ar
         matrix(layer.o_proj.matrix(), false, &mut words)?;
         matrix(layer.gate_up_proj.matrix(), true, &mut words)?;
         matrix(layer.down_proj.matrix(), false, &mut words)?;
-        let norms = [&layer.input_layernorm, &layer.post_attention_layernorm];
-        for norm in norms.into_iter().chain([&layer.q_norm, &layer.k_norm]) {
-            words.push(addresses.of(norm)?);
+        let norms = [&layer.input_layernorm, &layer.post_attention_layernorm].map(Some);
+        let [q_norm, k_norm] = match &layer.attention.norms {
+            Some([q, k]) => [Some(q), Some(k)],
+            None => [None, None],
+        };
+        let bias = layer.qkv_proj.bias_of_all();
+        for array in norms.into_iter().chain([q_norm, k_norm, bias]) {
+            words.push(match array {
+                Some(array) => addresses.of(array)?,
+                None => Array::from_slice(&[0u64], &[1]),
+            });
         }
     }
     let head = decoder.lm_head.as_ref().unwrap_or(&decoder.embed_tokens);
@@ -253,6 +273,7 @@ fn table(decoder: &Decoder<Mlx>, addresses: &Addresses) -> Result<(Array, Vec<Ar
     for array in decoder.embed_tokens.matrix().iter().flat_map(|matrix| matrix.arrays) {
         words.push(addresses.of(array)?);
     }
+    words.push(addresses.of(rotation)?);
     let table = ops::concatenate(&words, 0)?;
     transforms::eval([&table])?;
     Ok((table, made))

@@ -116,11 +116,12 @@ __device__ inline void add_fresh(const Team& memory, int older, Keys& keys, Valu
   }
 }
 
-// The norms of queries and keys, as `norm_and_rotate` takes them.
+// The norms of queries and keys, as `norm_head` takes them.
 struct HeadNorms {
   bf16 numbers[2][DIM / 32];
 
   __device__ explicit HeadNorms(int layer) {
+    if (!QK_NORM) return;
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -145,10 +146,13 @@ __device__ inline void ready_heads(Team& memory, const HeadNorms& norms, const T
     float x[DIM / 32];
 #pragma unroll
     for (int j = 0; j < DIM / 32; j++) x[j] = from[column + lane() + 32 * j];
-    float norm[DIM / 32];
+    if (QK_NORM && kind < 1) {
+      float norm[DIM / 32];
 #pragma unroll
-    for (int j = 0; j < DIM / 32; j++) norm[j] = widen(kind < 0 ? norms.numbers[0][j] : norms.numbers[1][j]);
-    if (kind < 1) norm_and_rotate<DIM>(x, norm, turned, eps());
+      for (int j = 0; j < DIM / 32; j++) norm[j] = widen(kind < 0 ? norms.numbers[0][j] : norms.numbers[1][j]);
+      norm_head<DIM>(x, norm, eps());
+    }
+    if (kind < 1) rotate_head<DIM>(x, turned);
     bf16* to = kind < 0 ? memory.q[i] : memory.fresh[kind];
 #pragma unroll
     for (int j = 0; j < DIM / 32; j++) to[lane() + 32 * j] = narrow(x[j]);

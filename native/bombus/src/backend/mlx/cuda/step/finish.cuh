@@ -54,8 +54,13 @@ template <Form OWN> struct FinishQkv {
     float factor;
     bool there;
     float* to;
+    bf16 bias[2 * QKV_BIAS + 1];  // an array of none is no C++
 
     __device__ void ask(const FinishQkv& finish, const Outputs& out) {
+      if (QKV_BIAS) {
+        const bf16* from = weight<bf16>(finish.number / PRODUCTS, BIAS);
+        for (int i = 0; i < 2; i++) bias[i * QKV_BIAS] = from[out.n[i]];
+      }
       const int part = part_of(out.n[0]), start = start_of(part);
       expansion.ask(Product(finish.number), out.row, part, {out.n[0] - start, out.n[1] - start});
     }
@@ -73,6 +78,7 @@ template <Form OWN> struct FinishQkv {
   __device__ void operator()(const Outputs&, float2 y, const Ahead& own) const {
     if (!own.there) return;
     own.to[0] = own.factor * (y.x + own.added.x), own.to[8] = own.factor * (y.y + own.added.y);
+    if (QKV_BIAS) own.to[0] += widen(own.bias[0]), own.to[8] += widen(own.bias[QKV_BIAS]);
   }
 };
 

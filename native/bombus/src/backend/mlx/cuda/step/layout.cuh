@@ -1,7 +1,8 @@
 // What lies where: the model's table, a step's plan, the workspace between phases, and shared memory.
 //
 // Before this come the model's numbers: HIDDEN, INNER, HEADS, KV_HEADS, DIM, LAYERS, VOCAB, EPS_BITS,
-// THETA_BITS, and TILES: rows are multiplied by 8 * TILES at once.
+// THETA_BITS, and TILES: rows are multiplied by 8 * TILES at once. Whether heads of q and k are normed (QK_NORM), q, k and
+// v have a bias (QKV_BIAS), and frequencies stand in a table (SCALED) are 0 or 1.
 
 // The warps of a block: those that multiply, with one tile three that finish products, and those that fetch. More than
 // 20 would have fewer registers.
@@ -26,10 +27,10 @@ struct Matrix {
   const unsigned* small;
 };
 
-// In the table of a model, for every layer; then come the head and its norm, and the embedding: codes
-// [VOCAB, HIDDEN / 8], scales and biases [VOCAB, HIDDEN / 64].
-enum { QKV = 0, O = 2, GATE_UP = 4, DOWN = 6, INPUT_NORM = 8, POST_NORM, Q_NORM, K_NORM, LAYER_WORDS };
-enum { HEAD = 0, NORM = 2, EMBEDDING = 3, HEAD_WORDS = 3 };
+// In the table of a model, for every layer (what it has not is 0); then come the head and its norm, the embedding: codes
+// [VOCAB, HIDDEN / 8], scales and biases [VOCAB, HIDDEN / 64]; and `rotation` of `angle_of`.
+enum { QKV = 0, O = 2, GATE_UP = 4, DOWN = 6, INPUT_NORM = 8, POST_NORM, Q_NORM, K_NORM, BIAS, LAYER_WORDS };
+enum { HEAD = 0, NORM = 2, EMBEDDING = 3, HEAD_WORDS = 3, ROTATION = 6 };
 // Where a projection's pairs are in an adapter's table: 3 words each, 7 pairs for every layer.
 enum { LORA_QKV = 0, LORA_O = 3, LORA_GATE_UP = 4, LORA_DOWN = 6, LORA_PAIRS = 7 };
 constexpr int PRODUCTS = 4;  // of a layer
@@ -152,7 +153,7 @@ constexpr size_t STATE = rounded(SIGNALS + sizeof(Signals), 16);  // 128 bytes
 constexpr size_t WORDS = STATE + 128;  // of the table, for a layer and the next
 // With one tile, pairs for a layer and the next [2][ROWS][LORA_PAIRS], else those of their sides that a product and its
 // followers need [4][MOST_ROWS], and scales [3][MOST_ROWS].
-constexpr size_t PAIRS = WORDS + 2 * 8 * LAYER_WORDS;
+constexpr size_t PAIRS = rounded(WORDS + 2 * 8 * LAYER_WORDS, 16);
 constexpr size_t SCALES = PAIRS + (TILES == 1 ? 2 * ROWS * LORA_PAIRS * sizeof(Pair) : 4 * 8 * MOST_ROWS);
 // With more tiles, x a^T of the rows that are multiplied at once, for the first eight of the rank [3][ROWS][8].
 constexpr size_t LOW_RANK_OF_ROWS = rounded(SCALES + (TILES == 1 ? 0 : 3 * 4 * MOST_ROWS), 16);

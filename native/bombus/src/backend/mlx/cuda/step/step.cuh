@@ -11,14 +11,18 @@ __device__ inline float embedded(const word* weight, int id, int n) {
   return widen(narrow(code * scale + widen(reinterpret_cast<const bf16*>(weight[2])[group])));
 }
 
+__device__ inline Angle rotation_of(int at, int pair) {
+  if (!SCALED) return angle(at, pair, DIM, __uint_as_float((unsigned)THETA_BITS));
+  return angle_of(at, pair, DIM, reinterpret_cast<const float*>(state().table[LAYERS * LAYER_WORDS + ROTATION]));
+}
+
 template <Form FORM> __device__ __noinline__ void embed() {
   const Product at(-1);
   const word* weight = state().table + LAYERS * LAYER_WORDS + EMBEDDING;
   const bf16* norm = reinterpret_cast<const bf16*>(state().table[INPUT_NORM]);
 #pragma unroll 1
   for (int i = blockIdx.x * THREADS + threadIdx.x; i < rows() * (DIM / 2); i += gridDim.x * THREADS)
-    angles()[i] =
-        angle(positions()[i / (DIM / 2)], i % (DIM / 2), DIM, __uint_as_float((unsigned)THETA_BITS));
+    angles()[i] = rotation_of(positions()[i / (DIM / 2)], i % (DIM / 2));
 #pragma unroll 1
   for (int unit = blockIdx.x; unit < HIDDEN / 16; unit += gridDim.x)
 #pragma unroll 1
@@ -45,7 +49,7 @@ __device__ inline void fetch_norms(int layer) {
   for (int i = threadIdx.x; i < 2 * LINES + 4; i += THREADS) {
     const int norm = i < LINES ? POST_NORM : INPUT_NORM;
     if (i < 2 * LINES) prefetch(weight<char>(layer, norm) + i % LINES * 128);
-    else prefetch(weight<char>(layer, i % 2 ? Q_NORM : K_NORM) + (i - 2 * LINES) / 2 * 128);
+    else if (QK_NORM) prefetch(weight<char>(layer, i % 2 ? Q_NORM : K_NORM) + (i - 2 * LINES) / 2 * 128);
   }
 }
 

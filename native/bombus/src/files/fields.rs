@@ -1,7 +1,6 @@
 //! A JSON file's fields, read with errors that name file and field.
 
 use crate::error::{Error, Result};
-use crate::files;
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 
@@ -12,13 +11,19 @@ pub struct Fields {
 
 impl Fields {
     pub fn open(path: &Path) -> Result<Self> {
-        let map = files::json(path, files::FIELDS, Error::Config)?;
+        let map = super::json(path, super::FIELDS, Error::Config)?;
         Ok(Self { path: path.to_owned(), map })
     }
 
     pub fn error(&self, field: &str, problem: impl std::fmt::Display) -> Error {
         let value = self.value(field).map(|value| format!(", got: {value}")).unwrap_or_default();
         Error::Config(format!("`{}`: `{field}`: {problem}{value}", self.path.display()))
+    }
+
+    /// What the field asks for is not there.
+    pub fn unsupported(&self, field: &str, problem: &str) -> Error {
+        let value = self.value(field).map(|value| format!(": {value}")).unwrap_or_default();
+        Error::Unsupported(format!("`{}`: `{field}`: {problem}{value}", self.path.display()))
     }
 
     /// A null is as good as nothing.

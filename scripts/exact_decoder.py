@@ -1,4 +1,5 @@
-"""Qwen3 in numpy float64, straight from the files, with nothing rounded: the answer that engines approximate.
+"""Llama, Qwen2 and Qwen3 in numpy float64, straight from the files, with nothing rounded: the answer that engines
+approximate.
 
 Quantized weights are decoded from their codes (`q * scale + bias` with the scales as stored); bits and group size
 follow from the shapes, so the quantization settings in config.json are not used here. Affine quantization only.
@@ -39,11 +40,37 @@ def rms_norm(x, weight, eps):
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
 
-def rope(x, theta):
+def rope_frequencies(config, dim, tokens):
+    """Radians a position of each pair of a head, and what the rotated head is multiplied by."""
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = config.get("rope_theta") or scaling.get("rope_theta")
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    factor, context = scaling.get("factor"), scaling.get("original_max_position_embeddings")
+    pairs = np.arange(dim // 2)
+    if kind == "dynamic":
+        most = config["max_position_embeddings"]
+        theta *= (factor * max(tokens, most) / most - (factor - 1)) ** (dim / (dim - 2))
+    frequencies = theta ** (-2.0 * pairs / dim)
+    if kind == "linear":
+        return frequencies / factor, 1.0
+    if kind == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        kept = np.clip((context * frequencies / (2 * np.pi) - low) / (high - low), 0, 1)
+        return frequencies * (kept + (1 - kept) / factor), 1.0
+    if kind == "yarn":
+        pair = lambda turns: dim * np.log(context / (turns * 2 * np.pi)) / (2 * np.log(theta))
+        low = max(np.floor(pair(scaling.get("beta_fast", 32))), 0)
+        high = min(np.ceil(pair(scaling.get("beta_slow", 1))), dim - 1)
+        kept = 1 - np.clip((pairs - low) / (high - low), 0, 1)
+        return frequencies * (kept + (1 - kept) / factor), 0.1 * np.log(factor) + 1
+    return frequencies, 1.0
+
+
+def rope(x, frequencies, amplitude):
     """Rotates x [heads, tokens, head_dim], the first half of each head against the second."""
     half = x.shape[-1] // 2
-    angles = np.arange(x.shape[1])[:, None] * theta ** (-np.arange(half) / half)
-    cos, sin = np.cos(angles), np.sin(angles)
+    angles = np.arange(x.shape[1])[:, None] * frequencies
+    cos, sin = amplitude * np.cos(angles), amplitude * np.sin(angles)
     first, second = x[..., :half], x[..., half:]
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
@@ -78,20 +105,20 @@ class Adapter:
         a, b = (self.tensors.get(f"{path}.{name}") for name in ("lora_a", "lora_b"))
         return None if a is None else (a, b)
 
-    def apply(self, path, x, weight):
-        """x [rows, in] through weight [out, in] and the adapter of that module."""
+    def apply(self, path, x, weight, bias):
+        """x [rows, in] through weight [out, in], the adapter of that module, and bias [out] or 0."""
         y = x @ weight.T
         if (pair := self.pair(path)) is None:
-            return y
+            return y + bias
         a, b = pair
         y = y + self.scale * (x @ a @ b)
         if (m := self.tensors.get(f"{path}.m")) is not None:
             y = y * (m / np.linalg.norm(weight + self.scale * (a @ b).T, axis=1))
-        return y
+        return y + bias
 
 
-class ExactQwen3:
-    """A Qwen3 checkpoint, with or without an adapter."""
+class ExactDecoder:
+    """A checkpoint, with or without an adapter."""
 
     def __init__(self, folder, adapter=None):
         self.config = json.loads((Path(folder) / "config.json").read_text())
@@ -109,7 +136,8 @@ class ExactQwen3:
         return self.decoded[path]
 
     def linear(self, path, x):
-        return self.adapter.apply(path, x, self.weight(path, x.shape[-1]))
+        bias = self.tensors.get(f"{path}.bias", 0.0)
+        return self.adapter.apply(path, x, self.weight(path, x.shape[-1]), bias)
 
     def norm(self, path, x):
         return rms_norm(x, self.tensors[f"{path}.weight"], self.config["rms_norm_eps"])
@@ -131,18 +159,19 @@ class ExactQwen3:
             logits = logits + self.adapter.scale * (x @ pair[1].T @ pair[0].T)
         return logits
 
-    def rope_theta(self):
-        return self.config.get("rope_theta") or self.config["rope_parameters"]["rope_theta"]
+    def head_dim(self):
+        return self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"]
 
     def heads(self, path, x):
-        """A projection of x, split into heads: [heads, tokens, head_dim]."""
-        return self.linear(path, x).reshape(x.shape[0], -1, self.config["head_dim"]).transpose(1, 0, 2)
+        """A projection of x, split into heads, which are normed where there is a norm: [heads, tokens, head_dim]."""
+        heads = self.linear(f"{path}_proj", x).reshape(x.shape[0], -1, self.head_dim()).transpose(1, 0, 2)
+        return self.norm(f"{path}_norm", heads) if f"{path}_norm.weight" in self.tensors else heads
 
     def attention(self, path, x):
-        theta = self.rope_theta()
-        q = rope(self.norm(f"{path}.q_norm", self.heads(f"{path}.q_proj", x)), theta)
-        k = rope(self.norm(f"{path}.k_norm", self.heads(f"{path}.k_proj", x)), theta)
-        mixed = causal_attention(q, k, self.heads(f"{path}.v_proj", x))
+        rotation = rope_frequencies(self.config, self.head_dim(), x.shape[0])
+        q = rope(self.heads(f"{path}.q", x), *rotation)
+        k = rope(self.heads(f"{path}.k", x), *rotation)
+        mixed = causal_attention(q, k, self.heads(f"{path}.v", x))
         return self.linear(f"{path}.o_proj", mixed.transpose(1, 0, 2).reshape(x.shape[0], -1))
 
     def mlp(self, path, x):
