@@ -189,7 +189,7 @@ class ExactDecoder:
 
     def logprobs(self, ids):
         """ln p(token i | the tokens before it), for every token but the first."""
-        return log_softmax(self.logits(ids))[np.arange(len(ids) - 1), ids[1:]]
+        return log_softmax(self.logits(ids[:-1]))[np.arange(len(ids) - 1), ids[1:]]
 
     def greedy(self, prompt, count):
         """The greedy continuation, and how far each token's logit is ahead of the second best."""

@@ -395,8 +395,8 @@ def load(folder, adapter=None):
 
 
 def mlx_logprobs(model, ids):
-    """ln p(token i | the tokens before it) from one pass over the whole sequence."""
-    logits = model(mx.array([ids]))[0].astype(mx.float32)
+    """ln p(token i | the tokens before it) from one pass over all tokens but the last."""
+    logits = model(mx.array([ids[:-1]]))[0].astype(mx.float32)
     logprobs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
     return logprobs[np.arange(len(ids) - 1), ids[1:]]
 
