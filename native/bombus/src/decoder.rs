@@ -3,7 +3,7 @@
 //! It interprets a `ModelSpec`. Fields are named as modules of the checkpoint:
 //! `model.layers.0.self_attn.q_proj`.
 
-use crate::backend::{Backend, LoraRows, Page, Segment, Token};
+use crate::backend::{Backend, Batch, BoundAdapter, Entry, KvCache, LoraRows, Page, Segment};
 use crate::error::Result;
 use crate::spec::{ModelSpec, Projection};
 use std::ops::Range;
@@ -39,63 +39,10 @@ impl<B: Backend> Layer<B> {
     }
 }
 
-/// An adapter's pairs for the linear layers of each projection of a layer.
-pub type Loras<B> = [Vec<Option<<B as Backend>::Lora>>; Projection::ALL.len()];
-
-/// An adapter's pairs, each at its place in the decoder.
-pub struct BoundAdapter<B: Backend> {
-    pub embed_tokens: Option<B::Lora>,
-    pub layers: Vec<Loras<B>>,
-    /// also where the embedding is the head
-    pub lm_head: Option<B::Lora>,
-}
-
-/// Keys and values of one sequence.
-pub type KvCache<B> = <B as Backend>::Cache;
-
-/// One sequence's part of a step.
-pub struct Part<'a, B: Backend> {
-    pub segment: Segment,
-    pub cache: &'a mut KvCache<B>,
-    pub adapter: Option<&'a BoundAdapter<B>>,
-}
-
-/// Some of a step's parts, as a step of their own.
-struct Parts<'a, B: Backend> {
-    tokens: Vec<Token>,
-    parts: Vec<Part<'a, B>>,
-    outputs: Vec<usize>,
-    /// The same rows in the whole step.
-    wanted: Vec<usize>,
-}
-
-impl<B: Backend> Default for Parts<'_, B> {
-    fn default() -> Self {
-        Self { tokens: vec![], parts: vec![], outputs: vec![], wanted: vec![] }
-    }
-}
-
-impl<'a, B: Backend> Parts<'a, B> {
-    fn add(&mut self, part: &'a mut Part<B>, tokens: &[Token], outputs: &[usize]) {
-        let (rows, start) = (part.segment.rows.clone(), self.tokens.len());
-        self.tokens.extend(&tokens[rows.clone()]);
-        let segment = Segment { rows: start..self.tokens.len(), start: part.segment.start };
-        self.parts.push(Part { segment, cache: part.cache, adapter: part.adapter });
-        for output in outputs.iter().filter(|output| rows.contains(output)) {
-            self.outputs.push(output - rows.start + start);
-            self.wanted.push(*output);
-        }
-    }
-}
-
 /// Consecutive rows with one adapter.
 type Span<'a, B> = (Range<usize>, &'a BoundAdapter<B>);
 
 impl<B: Backend> Decoder<B> {
-    pub fn kv_cache(&self) -> KvCache<B> {
-        self.backend.cache(self.layers.len())
-    }
-
     /// What shares the first `positions` with `cache`.
     pub fn fork(&self, cache: &KvCache<B>, positions: usize) -> Result<KvCache<B>> {
         self.backend.fork(cache, positions)
@@ -113,53 +60,18 @@ impl<B: Backend> Decoder<B> {
         self.backend.pages(cache)
     }
 
-    /// The logits `[outputs, vocab]` of the rows named in `outputs`, in ascending order. Parts of one row
-    /// may have a way of their own.
+    /// The logits `[outputs, vocab]` of the rows that the batch names, layer by layer.
     pub fn forward(
         &self,
-        tokens: &[Token],
+        batch: &mut Batch<B>,
         previous: Option<&B::Samples>,
-        parts: &mut [Part<B>],
-        outputs: &[usize],
     ) -> Result<B::Tensor> {
-        let mut own = vec![];
-        for part in &*parts {
-            let rows = &part.segment.rows;
-            own.push(rows.len() == 1 && outputs.contains(&rows.start) && self.backend.steps(part)?);
-        }
-        if !own.contains(&true) {
-            return self.through_layers(tokens, previous, parts, outputs);
-        }
-        let (mut alone, mut rest) = (Parts::default(), Parts::default());
-        for (part, alone_is_it) in parts.iter_mut().zip(&own) {
-            (if *alone_is_it { &mut alone } else { &mut rest }).add(part, tokens, outputs);
-        }
-        let logits = self.backend.step(&alone.tokens, previous, &mut alone.parts)?;
-        if rest.parts.is_empty() {
-            return Ok(logits);
-        }
-        let others = self.through_layers(&rest.tokens, previous, &mut rest.parts, &rest.outputs)?;
-        let both = self.backend.stack(&logits, &others)?;
-        // Where each wanted row is among both.
-        let mut places: Vec<(usize, usize)> =
-            alone.wanted.into_iter().chain(rest.wanted).zip(0..).collect();
-        places.sort_unstable();
-        let places: Vec<usize> = places.into_iter().map(|(_, place)| place).collect();
-        self.backend.select(&both, &places)
-    }
-
-    pub(crate) fn through_layers(
-        &self,
-        tokens: &[Token],
-        previous: Option<&B::Samples>,
-        parts: &mut [Part<B>],
-        outputs: &[usize],
-    ) -> Result<B::Tensor> {
-        let spans = spans(parts);
+        let Batch { tokens, entries, outputs } = batch;
+        let spans = spans(entries);
         let loras = loras(&spans, 0, Range::clone, |adapter| adapter.embed_tokens.as_ref());
         let mut hidden = self.backend.embed(&self.embed_tokens, tokens, previous, &loras)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            hidden = self.layer(index, layer, hidden, parts, &spans)?;
+            hidden = self.layer(index, layer, hidden, entries, &spans)?;
         }
         let hidden = self.backend.select(&hidden, outputs)?;
         self.logits(&hidden, outputs, &spans)
@@ -170,7 +82,7 @@ impl<B: Backend> Decoder<B> {
         index: usize,
         layer: &Layer<B>,
         hidden: B::Tensor,
-        parts: &mut [Part<B>],
+        entries: &mut [Entry<B>],
         spans: &[Span<B>],
     ) -> Result<B::Tensor> {
         let backend = &self.backend;
@@ -179,8 +91,8 @@ impl<B: Backend> Decoder<B> {
 
         let x = backend.rms_norm(&hidden, &layer.input_layernorm, eps)?;
         let [q, k, v] = outputs(backend.project(&layer.qkv_proj, &x, &loras(Projection::Qkv))?);
-        let segments: Vec<Segment> = parts.iter().map(|part| part.segment.clone()).collect();
-        let mut caches: Vec<_> = parts.iter_mut().map(|part| &mut *part.cache).collect();
+        let segments: Vec<Segment> = entries.iter().map(|entry| entry.segment.clone()).collect();
+        let mut caches: Vec<_> = entries.iter_mut().map(|entry| &mut *entry.cache).collect();
         let x = backend.attention(&layer.attention, index, [q, k, v], &segments, &mut caches)?;
         let [x] = outputs(backend.project(&layer.o_proj, &x, &loras(Projection::O))?);
         let hidden = backend.add(&hidden, &x)?;
@@ -213,11 +125,11 @@ impl<B: Backend> Decoder<B> {
 }
 
 /// Neighbours with the same adapter as one, so that it multiplies their rows at once.
-fn spans<'a, B: Backend>(parts: &[Part<'a, B>]) -> Vec<Span<'a, B>> {
+fn spans<'a, B: Backend>(entries: &[Entry<'a, B>]) -> Vec<Span<'a, B>> {
     let mut spans: Vec<Span<'a, B>> = vec![];
-    for part in parts {
-        let Some(adapter) = part.adapter else { continue };
-        let rows = part.segment.rows.clone();
+    for entry in entries {
+        let Some(adapter) = entry.adapter else { continue };
+        let rows = entry.segment.rows.clone();
         match spans.last_mut() {
             Some((last, same)) if std::ptr::eq(*same, adapter) && last.end == rows.start => {
                 last.end = rows.end;

@@ -19,6 +19,7 @@ pub mod convert;
 pub mod decoder;
 pub mod engine;
 pub mod error;
+pub mod executor;
 pub mod files;
 pub mod gauge;
 pub mod hub;

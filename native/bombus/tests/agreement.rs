@@ -11,10 +11,11 @@
 mod common;
 
 use bombus::backend::cpu::{Cpu, Level, Options};
-use bombus::backend::{Backend, Segment, Token};
+use bombus::backend::{Backend, Batch, Token};
 use bombus::checkpoint;
 use bombus::config::Config;
-use bombus::decoder::{Decoder, Part};
+use bombus::decoder::Decoder;
+use bombus::executor::Executor;
 use bombus::sampler::Draw;
 use common::repository;
 
@@ -32,10 +33,10 @@ struct Text {
 /// The most probable token after each of the ids.
 fn next_tokens(decoder: &Decoder<Cpu>, ids: &[u32]) -> Vec<Option<u32>> {
     let tokens: Vec<Token> = ids.iter().map(|&id| Token::Id(id)).collect();
-    let segment = Segment { rows: 0..ids.len(), start: 0 };
     let outputs: Vec<usize> = (0..ids.len()).collect();
-    let part = Part { segment, cache: &mut decoder.kv_cache(), adapter: None };
-    let logits = decoder.forward(&tokens, None, &mut [part], &outputs).unwrap();
+    let (mut cache, mut batch) = (decoder.cache(), Batch::default());
+    batch.push(&tokens, 0, &outputs, &mut cache, None);
+    let logits = decoder.forward(&mut batch, None).unwrap();
     let greedy = vec![Draw::default(); ids.len()];
     let samples = decoder.backend.sample(&logits, &greedy).unwrap();
     let samples = decoder.backend.read(&samples).unwrap();

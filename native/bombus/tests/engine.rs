@@ -304,9 +304,9 @@ fn a_model_that_goes_takes_its_threads_along() {
 #[test]
 fn a_model_works_in_one_of_mlxs_streams() {
     use bombus::backend::mlx::{Device, Mlx};
-    use bombus::backend::{Backend, Segment, Token};
+    use bombus::backend::{Backend, Batch, Token};
     use bombus::config::Config;
-    use bombus::decoder::Part;
+    use bombus::executor::Executor;
     use bombus::{checkpoint, sampler::Draw};
     const NAME: &str = "one-stream";
     let work = || {
@@ -318,15 +318,13 @@ fn a_model_works_in_one_of_mlxs_streams() {
             let folder = parity("f32-untied");
             let config = Config::open(&folder).unwrap();
             let decoder = checkpoint::load(&folder, &config, None, backend).unwrap();
-            let mut caches = [decoder.kv_cache(), decoder.kv_cache()];
-            let parts = caches.iter_mut().zip([0..3, 3..5]).map(|(cache, rows)| Part {
-                segment: Segment { rows, start: 0 },
-                cache,
-                adapter: None,
-            });
+            let mut caches = [decoder.cache(), decoder.cache()];
             let tokens: Vec<Token> = (0..5).map(Token::Id).collect();
-            let logits =
-                decoder.forward(&tokens, None, &mut parts.collect::<Vec<_>>(), &[2, 4]).unwrap();
+            let mut batch = Batch::default();
+            for (cache, rows) in caches.iter_mut().zip([0..3, 3..5]) {
+                batch.push(&tokens[rows.clone()], 0, &[rows.len() - 1], cache, None);
+            }
+            let logits = decoder.forward(&mut batch, None).unwrap();
             let samples = decoder.backend.sample(&logits, &[Draw::default(), Draw::default()]);
             decoder.backend.read(&samples.unwrap()).unwrap();
             (before, threads_named(NAME))

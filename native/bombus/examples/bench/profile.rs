@@ -7,9 +7,11 @@ use anyhow::Result;
 use bombus::adapter::Adapter;
 use bombus::backend::mlx::{Device, Mlx};
 use bombus::backend::{Backend, Segment, Token};
+use bombus::backend::{Batch, BoundAdapter, KvCache};
 use bombus::checkpoint;
 use bombus::config::Config;
-use bombus::decoder::{BoundAdapter, Decoder, KvCache, Part};
+use bombus::decoder::Decoder;
+use bombus::executor::{CudaExecutor, Executor};
 use bombus::sampler::Draw;
 use mlx_rs::{Array, transforms};
 use serde_json::{Value, json};
@@ -39,18 +41,19 @@ pub fn profile(
         let config = Config::open(folder)?;
         let decoder = checkpoint::load(folder, &config, None, backend)?;
         let adapter = adapter.map(|adapter| adapter.bind(&decoder)).transpose()?;
+        let executor = CudaExecutor::new(decoder)?;
         let bandwidth = bandwidth()?;
         println!("memory: {:.2} TB/s for a copy, read and written", bandwidth / 1e12);
         let mut all = vec![];
         for &prompt in &options.sizes.prompt {
             let name = format!("prefill {prompt}, one operation after the other");
-            all.push(print(&name, prefill(&decoder, prompt)?, bandwidth));
+            all.push(print(&name, prefill(executor.decoder(), prompt)?, bandwidth));
         }
         for &depth in &options.sizes.depth {
             for &batch in &options.sizes.batch {
                 let with = adapter.iter().map(Some);
                 for adapter in std::iter::once(None).chain(with) {
-                    let table = steps(&decoder, adapter, batch, depth.max(8))?;
+                    let table = steps(&executor, adapter, batch, depth.max(8))?;
                     if !table.is_empty() {
                         let with = if adapter.is_some() { ", adapter" } else { "" };
                         let name = format!("a step of {batch} behind {depth}{with}");
@@ -146,7 +149,7 @@ fn layers(decoder: &Decoder<Mlx>, rows: usize) -> Result<Table> {
     let eps = decoder.spec.norm.eps;
     let tokens: Vec<Token> = (0..rows).map(token).collect();
     let segments = [Segment { rows: 0..rows, start: 0 }];
-    let mut cache = decoder.kv_cache();
+    let mut cache = decoder.cache();
     let mut table = vec![];
     let one = |mut outputs: Vec<Array>| outputs.swap_remove(0);
     let mut hidden = one(time(&mut table, "embedding", 0, &[], || {
@@ -192,16 +195,16 @@ fn layers(decoder: &Decoder<Mlx>, rows: usize) -> Result<Table> {
 
 /// Steps of so many sequences at once behind prompts of so many tokens: what the kernel notes of itself.
 fn steps(
-    decoder: &Decoder<Mlx>,
+    executor: &CudaExecutor,
     adapter: Option<&BoundAdapter<Mlx>>,
     batch: usize,
     depth: usize,
 ) -> Result<Table> {
     let mut caches = vec![];
     for sequence in 0..batch {
-        let mut cache = decoder.kv_cache();
+        let mut cache = executor.cache();
         let tokens: Vec<Token> = (0..depth).map(|place| token(place + sequence)).collect();
-        forward(decoder, adapter, &tokens, &mut [(&mut cache, 0..depth, 0)])?;
+        forward(executor, adapter, &tokens, &mut [(&mut cache, 0..depth, 0)])?;
         caches.push(cache);
     }
     let mut table: Table = vec![];
@@ -209,13 +212,14 @@ fn steps(
         let tokens: Vec<Token> = (0..batch).map(token).collect();
         let own = caches.iter_mut().enumerate();
         let mut parts: Vec<_> = own.map(|(row, cache)| (cache, row..row + 1, position)).collect();
-        forward(decoder, adapter, &tokens, &mut parts)?;
-        let attention = &decoder.spec.layers[0].attention;
+        forward(executor, adapter, &tokens, &mut parts)?;
+        let spec = &executor.decoder().spec;
+        let attention = &spec.layers[0].attention;
         // Keys and values of bfloat16.
         let seen = 4 * attention.kv_heads * attention.head_dim * (position + 1);
-        let phases = decoder.backend.profile()?.into_iter().map(|phase| Line {
+        let phases = executor.profile()?.into_iter().map(|phase| Line {
             bytes: match phase.name {
-                "attention" => batch * seen * decoder.layers.len(),
+                "attention" => batch * seen * spec.layers.len(),
                 _ => phase.weights,
             },
             name: phase.name.into(),
@@ -230,22 +234,20 @@ type Rows<'a> = (&'a mut KvCache<Mlx>, std::ops::Range<usize>, usize);
 
 /// A step; each part's cache, rows, and the position of the first.
 fn forward(
-    decoder: &Decoder<Mlx>,
+    executor: &CudaExecutor,
     adapter: Option<&BoundAdapter<Mlx>>,
     tokens: &[Token],
-    parts: &mut [Rows],
+    sequences: &mut [Rows],
 ) -> Result<()> {
-    let outputs: Vec<usize> = parts.iter().map(|(_, rows, _)| rows.end - 1).collect();
-    let parts = parts.iter_mut().map(|(cache, rows, start)| Part {
-        segment: Segment { rows: rows.clone(), start: *start },
-        cache: *cache,
-        adapter,
-    });
-    let _turn = decoder.backend.turn();
-    let logits = decoder.forward(tokens, None, &mut parts.collect::<Vec<_>>(), &outputs)?;
-    let draws = vec![Draw::default(); outputs.len()];
-    let samples = decoder.backend.sample(&logits, &draws)?;
-    decoder.backend.submit(&samples)?;
-    decoder.backend.read(&samples)?;
+    let mut batch = Batch::default();
+    for (cache, rows, start) in sequences.iter_mut() {
+        batch.push(&tokens[rows.clone()], *start, &[rows.len() - 1], &mut **cache, adapter);
+    }
+    let draws = vec![Draw::default(); batch.outputs.len()];
+    let _guard = executor.guard();
+    let logits = executor.forward(&mut batch, None)?;
+    let samples = executor.sample(&logits, &draws)?;
+    executor.decoder().backend.submit(&samples)?;
+    executor.decoder().backend.read(&samples)?;
     Ok(())
 }

@@ -11,8 +11,8 @@ mod patterns;
 mod peft;
 mod peft_kinds;
 
-use crate::backend::{Adapted, Backend, LoraWeights};
-use crate::decoder::{BoundAdapter, Decoder, Loras};
+use crate::backend::{Adapted, Backend, BoundAdapter, LoraWeights, Loras};
+use crate::decoder::Decoder;
 use crate::error::{Error, Result};
 use crate::gauge;
 use crate::spec::{EMBED_TOKENS, LM_HEAD, ModelSpec, Module, Projection};

@@ -4,15 +4,21 @@
 //! Tokens are rows: an activation is `[rows, width]`, the rows of all scheduled sequences one
 //! after another, without padding. Weights are immutable; caches and adapters are arguments.
 
+#[cfg(feature = "mlx")]
+pub mod arrays;
+mod batch;
 pub mod cpu;
+#[cfg(feature = "mlx")]
+pub mod cuda;
 #[cfg(feature = "mlx")]
 pub mod mlx;
 #[cfg(test)]
 mod sample_tests;
 
+pub use batch::{Batch, BoundAdapter, Entry, KvCache, Loras};
+
 use crate::config::Quantization;
-use crate::decoder::{Decoder, Part};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::sampler::{Draw, Sample};
 use crate::spec::AttentionSpec;
 use crate::tensor_file::TensorView;
@@ -114,7 +120,7 @@ pub trait Backend {
     /// Token ids that may not have been computed yet, `[rows]`.
     type Samples;
     /// Held while the operations of a step are called.
-    type Turn;
+    type Guard;
 
     /// Whether samples are promises: then the next step is submitted before they are read.
     const DEFERS: bool;
@@ -124,40 +130,8 @@ pub trait Backend {
         work()
     }
 
-    /// Waits for this model's turn at what it shares with others.
-    fn turn(&self) -> Self::Turn;
-
-    /// Gets a decoder ready that has all its weights.
-    fn prepare(_decoder: &Decoder<Self>) -> Result<()>
-    where
-        Self: Sized,
-    {
-        Ok(())
-    }
-
-    /// Whether `step` serves this part, which has one row.
-    fn steps(&self, _part: &Part<Self>) -> Result<bool>
-    where
-        Self: Sized,
-    {
-        Ok(false)
-    }
-
-    /// The logits `[rows, vocab]` of parts of one row each, by a way of the backend's own through all layers.
-    fn step(
-        &self,
-        _tokens: &[Token],
-        _previous: Option<&Self::Samples>,
-        _parts: &mut [Part<Self>],
-    ) -> Result<Self::Tensor>
-    where
-        Self: Sized,
-    {
-        Err(Error::Backend("this backend takes no steps of its own".into()))
-    }
-
-    /// Rows of one below those of the other.
-    fn stack(&self, x: &Self::Tensor, y: &Self::Tensor) -> Result<Self::Tensor>;
+    /// Waits until this model may use what it shares with others.
+    fn guard(&self) -> Self::Guard;
 
     fn norm(&self, weight: &TensorView) -> Result<Self::Norm>;
     fn linear(&self, parts: &[LinearWeights]) -> Result<Self::Linear>;

@@ -43,7 +43,6 @@ pub fn load<B: Backend>(
         backend,
     };
     checkpoint.check_all_taken()?;
-    B::prepare(&decoder)?;
     Ok(decoder)
 }
 

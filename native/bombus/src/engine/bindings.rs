@@ -4,7 +4,8 @@
 use super::live::{InUse, adapter_key};
 use crate::adapter::Adapter;
 use crate::backend::Backend;
-use crate::decoder::{BoundAdapter, Decoder, Loras};
+use crate::backend::{BoundAdapter, Loras};
+use crate::decoder::Decoder;
 use crate::error::{Result, catch_in};
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;

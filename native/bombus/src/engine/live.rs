@@ -3,8 +3,7 @@
 use super::queue::Place;
 use super::sink::{Chunk, Event, Sink, Usage};
 use crate::adapter::Adapter;
-use crate::backend::Backend;
-use crate::decoder::{BoundAdapter, KvCache};
+use crate::backend::{Backend, BoundAdapter, KvCache};
 use crate::error::{Result, catch};
 use crate::gauge;
 use crate::sampler::Sample;

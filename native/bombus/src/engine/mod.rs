@@ -35,7 +35,11 @@ use crate::backend::mlx::{self, Mlx};
 use crate::checkpoint;
 use crate::config::{Config, Quantization};
 use crate::convert;
+use crate::decoder::Decoder;
 use crate::error::{Error, Result, catch, catch_in};
+#[cfg(feature = "mlx")]
+use crate::executor::CudaExecutor;
+use crate::executor::Executor;
 use crate::gauge;
 use crate::scheduler::Limits;
 use crate::sequence::Task;
@@ -171,6 +175,7 @@ pub struct Engine {
     config: Arc<Config>,
     context: usize,
     source: (PathBuf, Option<Quantization>),
+    fallback: Fallback,
 }
 
 impl Engine {
@@ -205,11 +210,21 @@ impl Engine {
             let serve = move || serve((&folder, layout), &config, device, limits, &ready, inbox);
             move || abandoned.scope(serve)
         })?;
-        loaded.recv().map_err(|_| Error::Stopped)??;
+        let fallback = loaded.recv().map_err(|_| Error::Stopped)??;
         let source = (folder.to_owned(), layout);
         let next_id = AtomicU64::new(0);
         let unloaded = AtomicBool::new(false);
-        Ok(Self { commands, unloaded, queue, batch_size, next_id, config, context, source })
+        Ok(Self {
+            commands,
+            unloaded,
+            queue,
+            batch_size,
+            next_id,
+            config,
+            context,
+            source,
+            fallback,
+        })
     }
 
     /// Writes the checkpoint that was loaded to another folder, quantized where loading did that.
@@ -230,6 +245,11 @@ impl Engine {
 
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Why steps go layer by layer on a device that has a faster way for other models.
+    pub fn fallback(&self) -> Option<&str> {
+        self.fallback.as_deref()
     }
 
     /// What a sequence may have of tokens, prompt and all.
@@ -422,7 +442,7 @@ fn serve(
     config: &Arc<Config>,
     device: Device,
     limits: (Limits, usize),
-    ready: &Sender<Result<()>>,
+    ready: &Sender<Result<Fallback>>,
     inbox: Inbox,
 ) {
     let loading = exit::Busy::enter();
@@ -430,15 +450,18 @@ fn serve(
     let served = match device {
         Device::Cpu(options) => {
             static EXIT: Once = Once::new();
-            catch(|| Cpu::new(options)).and_then(|cpu| live(cpu, work, loading, &EXIT))
+            catch(|| Cpu::new(options)).and_then(|cpu| live(cpu, Ok, work, loading, &EXIT))
         }
         #[cfg(feature = "mlx")]
         Device::Mlx(device) => {
             static EXIT: Once = Once::new();
-            if device.is_cuda() {
-                exit::expect_compilation();
-            }
-            catch(|| Mlx::new(device)).and_then(|mlx| live(mlx, work, loading, &EXIT))
+            catch(|| Mlx::new(device)).and_then(|mlx| match device.is_cuda() {
+                true => {
+                    exit::expect_compilation();
+                    live(mlx, CudaExecutor::new, work, loading, &EXIT)
+                }
+                false => live(mlx, Ok, work, loading, &EXIT),
+            })
         }
     };
     if let Err(error) = served {
@@ -446,12 +469,15 @@ fn serve(
     }
 }
 
+/// Why steps take the slower way, where that is so.
+type Fallback = Option<String>;
 type Source<'a> = (&'a Path, Option<Quantization>);
 /// Beside the limits, the context.
-type Work<'a> = (Source<'a>, &'a Arc<Config>, (Limits, usize), &'a Sender<Result<()>>, Inbox);
+type Work<'a> = (Source<'a>, &'a Arc<Config>, (Limits, usize), &'a Sender<Result<Fallback>>, Inbox);
 
-fn live<B: Backend + Clone>(
+fn live<B: Backend + Clone, E: Executor<Backend = B>>(
     backend: B,
+    executor: impl FnOnce(Decoder<B>) -> Result<E>,
     work: Work,
     loading: exit::Busy,
     at_exit: &'static Once,
@@ -460,15 +486,18 @@ fn live<B: Backend + Clone>(
     let own = backend.clone();
     let (served, _busy, unloaded) = own.scope(|| {
         let loading_it = format!("loading `{}`", folder.display());
-        let decoder = catch_in(&loading_it, || checkpoint::load(folder, config, layout, backend));
+        let executor = catch_in(&loading_it, || {
+            checkpoint::load(folder, config, layout, backend).and_then(executor)
+        });
         own.finish();
-        let decoder = decoder?;
+        let executor = executor?;
+        let fallback = executor.fallback().map(str::to_owned);
         exit::register(at_exit);
         drop(loading);
         let share = gauge::Share::one(&gauge::MODELS);
         // Nobody may wait any more; then there are no commands either.
-        _ = ready.send(Ok(()));
-        let mut worker = Worker::new(decoder, config.clone(), context, &limits, inbox);
+        _ = ready.send(Ok(fallback));
+        let mut worker = Worker::new(executor, config.clone(), context, &limits, inbox);
         let served = catch(|| {
             worker.run();
             Ok(())

@@ -4,9 +4,9 @@ use super::live::InUse;
 use super::pending::Scoring;
 use super::queue::Place;
 use super::sink::Sink;
-use crate::backend::{Backend, Segment, Token};
-use crate::decoder::{Decoder, KvCache, Part};
+use crate::backend::{Backend, Batch, KvCache, Token};
 use crate::error::{Error, Result};
+use crate::executor::Executor;
 use crate::gauge;
 use std::ops::Range;
 
@@ -36,7 +36,7 @@ impl<B: Backend> Score<B> {
 
     /// Scores the next `rows` tokens, since the logits of a long text do not fit into memory at
     /// once; true where they were the last.
-    pub fn advance(&mut self, decoder: &Decoder<B>, rows: usize) -> Result<bool> {
+    pub fn advance(&mut self, executor: &impl Executor<Backend = B>, rows: usize) -> Result<bool> {
         let start = self.log_probs.len();
         let given = &self.ids[start..self.ids.len() - 1];
         let given = &given[..given.len().min(rows)];
@@ -45,15 +45,13 @@ impl<B: Backend> Score<B> {
         }
         let tokens: Vec<Token> = given.iter().map(|&id| Token::Id(id)).collect();
         let outputs: Vec<usize> = (0..given.len()).collect();
-        let part = Part {
-            segment: Segment { rows: 0..given.len(), start },
-            cache: &mut self.cache,
-            adapter: self.adapter.as_ref().map(|(_, bound)| bound.as_ref()),
-        };
-        let _turn = decoder.backend.turn();
-        let logits = decoder.forward(&tokens, None, &mut [part], &outputs)?;
+        let adapter = self.adapter.as_ref().map(|(_, bound)| bound.as_ref());
+        let mut batch = Batch::default();
+        batch.push(&tokens, start, &outputs, &mut self.cache, adapter);
+        let _guard = executor.guard();
+        let logits = executor.forward(&mut batch, None)?;
         let targets = &self.ids[start + 1..][..given.len()];
-        let log_probs = decoder.backend.log_probs(&logits, targets)?;
+        let log_probs = executor.decoder().backend.log_probs(&logits, targets)?;
         if let Some(place) = log_probs.iter().position(|log_prob| !log_prob.is_finite()) {
             return Err(Error::Backend(format!(
                 "the log-probability of token {} is not a finite number",

@@ -6,9 +6,9 @@ use super::monitor::Step;
 use super::score::Score;
 use super::sink::Event;
 use super::worker::Worker;
-use crate::backend::{Backend, Segment, Token};
-use crate::decoder::{KvCache, Part};
+use crate::backend::{Backend, Batch, KvCache};
 use crate::error::{Error, Result, catch};
+use crate::executor::Executor;
 use crate::sampler::Sample;
 use crate::sequence::{Chunk, FinishReason, Sequence};
 use std::collections::{HashMap, HashSet};
@@ -34,8 +34,11 @@ pub struct InFlight<B: Backend> {
     begun: Instant,
 }
 
-impl<B: Backend> Worker<B> {
-    pub(super) fn submit(&mut self, previous: Option<&InFlight<B>>) -> Option<InFlight<B>> {
+impl<E: Executor> Worker<E> {
+    pub(super) fn submit(
+        &mut self,
+        previous: Option<&InFlight<E::Backend>>,
+    ) -> Option<InFlight<E::Backend>> {
         for id in self.scheduler.admit() {
             if let Err(error) = catch(|| self.start(id)) {
                 self.finish(id, Err(error));
@@ -69,7 +72,7 @@ impl<B: Backend> Worker<B> {
         if let Some((cache, common)) = self.prefixes.find(live.adapter_key(), &tokens) {
             // The last token's logits are needed.
             cached = common.min(tokens.len() - 1);
-            live.cache = self.decoder.fork(cache, cached)?;
+            live.cache = self.executor.decoder().fork(cache, cached)?;
         }
         sequence.begin_at(cached);
         live.start(cached);
@@ -91,7 +94,7 @@ impl<B: Backend> Worker<B> {
     fn reserve(&mut self, id: u64, positions: Range<usize>) -> Result<()> {
         self.with_memory(|worker| {
             let Some(live) = worker.live.get_mut(&id) else { return Ok(()) };
-            worker.decoder.reserve(&mut live.cache, positions.clone())
+            worker.executor.decoder().reserve(&mut live.cache, positions.clone())
         })
     }
 
@@ -115,11 +118,11 @@ impl<B: Backend> Worker<B> {
     }
 
     /// -> what was in it
-    fn give_up_cache(&mut self, id: u64) -> Option<(usize, Vec<u32>, KvCache<B>)> {
+    fn give_up_cache(&mut self, id: u64) -> Option<(usize, Vec<u32>, KvCache<E::Backend>)> {
         let (sequence, live) = (self.scheduler.get(id)?, self.live.get_mut(&id)?);
         let computed = sequence.computed();
         sequence.give_up_cache();
-        let cache = std::mem::replace(&mut live.cache, self.decoder.kv_cache());
+        let cache = std::mem::replace(&mut live.cache, self.executor.cache());
         Some((live.adapter_key(), computed, cache))
     }
 
@@ -135,22 +138,19 @@ impl<B: Backend> Worker<B> {
     fn submit_step(
         &mut self,
         chunks: &[Chunk],
-        previous: Option<&InFlight<B>>,
-    ) -> Result<InFlight<B>> {
+        previous: Option<&InFlight<E::Backend>>,
+    ) -> Result<InFlight<E::Backend>> {
         let begun = Instant::now();
-        let tokens: Vec<Token> = chunks.iter().flat_map(|chunk| chunk.tokens.clone()).collect();
-        let (mut parts, mut outputs, mut end) = (vec![], vec![], 0);
+        let mut batch = Batch::default();
         for (chunk, live) in chunks.iter().zip(lives(&mut self.live, chunks)) {
-            let rows = end..end + chunk.tokens.len();
-            end = rows.end;
-            outputs.push(end - 1);
             let adapter = live.adapter.as_ref().map(|(_, bound)| bound.as_ref());
-            let segment = Segment { rows, start: chunk.start };
-            parts.push(Part { segment, cache: &mut live.cache, adapter });
+            let last = [chunk.tokens.len() - 1];
+            batch.push(&chunk.tokens, chunk.start, &last, &mut live.cache, adapter);
         }
+        let rows = batch.tokens.len();
         let previous = previous.map(|step| &step.samples);
-        let _turn = self.decoder.backend.turn();
-        let logits = self.decoder.forward(&tokens, previous, &mut parts, &outputs)?;
+        let _guard = self.executor.guard();
+        let logits = self.executor.forward(&mut batch, previous)?;
         match self.fault.take() {
             Some(Fault::Panic) => panic!("a test asked for it"),
             Some(Fault::Error) => return Err(Error::Backend("a test asked for it".into())),
@@ -158,15 +158,15 @@ impl<B: Backend> Worker<B> {
         }
         let draws: Vec<_> =
             chunks.iter().map(|chunk| chunk.draw.clone().unwrap_or_default()).collect();
-        let samples = self.decoder.backend.sample(&logits, &draws)?;
-        self.decoder.backend.submit(&samples)?;
+        let samples = self.executor.sample(&logits, &draws)?;
+        self.executor.decoder().backend.submit(&samples)?;
         let chunks = chunks.iter().map(|chunk| (chunk.id, chunk.draw.is_some())).collect();
-        Ok(InFlight { samples, chunks, rows: tokens.len(), begun })
+        Ok(InFlight { samples, chunks, rows, begun })
     }
 
-    pub(super) fn read(&mut self, step: InFlight<B>) {
+    pub(super) fn read(&mut self, step: InFlight<E::Backend>) {
         let ids = step.chunks.iter().map(|(id, _)| *id);
-        match catch(|| self.decoder.backend.read(&step.samples)) {
+        match catch(|| self.executor.decoder().backend.read(&step.samples)) {
             Err(error) => self.fail(ids, &error),
             Ok(samples) => {
                 for (&(id, is_token), sample) in step.chunks.iter().zip(samples) {
@@ -192,7 +192,7 @@ impl<B: Backend> Worker<B> {
         ids.for_each(|id| self.finish(id, Err(error.clone())));
     }
 
-    fn report(&mut self, step: &InFlight<B>) {
+    fn report(&mut self, step: &InFlight<E::Backend>) {
         let Some(monitor) = &mut self.monitor else { return };
         let step = Step {
             sequences: step.chunks.len(),
@@ -233,7 +233,7 @@ impl<B: Backend> Worker<B> {
         let rows = self.prefill_chunk.min(SCORED_ROWS);
         let room = catch(|| self.make_room_for_score(rows));
         let Some(score) = self.scores.front_mut() else { return };
-        let end = match room.and_then(|()| catch(|| score.advance(&self.decoder, rows))) {
+        let end = match room.and_then(|()| catch(|| score.advance(&self.executor, rows))) {
             Ok(false) => return self.count(),
             Ok(true) => Event::Scores(std::mem::take(&mut score.log_probs)),
             Err(error) => Event::Failed(error),
@@ -246,14 +246,14 @@ impl<B: Backend> Worker<B> {
         self.with_memory(|worker| match worker.scores.front_mut() {
             Some(score) => {
                 let positions = score.next_positions(rows);
-                worker.decoder.reserve(&mut score.cache, positions)
+                worker.executor.decoder().reserve(&mut score.cache, positions)
             }
             None => Ok(()),
         })
     }
 
     /// Whoever hears of the end finds everything given back.
-    pub(super) fn finish_score(&mut self, score: Score<B>, end: Event) {
+    pub(super) fn finish_score(&mut self, score: Score<E::Backend>, end: Event) {
         let Score { id, sink, cache, adapter, share, places, .. } = score;
         self.deadlines.remove(id);
         drop((cache, adapter, share, places));
@@ -266,7 +266,7 @@ impl<B: Backend> Worker<B> {
         self.inbox.batch_size.store(self.scheduler.running().len(), Relaxed);
         let sequences = self.live.values().map(|live| &live.cache);
         let caches = sequences.chain(self.scores.iter().map(|score| &score.cache));
-        let pages = caches.flat_map(|cache| self.decoder.pages(cache));
+        let pages = caches.flat_map(|cache| self.executor.decoder().pages(cache));
         let mut seen = HashSet::new();
         let own = pages.filter(|page| !self.prefixes.holds(page) && seen.insert(page.id));
         self.kv_bytes.set(own.map(|page| page.bytes).sum());

@@ -15,10 +15,10 @@ use super::steps::InFlight;
 use super::unload::Unloading;
 use super::{Command, Fault, Inbox, Order};
 use crate::adapter::Adapter;
-use crate::backend::Backend;
+use crate::backend::{Backend, KvCache};
 use crate::config::Config;
-use crate::decoder::{Decoder, KvCache};
 use crate::error::{Error, Result, catch};
+use crate::executor::Executor;
 use crate::gauge;
 use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{FinishReason, Sequence, Task};
@@ -28,8 +28,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, TryRecvError};
 use std::time::Instant;
 
-pub struct Worker<B: Backend> {
-    pub(super) decoder: Decoder<B>,
+pub struct Worker<E: Executor> {
+    pub(super) executor: E,
     config: Arc<Config>,
     /// Tokens that a text may have.
     context: usize,
@@ -37,11 +37,11 @@ pub struct Worker<B: Backend> {
     pub(super) prefill_chunk: usize,
     pub(super) scheduler: Scheduler,
     pending: HashMap<u64, Pending>,
-    pub(super) live: HashMap<u64, Live<B>>,
-    pub(super) scores: VecDeque<Score<B>>,
+    pub(super) live: HashMap<u64, Live<E::Backend>>,
+    pub(super) scores: VecDeque<Score<E::Backend>>,
     pub(super) deadlines: Deadlines,
-    bindings: Bindings<B>,
-    pub(super) prefixes: Prefixes<KvCache<B>>,
+    bindings: Bindings<E::Backend>,
+    pub(super) prefixes: Prefixes<KvCache<E::Backend>>,
     pub(super) kv_bytes: gauge::Share,
     pub(super) prefix_bytes: gauge::Share,
     /// Steps since then.
@@ -51,16 +51,16 @@ pub struct Worker<B: Backend> {
     unloading: Unloading,
 }
 
-impl<B: Backend> Worker<B> {
+impl<E: Executor> Worker<E> {
     pub fn new(
-        decoder: Decoder<B>,
+        executor: E,
         config: Arc<Config>,
         context: usize,
         limits: &Limits,
         inbox: Inbox,
     ) -> Self {
         Self {
-            decoder,
+            executor,
             config,
             context,
             inbox,
@@ -83,11 +83,11 @@ impl<B: Backend> Worker<B> {
 
     /// Serves until every handle is gone, or the model is unloaded.
     pub fn run(&mut self) {
-        let mut in_flight: Option<InFlight<B>> = None;
+        let mut in_flight: Option<InFlight<E::Backend>> = None;
         let mut busy = Busy::enter();
         loop {
             if in_flight.is_none() && self.is_idle() {
-                self.decoder.backend.finish();
+                self.executor.decoder().backend.finish();
                 drop(busy);
                 let command = self.wait();
                 busy = Busy::enter();
@@ -110,7 +110,7 @@ impl<B: Backend> Worker<B> {
                 self.read(step);
             }
             in_flight = next;
-            if !B::DEFERS
+            if !E::Backend::DEFERS
                 && let Some(step) = in_flight.take()
             {
                 self.read(step);
@@ -135,8 +135,8 @@ impl<B: Backend> Worker<B> {
     }
 
     /// A backend may compute on threads of its own, which the process must not leave behind.
-    fn await_end(&self, in_flight: Option<InFlight<B>>) {
-        self.decoder.backend.finish();
+    fn await_end(&self, in_flight: Option<InFlight<E::Backend>>) {
+        self.executor.decoder().backend.finish();
         drop(in_flight);
     }
 
@@ -249,7 +249,7 @@ impl<B: Backend> Worker<B> {
                 let Order { text, sink, places, asked, .. } = *order;
                 let usage = Usage { prompt_tokens: task.prompt.len(), ..Usage::default() };
                 let share = gauge::Share::one(&gauge::SEQUENCES);
-                let cache = self.decoder.kv_cache();
+                let cache = self.executor.cache();
                 let live = Live { cache, adapter, text, sink, places, usage, asked, share };
                 self.live.insert(id, live);
                 match task.max_new_tokens {
@@ -260,7 +260,7 @@ impl<B: Backend> Worker<B> {
             Some(Pending::Score(scoring)) => {
                 match check_ids(&scoring.ids, &self.config, self.context) {
                     Ok(()) => {
-                        let cache = self.decoder.kv_cache();
+                        let cache = self.executor.cache();
                         self.scores.push_back(Score::new(id, scoring, adapter, cache));
                     }
                     Err(error) => {
@@ -280,7 +280,7 @@ impl<B: Backend> Worker<B> {
 
     /// A layer of the adapter that is bound next.
     fn advance_bindings(&mut self) {
-        let bound = self.bindings.advance(&self.decoder);
+        let bound = self.bindings.advance(self.executor.decoder());
         let Some(Bound { adapter, waiting, result }) = bound else { return };
         match result {
             Ok(()) => {
@@ -350,8 +350,8 @@ impl<B: Backend> Worker<B> {
     fn finish_sequence(&mut self, id: u64, end: Result<FinishReason>) {
         let sequence = self.scheduler.remove(id);
         let Some(mut live) = self.live.remove(&id) else { return };
-        let cache = std::mem::replace(&mut live.cache, self.decoder.kv_cache());
-        let held = !self.decoder.pages(&cache).is_empty();
+        let cache = std::mem::replace(&mut live.cache, self.executor.cache());
+        let held = !self.executor.decoder().pages(&cache).is_empty();
         if let Some(sequence) = sequence.filter(|_| end.is_ok()) {
             self.keep(live.adapter_key(), sequence.computed(), &cache);
         }
@@ -372,13 +372,13 @@ impl<B: Backend> Worker<B> {
     }
 
     /// Keeps what was computed for others that begin alike.
-    pub(super) fn keep(&mut self, adapter: usize, ids: Vec<u32>, cache: &KvCache<B>) {
+    pub(super) fn keep(&mut self, adapter: usize, ids: Vec<u32>, cache: &KvCache<E::Backend>) {
         if ids.is_empty() {
             return;
         }
         let kept = catch(|| {
-            let cache = self.decoder.fork(cache, ids.len())?;
-            let pages = self.decoder.pages(&cache);
+            let cache = self.executor.decoder().fork(cache, ids.len())?;
+            let pages = self.executor.decoder().pages(&cache);
             self.prefixes.insert(adapter, ids, cache, pages);
             Ok(())
         });

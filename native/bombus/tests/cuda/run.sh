@@ -6,7 +6,7 @@
 # folder to build in; CXX: the compiler.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
-cuda=$(cd "${CUDA:-$here/../../src/backend/mlx/cuda}" && pwd) || exit 1
+cuda=$(cd "${CUDA:-$here/../../src/backend/cuda}" && pwd) || exit 1
 build=${BUILD:-$(mktemp -d)}
 [ -n "${BUILD:-}" ] || trap 'rm -rf "$build"' EXIT
 mkdir -p "$build"

@@ -26,7 +26,7 @@ mod tensor;
 #[cfg(test)]
 mod tests;
 
-pub use pool::{Turn, default_threads};
+pub use pool::{PoolGuard, default_threads};
 pub use simd::Level;
 
 use super::{Adapted, AttentionWeights, Backend, LinearWeights};
@@ -137,12 +137,12 @@ impl Backend for Cpu {
     type Lora = Lora;
     type Cache = Vec<Cache>;
     type Samples = Samples;
-    type Turn = Turn;
+    type Guard = PoolGuard;
 
     const DEFERS: bool = false;
 
-    fn turn(&self) -> Turn {
-        self.pool.turn()
+    fn guard(&self) -> PoolGuard {
+        self.pool.guard()
     }
 
     fn norm(&self, weight: &TensorView) -> Result<Norm> {
@@ -258,13 +258,6 @@ impl Backend for Cpu {
         Ok(self.map(x.rows, x.width, |row, out| {
             // SAFETY: all three are of one width.
             unsafe { self.level.run(Sum { x: x.row(row), y: y.row(row), out }) };
-        }))
-    }
-
-    fn stack(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
-        Ok(self.map(x.rows + y.rows, x.width, |row, out| match row.checked_sub(x.rows) {
-            None => out.copy_from_slice(x.row(row)),
-            Some(row) => out.copy_from_slice(y.row(row)),
         }))
     }
 

@@ -39,21 +39,21 @@ pub struct Pool {
 }
 
 struct Shared {
-    turns: Turns,
+    tickets: Tickets,
     /// Locked while a region runs.
     workers: Mutex<Vec<Arc<Worker>>>,
 }
 
 /// Whoever holds it runs its steps; others wait in the order in which they came.
 #[derive(Default)]
-struct Turns {
+struct Tickets {
     /// the next ticket, and the one whose turn it is
     tickets: Mutex<(u64, u64)>,
     changed: Condvar,
 }
 
 /// A turn at the cores, given back when it is dropped.
-pub struct Turn(&'static Turns);
+pub struct PoolGuard(&'static Tickets);
 
 struct Worker {
     /// Counts the regions that this worker was given, and those that it is done with.
@@ -79,8 +79,8 @@ unsafe impl Send for Worker {}
 impl Pool {
     pub fn new(threads: usize) -> std::io::Result<Self> {
         static SHARED: OnceLock<Shared> = OnceLock::new();
-        let shared =
-            SHARED.get_or_init(|| Shared { turns: Turns::default(), workers: Mutex::default() });
+        let shared = SHARED
+            .get_or_init(|| Shared { tickets: Tickets::default(), workers: Mutex::default() });
         let mut workers = lock(&shared.workers);
         while workers.len() + 1 < threads {
             let index = workers.len() + 1;
@@ -91,8 +91,8 @@ impl Pool {
     }
 
     /// Waits until no other model has the cores. Without a turn, single regions take turns.
-    pub fn turn(&self) -> Turn {
-        self.shared.turns.take()
+    pub fn guard(&self) -> PoolGuard {
+        self.shared.tickets.take()
     }
 
     /// Calls `work` once for each thread number, at once, and returns when all are done.
@@ -250,19 +250,19 @@ impl Worker {
     }
 }
 
-impl Turns {
-    fn take(&'static self) -> Turn {
+impl Tickets {
+    fn take(&'static self) -> PoolGuard {
         let mut tickets = lock(&self.tickets);
         let own = tickets.0;
         tickets.0 += 1;
         while tickets.1 != own {
             tickets = self.changed.wait(tickets).unwrap_or_else(PoisonError::into_inner);
         }
-        Turn(self)
+        PoolGuard(self)
     }
 }
 
-impl Drop for Turn {
+impl Drop for PoolGuard {
     fn drop(&mut self) {
         lock(&self.0.tickets).1 += 1;
         self.0.changed.notify_all();
@@ -276,7 +276,7 @@ mod tests {
     #[test]
     fn every_thread_and_every_item_has_its_turn() {
         let pool = Pool::new(3).unwrap();
-        let _turn = pool.turn();
+        let _guard = pool.guard();
         for items in [0, 1, 2, 7, 100] {
             let counts: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
             pool.split(items, 4, |range| {
@@ -291,7 +291,7 @@ mod tests {
     fn a_panic_comes_back_and_the_pool_serves_on() {
         let pool = Pool::new(2).unwrap();
         for bad in [0, 1] {
-            let _turn = pool.turn();
+            let _guard = pool.guard();
             let caught = catch_unwind(AssertUnwindSafe(|| {
                 pool.run(&|thread| assert!(thread != bad, "thread {bad}"));
             }));
@@ -310,7 +310,7 @@ mod tests {
                 scope.spawn(|| {
                     let pool = Pool::new(2).unwrap();
                     for _ in 0..200 {
-                        let _turn = pool.turn();
+                        let _guard = pool.guard();
                         assert_eq!(holders.fetch_add(1, Ordering::SeqCst), 0);
                         pool.run(&|_| {});
                         holders.fetch_sub(1, Ordering::SeqCst);

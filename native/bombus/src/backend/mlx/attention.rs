@@ -1,6 +1,6 @@
 //! Attention over the caches of the sequences in a step.
 
-use super::{AttentionWeights, Page, Segment, array};
+use super::{AttentionWeights, Page, Segment, arrays};
 use crate::error::Result;
 use crate::spec::{AttentionSpec, Scaling};
 use mlx_rs::fast::{self, ScaledDotProductAttentionMask as Mask};
@@ -21,7 +21,7 @@ impl LayerCache {
     pub fn fork(&self, positions: usize) -> Result<Self> {
         let capacity = capacity(positions as i32);
         let cut = |array: &Array| match array.dim(2) > capacity {
-            true => array::index(array, (Ellipsis, ..capacity, ..)),
+            true => arrays::index(array, (Ellipsis, ..capacity, ..)),
             false => Ok(array.clone()),
         };
         let Some([keys, values]) = &self.keys_values else { return Ok(Self::default()) };
@@ -43,9 +43,9 @@ impl LayerCache {
         };
         let [mut keys, mut values] = caches;
         let [new_keys, new_values] = new;
-        array::set(&mut keys, (Ellipsis, start..end, ..), new_keys)?;
-        array::set(&mut values, (Ellipsis, start..end, ..), new_values)?;
-        let up_to = |cache: &Array| array::index(cache, (Ellipsis, ..end, ..));
+        arrays::set(&mut keys, (Ellipsis, start..end, ..), new_keys)?;
+        arrays::set(&mut values, (Ellipsis, start..end, ..), new_values)?;
+        let up_to = |cache: &Array| arrays::index(cache, (Ellipsis, ..end, ..));
         let seen = [up_to(&keys)?, up_to(&values)?];
         self.keys_values = Some([keys, values]);
         Ok(seen)
@@ -86,42 +86,35 @@ pub struct Attention {
 impl Attention {
     pub fn load(spec: &AttentionSpec, weights: &AttentionWeights) -> Result<Self> {
         let norms = match &weights.norms {
-            Some([q, k]) => Some([array::load(q)?, array::load(k)?]),
+            Some([q, k]) => Some([arrays::load(q)?, arrays::load(k)?]),
             None => None,
         };
         let own = spec.rope.scaling != Scaling::None && !spec.rope.is_dynamic();
         Ok(Self { periods: own.then(|| periods(spec, 1)), norms, spec: spec.clone() })
     }
 
+    /// q, k, v: as `heads` makes them -> `[rows, heads * head_dim]`
     pub fn attend(
         &self,
-        qkv: [Array; 3],
-        segments: &[Segment],
-        caches: &mut [&mut LayerCache],
+        [q, k, v]: &[Array; 3],
+        segment: &Segment,
+        cache: &mut LayerCache,
     ) -> Result<Array> {
-        let [q, k, v] = self.heads(qkv)?;
-        let mut outputs = vec![];
-        for (segment, cache) in segments.iter().zip(caches) {
-            // [rows, heads, head_dim] -> [1, heads, rows, head_dim]
-            let own = |x: &Array| -> Result<Array> {
-                Ok(array::rows(x, &segment.rows)?.transpose_axes(&[1, 0, 2])?.expand_dims(0)?)
-            };
-            let [q, k] = [self.rotate(own(&q)?, segment)?, self.rotate(own(&k)?, segment)?];
-            let [keys, values] = cache.append(segment.start as i32, [k, own(&v)?])?;
-            let mask = (segment.rows.len() > 1).then_some(Mask::Causal);
-            let (scale, sinks) = (self.spec.scale(), None::<&Array>);
-            let attended = fast::scaled_dot_product_attention(q, keys, values, scale, mask, sinks)?;
-            let rows = segment.rows.len() as i32;
-            outputs.push(attended.transpose_axes(&[0, 2, 1, 3])?.reshape(&[rows, -1])?);
-        }
-        match &outputs[..] {
-            [one] => Ok(one.clone()),
-            _ => Ok(ops::concatenate(&outputs, 0)?),
-        }
+        // [rows, heads, head_dim] -> [1, heads, rows, head_dim]
+        let own = |x: &Array| -> Result<Array> {
+            Ok(arrays::rows(x, &segment.rows)?.transpose_axes(&[1, 0, 2])?.expand_dims(0)?)
+        };
+        let [q, k] = [self.rotate(own(q)?, segment)?, self.rotate(own(k)?, segment)?];
+        let [keys, values] = cache.append(segment.start as i32, [k, own(v)?])?;
+        let mask = (segment.rows.len() > 1).then_some(Mask::Causal);
+        let (scale, sinks) = (self.spec.scale(), None::<&Array>);
+        let attended = fast::scaled_dot_product_attention(q, keys, values, scale, mask, sinks)?;
+        let rows = segment.rows.len() as i32;
+        Ok(attended.transpose_axes(&[0, 2, 1, 3])?.reshape(&[rows, -1])?)
     }
 
     /// `[rows, heads, head_dim]` each, q and k normed where there are norms
-    fn heads(&self, qkv: [Array; 3]) -> Result<[Array; 3]> {
+    pub fn heads(&self, qkv: [Array; 3]) -> Result<[Array; 3]> {
         let heads = |x: Array| x.reshape(&[x.dim(0), -1, self.spec.head_dim as i32]);
         let [q, k, v] = qkv;
         let [q, k, v] = [heads(q)?, heads(k)?, heads(v)?];

@@ -1,6 +1,6 @@
 //! Linear layers, quantized or dense, and the adapters' pairs.
 
-use super::{Adapted, Device, LinearWeights, LoraRows, LoraWeights, Mlx, array, cuda};
+use super::{Adapted, Device, LinearWeights, LoraRows, LoraWeights, Mlx, arrays, cuda};
 use crate::config::Quantization;
 use crate::error::{Error, Result};
 use mlx_rs::ops::indexing::take_axis;
@@ -187,7 +187,7 @@ fn fusible(one: &LinearWeights, other: &LinearWeights) -> bool {
 fn bias(parts: &[LinearWeights], device: Device) -> Result<Option<Array>> {
     let biases: Option<Vec<_>> = parts.iter().map(|part| part.bias.as_ref()).collect();
     let Some(biases) = biases else { return Ok(None) };
-    let stacked = stack(&mut biases.into_iter().map(array::load))?;
+    let stacked = stack(&mut biases.into_iter().map(arrays::load))?;
     Ok(Some(if device.is_cuda() { cuda::on_card(&stacked)? } else { stacked }))
 }
 
@@ -197,11 +197,11 @@ impl Weight {
             let stacked = stack(arrays)?;
             if device.is_cuda() { cuda::on_card(&stacked) } else { Ok(stacked) }
         };
-        let weight = stack(&mut parts.iter().map(|part| array::load(&part.weight)))?;
+        let weight = stack(&mut parts.iter().map(|part| arrays::load(&part.weight)))?;
         let quantized: Option<Vec<_>> = parts.iter().map(|part| part.quantized.as_ref()).collect();
         let Some(quantized) = quantized else { return Ok(Weight::Dense(weight)) };
-        let scales = stack(&mut quantized.iter().map(|part| array::load(&part.scales)))?;
-        let biases = stack(&mut quantized.iter().map(|part| array::load(&part.biases)))?;
+        let scales = stack(&mut quantized.iter().map(|part| arrays::load(&part.scales)))?;
+        let biases = stack(&mut quantized.iter().map(|part| arrays::load(&part.biases)))?;
         let layout = quantized[0].layout;
         Ok(Weight::Quantized(Quantized { weight, scales, biases, layout, device }))
     }
@@ -304,7 +304,7 @@ pub struct Lora {
 
 impl Lora {
     pub fn load(weights: &LoraWeights, adapted: Adapted<Mlx>) -> Result<Self> {
-        let [mut a, mut b] = [array::load(&weights.a)?, array::load(&weights.b)?];
+        let [mut a, mut b] = [arrays::load(&weights.a)?, arrays::load(&weights.b)?];
         if weights.transposed {
             (a, b) = (a.t(), b.t());
         }
@@ -313,7 +313,7 @@ impl Lora {
         let scale = Array::from_f32(weights.scale);
         let mut lora = Self { a, b, scale, factors: None, by_token, packed: None };
         if let Some(magnitude) = &weights.magnitude {
-            let magnitude = array::load(magnitude)?.as_dtype(Dtype::Float32)?;
+            let magnitude = arrays::load(magnitude)?.as_dtype(Dtype::Float32)?;
             let by_column = embedding && weights.transposed;
             let factors = magnitude.divide(lora.norms(adapted, by_column)?)?;
             transforms::eval([&factors])?;
@@ -342,8 +342,8 @@ impl Lora {
         for start in (0..count).step_by(AT_ONCE) {
             let rows = start..count.min(start + AT_ONCE);
             let ids: Vec<usize> = rows.clone().map(|row| first + row).collect();
-            let own = weight.take(&array::indices(&ids))?.as_dtype(Dtype::Float32)?;
-            let delta = array::rows(left, &rows)?.as_dtype(Dtype::Float32)?;
+            let own = weight.take(&arrays::indices(&ids))?.as_dtype(Dtype::Float32)?;
+            let delta = arrays::rows(left, &rows)?.as_dtype(Dtype::Float32)?;
             let delta = delta.matmul(right.as_dtype(Dtype::Float32)?)?.multiply(&self.scale)?;
             let axis = if by_column { 0 } else { 1 };
             let sum = own.add(delta)?.square()?.sum_axis(axis, false)?;
@@ -402,15 +402,15 @@ pub fn apply_loras(
     let mut done = 0;
     for LoraRows { rows, lora, .. } in loras.iter().filter(|lora| lora.part == part) {
         if done < rows.start {
-            pieces.push(array::rows(&y, &(done..rows.start))?);
+            pieces.push(arrays::rows(&y, &(done..rows.start))?);
         }
-        pieces.push(apply(rows, lora, array::rows(&y, rows)?)?);
+        pieces.push(apply(rows, lora, arrays::rows(&y, rows)?)?);
         done = rows.end;
     }
     let all = y.dim(0) as usize;
     match pieces.len() {
         0 => return Ok(y),
-        _ if done < all => pieces.push(array::rows(&y, &(done..all))?),
+        _ if done < all => pieces.push(arrays::rows(&y, &(done..all))?),
         1 => return Ok(pieces.remove(0)),
         _ => {}
     }

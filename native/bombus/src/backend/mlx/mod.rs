@@ -3,53 +3,31 @@
 //! Every operation only adds to a graph; `submit` starts it, `read` waits for it. MLX binds its
 //! streams to threads, so all of a model's work happens in one thread, inside `Mlx::scope`.
 
-mod array;
 mod attention;
-mod cuda;
 mod device;
 mod linear;
 pub mod quantize;
 mod sample;
 
-pub use cuda::Phase;
-pub use device::{Device, gpu_available, memory};
+pub use device::{Device, gpu_available, memory, synchronize};
+pub use linear::{Linear, Lora};
+pub use sample::Samples;
 
 use super::{Adapted, AttentionWeights, Backend, LinearWeights};
-use super::{LoraRows, LoraWeights, Page, Segment, Token};
-use crate::decoder::{Decoder, Part};
+use super::{LoraRows, LoraWeights, Page, Segment, Token, arrays, cuda};
 use crate::error::{Error, Result};
 use crate::sampler::{Draw, Sample};
 use crate::spec::AttentionSpec;
 use crate::tensor_file::TensorView;
 use attention::{Attention, LayerCache};
-use cuda::Card;
-use linear::{Linear, Lora};
 use mlx_rs::ops::indexing::{take_along_axis, take_axis};
 use mlx_rs::{Array, Dtype, Stream, fast, ops, transforms};
-use sample::Samples;
-use std::cell::OnceCell;
 use std::ops::Range;
-use std::rc::Rc;
 
 #[derive(Clone)]
 pub struct Mlx {
     device: Device,
     stream: Stream,
-    /// On an NVIDIA card, where its kernels serve the model.
-    card: Rc<OnceCell<Card>>,
-}
-
-/// What a step took of the card goes back with it, where no samples keep it: it may never be computed.
-pub struct Turn(Rc<OnceCell<Card>>);
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        if let Some(card) = self.0.get()
-            && card.turn().is_some()
-        {
-            card.step().forget_plan();
-        }
-    }
 }
 
 /// Keys and values of one sequence.
@@ -58,22 +36,10 @@ pub enum Cache {
     Paged(cuda::Sequence),
 }
 
-impl From<mlx_rs::error::Exception> for Error {
-    fn from(exception: mlx_rs::error::Exception) -> Self {
-        let what = exception.what();
-        // MLX's allocators say so in words of their own; there is no code to ask for.
-        let memory = ["malloc", "allocate", "out of memory", "OutOfMemory"];
-        match memory.iter().any(|word| what.contains(word)) {
-            true => Error::OutOfMemory(what.into()),
-            false => Error::Backend(what.into()),
-        }
-    }
-}
-
 impl Mlx {
     pub fn new(device: Device) -> Result<Self> {
         device::init()?;
-        Ok(Self { stream: device.stream()?, device, card: Rc::default() })
+        Ok(Self { stream: device.stream()?, device })
     }
 }
 
@@ -101,11 +67,6 @@ impl Mlx {
             None => Ok(y),
         }
     }
-
-    /// How long the phases of the last step took, where the kernel for NVIDIA cards made it.
-    pub fn profile(&self) -> Result<Vec<Phase>> {
-        self.card.get().map_or(Ok(vec![]), |card| card.step().profile())
-    }
 }
 
 impl Backend for Mlx {
@@ -117,7 +78,7 @@ impl Backend for Mlx {
     type Lora = Lora;
     type Cache = Cache;
     type Samples = Samples;
-    type Turn = Turn;
+    type Guard = ();
 
     const DEFERS: bool = true;
 
@@ -126,12 +87,10 @@ impl Backend for Mlx {
         mlx_rs::with_stream(&self.stream, work)
     }
 
-    fn turn(&self) -> Turn {
-        Turn(self.card.clone())
-    }
+    fn guard(&self) {}
 
     fn norm(&self, weight: &TensorView) -> Result<Array> {
-        array::load(weight)
+        arrays::load(weight)
     }
 
     fn linear(&self, parts: &[LinearWeights]) -> Result<Linear> {
@@ -155,10 +114,7 @@ impl Backend for Mlx {
     }
 
     fn cache(&self, layers: usize) -> Cache {
-        match self.card.get() {
-            Some(card) => Cache::Paged(card.sequence()),
-            None => Cache::Layers((0..layers).map(|_| LayerCache::default()).collect()),
-        }
+        Cache::Layers((0..layers).map(|_| LayerCache::default()).collect())
     }
 
     fn fork(&self, cache: &Cache, positions: usize) -> Result<Cache> {
@@ -192,42 +148,6 @@ impl Backend for Mlx {
         }
     }
 
-    fn prepare(decoder: &Decoder<Self>) -> Result<()> {
-        let backend = &decoder.backend;
-        if backend.device.is_cuda() {
-            match Card::new(decoder) {
-                Ok(Some(card)) => _ = backend.card.set(card),
-                Err(error @ Error::OutOfMemory(_)) => return Err(error),
-                // A card that the kernels are not made for.
-                Ok(None) | Err(_) => {}
-            }
-        }
-        Ok(())
-    }
-
-    fn steps(&self, part: &Part<Self>) -> Result<bool> {
-        match self.card.get() {
-            Some(card) => card.step().serves(part.adapter),
-            None => Ok(false),
-        }
-    }
-
-    fn step(
-        &self,
-        tokens: &[Token],
-        previous: Option<&Samples>,
-        parts: &mut [Part<Self>],
-    ) -> Result<Array> {
-        let Some(card) = self.card.get() else {
-            return Err(Error::Backend("a step without a card".into()));
-        };
-        card.take_step(tokens, previous.map(|samples| &samples.ids), parts)
-    }
-
-    fn stack(&self, x: &Array, y: &Array) -> Result<Array> {
-        Ok(ops::concatenate(&[x.as_dtype(Dtype::Float32)?, y.as_dtype(Dtype::Float32)?], 0)?)
-    }
-
     fn embed(
         &self,
         embedding: &Linear,
@@ -238,7 +158,7 @@ impl Backend for Mlx {
         let ids = token_ids(tokens, previous.map(|samples| &samples.ids))?;
         let embedded = embedding.take(&ids)?;
         linear::apply_loras(embedded, 0, loras, |rows, lora, embedded| {
-            lora.embed(&array::rows(&ids, rows)?, embedded)
+            lora.embed(&arrays::rows(&ids, rows)?, embedded)
         })
     }
 
@@ -246,7 +166,7 @@ impl Backend for Mlx {
         let outputs = linear.apply(x)?.into_iter().enumerate();
         let add = |(part, y)| {
             linear::apply_loras(y, part, loras, |rows, lora, y| {
-                let x = array::rows(x, rows)?;
+                let x = arrays::rows(x, rows)?;
                 match lora.is_dora() {
                     true => self.apply_dora(linear, part, &x, lora, y),
                     false => lora.apply(&x, y),
@@ -268,17 +188,20 @@ impl Backend for Mlx {
         segments: &[Segment],
         caches: &mut [&mut Cache],
     ) -> Result<Array> {
-        let (mut layers, mut sequences) = (vec![], vec![]);
-        for cache in caches {
-            match cache {
-                Cache::Layers(cache) => layers.push(&mut cache[layer]),
-                Cache::Paged(sequence) => sequences.push(sequence),
-            }
+        // All caches of a model are of one kind.
+        let paged = caches.iter().any(|cache| matches!(cache, Cache::Paged(_)));
+        let qkv = if paged { qkv } else { attention.heads(qkv)? };
+        let mut outputs = vec![];
+        for (segment, cache) in segments.iter().zip(caches) {
+            outputs.push(match cache {
+                Cache::Layers(layers) => attention.attend(&qkv, segment, &mut layers[layer])?,
+                Cache::Paged(sequence) => {
+                    let kernels = sequence.attention.clone();
+                    kernels.attend(layer, &qkv, attention.norms.as_ref(), segment, sequence)?
+                }
+            });
         }
-        match self.card.get() {
-            Some(card) => card.attend(attention, layer, qkv, segments, &mut sequences),
-            None => attention.attend(qkv, segments, &mut layers),
-        }
+        cuda::stacked(&outputs)
     }
 
     fn gated(&self, gate: &Array, up: &Array) -> Result<Array> {
@@ -299,7 +222,7 @@ impl Backend for Mlx {
         if rows.iter().copied().eq(0..x.dim(0) as usize) {
             return Ok(x.clone());
         }
-        Ok(take_axis(x, array::indices(rows), 0)?)
+        Ok(take_axis(x, arrays::indices(rows), 0)?)
     }
 
     fn unembed(&self, embedding: &Linear, x: &Array, loras: &[LoraRows<Self>]) -> Result<Array> {
@@ -308,9 +231,7 @@ impl Backend for Mlx {
     }
 
     fn sample(&self, logits: &Array, draws: &[Draw]) -> Result<Samples> {
-        let mut samples = sample::sample(logits, draws, self.device)?;
-        samples.turn = self.card.get().and_then(Card::turn);
-        Ok(samples)
+        sample::sample(logits, draws, self.device)
     }
 
     fn log_probs(&self, logits: &Array, targets: &[u32]) -> Result<Vec<f32>> {
@@ -319,7 +240,7 @@ impl Backend for Mlx {
         let chosen = take_along_axis(&logits, &targets, -1)?;
         let log_probs = chosen.subtract(logits.logsumexp_axis(-1, true)?)?.flatten(None, None)?;
         log_probs.eval()?;
-        array::values(&log_probs)
+        arrays::values(&log_probs)
     }
 
     fn submit(&self, samples: &Samples) -> Result<()> {
@@ -361,7 +282,7 @@ fn token_ids(tokens: &[Token], previous: Option<&Array>) -> Result<Array> {
     let Some(previous) = previous.filter(|_| rows.iter().all(|row| *row < there)) else {
         return Err(Error::Backend("a token was not sampled by the step before".into()));
     };
-    let from_previous = take_axis(previous, array::indices(&rows), 0)?;
+    let from_previous = take_axis(previous, arrays::indices(&rows), 0)?;
     let sampled: Vec<bool> = tokens.iter().map(sampled).collect();
     let sampled = Array::from_slice(&sampled, &[sampled.len() as i32]);
     Ok(ops::select(sampled, from_previous, known)?)
@@ -380,7 +301,7 @@ mod tests {
                 let selected = backend.select(&x, &rows).unwrap().contiguous().unwrap();
                 selected.eval().unwrap();
                 let expected: Vec<f32> = rows.iter().map(|row| *row as f32 + 1.0).collect();
-                assert_eq!(array::values::<f32>(&selected).unwrap(), expected);
+                assert_eq!(arrays::values::<f32>(&selected).unwrap(), expected);
             }
         });
     }

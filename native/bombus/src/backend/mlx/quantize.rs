@@ -2,7 +2,7 @@
 //!
 //! mlx-rs knows the affine mode only: here mlx-c is called itself, on the thread's stream.
 
-use super::{Device, Mlx, array};
+use super::{Device, Mlx, arrays};
 use crate::backend::Backend;
 use crate::engine::on_thread;
 use crate::error::{Error, Result};
@@ -59,11 +59,11 @@ fn run<T: Send + 'static>(
 }
 
 fn from(array: &Array) -> Result<MlxArray> {
-    array::from_bytes(array.dtype, &array.shape, &array.bytes)
+    arrays::from_bytes(array.dtype, &array.shape, &array.bytes)
 }
 
 fn to(array: &MlxArray) -> Result<Array> {
-    let (dtype, bytes) = array::to_bytes(array)?;
+    let (dtype, bytes) = arrays::to_bytes(array)?;
     let shape = array.shape().iter().map(|axis| *axis as usize).collect();
     Array::new(dtype, shape, bytes)
 }

@@ -1,7 +1,7 @@
 //! Sampling in MLX's graph, so that the next step can be submitted before the token is known.
 
-use super::cuda::{Turn, operations};
-use super::{Device, array};
+use super::cuda::{launches::LaunchGuard, operations};
+use super::{Device, arrays};
 use crate::error::Result;
 use crate::sampler::{Draw, Logprobs, Sample};
 use mlx_rs::ops::indexing::{argmax_axis, take_along_axis, take_axis};
@@ -13,8 +13,8 @@ pub struct Samples {
     /// Whether the row's logits hold what is no number; its id then means nothing.
     broken: Array,
     logprobs: Option<Tops>,
-    /// Held until they are read.
-    pub turn: Option<Turn>,
+    /// of a kernel that is behind them: held until they are read
+    pub launch: Option<LaunchGuard>,
 }
 
 /// ln p of the ids `[rows, 1]`; the most probable ids and their ln p `[rows, top]`.
@@ -37,8 +37,8 @@ impl Samples {
         for array in self.arrays() {
             array.eval()?;
         }
-        let ids = array::values::<u32>(&self.ids)?;
-        let broken = array::values::<bool>(&self.broken)?;
+        let ids = arrays::values::<u32>(&self.ids)?;
+        let broken = arrays::values::<bool>(&self.broken)?;
         let logprobs = match &self.logprobs {
             Some(tops) => tops.read()?,
             None => vec![None; ids.len()],
@@ -60,17 +60,17 @@ impl Tops {
         let chosen = take_along_axis(&logprobs, ids.reshape(&[-1, 1])?, -1)?;
         let order = ops::argsort_axis(logprobs.negative()?, -1)?;
         let columns: Vec<usize> = (0..most).collect();
-        let top = take_axis(&order, array::indices(&columns), -1)?.as_dtype(Dtype::Uint32)?;
+        let top = take_axis(&order, arrays::indices(&columns), -1)?.as_dtype(Dtype::Uint32)?;
         let logprobs = take_along_axis(&logprobs, &top, -1)?.contiguous()?;
         Ok(Some(Self { chosen, ids: top.contiguous()?, logprobs, wanted }))
     }
 
     fn read(&self) -> Result<Vec<Option<Logprobs>>> {
-        let chosen = array::values::<f32>(&self.chosen)?;
+        let chosen = arrays::values::<f32>(&self.chosen)?;
         let most = self.ids.dim(-1) as usize;
         let (ids, logprobs) = match most {
             0 => (vec![], vec![]),
-            _ => (array::values::<u32>(&self.ids)?, array::values::<f32>(&self.logprobs)?),
+            _ => (arrays::values::<u32>(&self.ids)?, arrays::values::<f32>(&self.logprobs)?),
         };
         let row = |(row, wanted): (usize, &Option<usize>)| {
             let top = |place| (ids[row * most + place], logprobs[row * most + place]);
@@ -99,7 +99,7 @@ pub fn sample(logits: &Array, draws: &[Draw], device: Device) -> Result<Samples>
         }
     };
     let logprobs = Tops::new(&logits, &ids, draws)?;
-    Ok(Samples { ids, broken, logprobs, turn: None })
+    Ok(Samples { ids, broken, logprobs, launch: None })
 }
 
 fn ids(logits: Array, draws: &[Draw]) -> Result<Array> {

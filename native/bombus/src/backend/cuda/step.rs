@@ -1,18 +1,14 @@
 //! A token for each of some sequences, all layers in one launch of `step.cuh`.
 
 use super::kernel::{Kernel, Launch, Source};
-use super::lora::Tables;
 use super::pages::{Addresses, Sequence};
 use super::plan::{HEADER, Told};
-use super::{BARRIERS, Mlx, NUMBERS, PRIMITIVES, Shape, array, multiprocessors, on_card};
+use super::{BARRIERS, NUMBERS, PRIMITIVES, Shape, arrays, multiprocessors, on_card};
 use crate::backend::Token;
-use crate::backend::mlx::linear::Matrix;
-use crate::decoder::{BoundAdapter, Decoder};
 use crate::error::{Error, Result};
 use mlx_rs::{Array, Dtype, ops, transforms};
 use std::cell::RefCell;
 use std::ffi::CString;
-use std::rc::Rc;
 
 /// As the kernel has them.
 pub const MOST_ROWS: usize = 256;
@@ -102,7 +98,6 @@ pub struct Step {
     _small: Vec<Array>,
     /// Addresses of all weights, and of the adapters'.
     table: Array,
-    tables: Tables,
     workspace: RefCell<Workspace>,
     /// What the card was told last.
     told: RefCell<Told>,
@@ -115,24 +110,19 @@ pub struct Row<'a> {
     pub token: Token,
     pub position: usize,
     pub sequence: &'a mut Sequence,
-    pub adapter: Option<&'a BoundAdapter<Mlx>>,
+    /// where its adapter's table is, and the highest rank there
+    pub adapter: Option<(u64, usize)>,
 }
 
 impl Step {
-    pub fn new(
-        decoder: &Decoder<Mlx>,
-        shape: Shape,
-        addresses: Rc<Addresses>,
-        rotation: &Array,
-    ) -> Result<Self> {
-        let (table, small) = table(decoder, &addresses, rotation)?;
+    pub fn new(model: &ModelArrays, shape: Shape, addresses: &Addresses) -> Result<Self> {
+        let (table, small) = table(model, addresses)?;
         Ok(Self {
             one_tile: Form::new(&shape, 1)?,
             tiles: Form::new(&shape, TILES)?,
             blocks: multiprocessors()?,
             _small: small,
             table,
-            tables: Tables::new(addresses),
             workspace: RefCell::new(Workspace::new(&shape, 32, 1024)?),
             told: RefCell::default(),
             no_samples: Array::from_slice(&[0u32], &[1]),
@@ -143,14 +133,6 @@ impl Step {
     /// What the card was told last may never have reached it.
     pub fn forget_plan(&self) {
         self.told.take();
-    }
-
-    /// Whether the kernel serves a sequence with this adapter.
-    pub fn serves(&self, adapter: Option<&BoundAdapter<Mlx>>) -> Result<bool> {
-        Ok(match adapter {
-            Some(adapter) => self.tables.of(adapter)?.is_some(),
-            None => true,
-        })
     }
 
     /// -> logits `[rows, vocab]` in float32
@@ -185,10 +167,10 @@ impl Step {
     pub fn profile(&self) -> Result<Vec<Phase>> {
         let count = stamps(&self.shape);
         let from = STAMPS as i32 / 4;
-        let words = array::index(&self.workspace.borrow().array, from..from + 2 * count as i32)?;
+        let words = arrays::index(&self.workspace.borrow().array, from..from + 2 * count as i32)?;
         let words = words.contiguous()?.view::<u64>()?;
         words.eval()?;
-        let stamps = array::values::<u64>(&words)?;
+        let stamps = arrays::values::<u64>(&words)?;
         let cycles = &stamps[2..];
         let all = cycles[cycles.len() - 1] - cycles[0];
         let cycle = (stamps[1] - stamps[0]) as f64 * 1e-9 / all as f64;
@@ -220,9 +202,7 @@ impl Step {
                 Token::Sampled(row) => u32::MAX - row as u32,
             };
             own[0] = u64::from(id) | (row.position as u64) << 32;
-            if let Some(adapter) = row.adapter
-                && let Some((address, rank)) = self.tables.of(adapter)?
-            {
+            if let Some((address, rank)) = row.adapter {
                 own[1] = address;
                 highest = rank.max(highest);
             }
@@ -233,47 +213,61 @@ impl Step {
     }
 }
 
+/// Codes `[out, in / 8]`, scales and biases `[out, in / 64]` of a weight in 4 bits.
+pub type MatrixArrays<'a> = [&'a Array; 3];
+
+/// A layer's weights.
+pub struct LayerArrays<'a> {
+    pub qkv: MatrixArrays<'a>,
+    pub o: MatrixArrays<'a>,
+    pub gate_up: MatrixArrays<'a>,
+    pub down: MatrixArrays<'a>,
+    pub input_norm: &'a Array,
+    pub post_norm: &'a Array,
+    /// of heads of q and k
+    pub head_norms: Option<&'a [Array; 2]>,
+    /// of q, k and v
+    pub bias: Option<&'a Array>,
+}
+
+/// A model's weights.
+pub struct ModelArrays<'a> {
+    pub layers: Vec<LayerArrays<'a>>,
+    pub head: MatrixArrays<'a>,
+    pub norm: &'a Array,
+    pub embedding: MatrixArrays<'a>,
+    /// As `angle_of` of `numbers.cuh` takes it.
+    pub rotation: &'a Array,
+}
+
 /// The addresses of all weights, in the order of the kernel, and what was made of some of them.
-fn table(
-    decoder: &Decoder<Mlx>,
-    addresses: &Addresses,
-    rotation: &Array,
-) -> Result<(Array, Vec<Array>)> {
+fn table(model: &ModelArrays, addresses: &Addresses) -> Result<(Array, Vec<Array>)> {
     let (mut words, mut made) = (vec![], vec![]);
-    let mut matrix = |matrix: Option<Matrix>, gated: bool, words: &mut Vec<Array>| -> Result<()> {
-        if let Some(matrix) = matrix {
-            let [codes, scales, biases] = matrix.arrays;
-            let small = small(scales, biases, gated)?;
-            words.extend([addresses.of(codes)?, addresses.of(&small)?]);
-            made.push(small);
-        }
+    let mut matrix = |matrix: MatrixArrays, gated: bool, words: &mut Vec<Array>| -> Result<()> {
+        let [codes, scales, biases] = matrix;
+        let small = small(scales, biases, gated)?;
+        words.extend([addresses.of(codes)?, addresses.of(&small)?]);
+        made.push(small);
         Ok(())
     };
-    for layer in &decoder.layers {
-        matrix(layer.qkv_proj.matrix(), false, &mut words)?;
-        matrix(layer.o_proj.matrix(), false, &mut words)?;
-        matrix(layer.gate_up_proj.matrix(), true, &mut words)?;
-        matrix(layer.down_proj.matrix(), false, &mut words)?;
-        let norms = [&layer.input_layernorm, &layer.post_attention_layernorm].map(Some);
-        let [q_norm, k_norm] = match &layer.attention.norms {
-            Some([q, k]) => [Some(q), Some(k)],
-            None => [None, None],
-        };
-        let bias = layer.qkv_proj.bias_of_all();
-        for array in norms.into_iter().chain([q_norm, k_norm, bias]) {
+    for layer in &model.layers {
+        matrix(layer.qkv, false, &mut words)?;
+        matrix(layer.o, false, &mut words)?;
+        matrix(layer.gate_up, true, &mut words)?;
+        matrix(layer.down, false, &mut words)?;
+        let [q_norm, k_norm] = layer.head_norms.map_or([None; 2], |[q, k]| [Some(q), Some(k)]);
+        let norms = [Some(layer.input_norm), Some(layer.post_norm), q_norm, k_norm];
+        for array in norms.into_iter().chain([layer.bias]) {
             words.push(match array {
                 Some(array) => addresses.of(array)?,
                 None => Array::from_slice(&[0u64], &[1]),
             });
         }
     }
-    let head = decoder.lm_head.as_ref().unwrap_or(&decoder.embed_tokens);
-    matrix(head.matrix(), false, &mut words)?;
-    words.push(addresses.of(&decoder.norm)?);
-    for array in decoder.embed_tokens.matrix().iter().flat_map(|matrix| matrix.arrays) {
+    matrix(model.head, false, &mut words)?;
+    for array in [model.norm].into_iter().chain(model.embedding).chain([model.rotation]) {
         words.push(addresses.of(array)?);
     }
-    words.push(addresses.of(rotation)?);
     let table = ops::concatenate(&words, 0)?;
     transforms::eval([&table])?;
     Ok((table, made))
@@ -366,12 +360,10 @@ impl Shape {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::Backend;
-    use crate::backend::mlx::Device;
 
     #[test]
     fn scales_and_biases_lie_by_sixteen_outputs_and_four_groups() {
-        Mlx::new(Device::Cpu).unwrap().scope(|| {
+        arrays::tests::on_cpu(|| {
             for (outputs, groups, gated) in [(96, 5, false), (200, 4, false), (64, 6, true)] {
                 let number = |output: usize, group: usize| (output * groups + group) as u16;
                 let all = || {
@@ -383,7 +375,7 @@ mod tests {
                     numbers.view::<half::bf16>().unwrap()
                 };
                 let small = small(&numbers(0), &numbers(2000), gated).unwrap();
-                let small = array::values::<u32>(&small).unwrap();
+                let small = arrays::values::<u32>(&small).unwrap();
                 let quads = groups.div_ceil(4);
                 assert_eq!(small.len(), outputs.next_multiple_of(64) * quads * 4);
                 for (output, group) in all() {

@@ -3,8 +3,9 @@
 //! MLX does not know of them: kernels get their addresses. What is written in one step is there for the
 //! next, since MLX's steps follow each other on their stream.
 
+use super::PagedAttention;
 use super::kernel::{Kernel, Launch, Source};
-use crate::backend::Page as Piece;
+use crate::backend::{Page as Piece, arrays};
 use crate::error::{Error, Result};
 use mlx_rs::{Array, Dtype, ops, transforms};
 use std::cell::RefCell;
@@ -109,7 +110,7 @@ impl Pool {
         transforms::eval([&slab])?;
         let address = self.addresses.of(&slab)?;
         transforms::eval([&address])?;
-        let first = super::super::array::values::<u64>(&address)?[0];
+        let first = arrays::values::<u64>(&address)?[0];
         self.slabs.borrow_mut().push(slab);
         let pages = (0..pages).rev().map(|page| first + (page * self.page_bytes) as u64);
         self.free.borrow_mut().extend(pages);
@@ -134,6 +135,7 @@ impl Pool {
 
 /// The pages of one sequence. Forks share them until one writes there.
 pub struct Sequence {
+    pub attention: Rc<PagedAttention>,
     pool: Rc<Pool>,
     pages: Vec<Rc<Page>>,
     /// `plan` for this start, as it was last made
@@ -141,13 +143,14 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    pub fn new(pool: &Rc<Pool>) -> Self {
-        Self { pool: pool.clone(), pages: vec![], plan: RefCell::default() }
+    pub fn new(attention: &Rc<PagedAttention>, pool: &Rc<Pool>) -> Self {
+        let (attention, pool) = (attention.clone(), pool.clone());
+        Self { attention, pool, pages: vec![], plan: RefCell::default() }
     }
 
     pub fn fork(&self, positions: usize) -> Self {
         let pages = positions.div_ceil(POSITIONS).min(self.pages.len());
-        Self { pages: self.pages[..pages].to_vec(), ..Self::new(&self.pool) }
+        Self { pages: self.pages[..pages].to_vec(), ..Self::new(&self.attention, &self.pool) }
     }
 
     pub fn pages(&self) -> Vec<Piece> {

@@ -4,9 +4,9 @@
 use crate::error::Result;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-static TURNS: Turns = Turns::new();
+static LAUNCHES: Launches = Launches::new();
 
-struct Turns {
+struct Launches {
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -23,18 +23,18 @@ struct State {
 }
 
 /// A launch that may not be done yet.
-pub struct Turn {
-    turns: &'static Turns,
+pub struct LaunchGuard {
+    launches: &'static Launches,
     reign: usize,
 }
 
 /// Waits until `owner` may launch. Where it has launches under way and another waits, `finish` waits for
 /// those first.
-pub fn take(owner: usize, finish: impl FnOnce() -> Result<()>) -> Result<Turn> {
-    TURNS.take(owner, finish)
+pub fn take(owner: usize, finish: impl FnOnce() -> Result<()>) -> Result<LaunchGuard> {
+    LAUNCHES.take(owner, finish)
 }
 
-impl Turns {
+impl Launches {
     const fn new() -> Self {
         let state = State { owner: None, launches: 0, reign: 0, last: 0, next: 0 };
         Self { state: Mutex::new(state), changed: Condvar::new() }
@@ -44,12 +44,16 @@ impl Turns {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take(&'static self, owner: usize, finish: impl FnOnce() -> Result<()>) -> Result<Turn> {
+    fn take(
+        &'static self,
+        owner: usize,
+        finish: impl FnOnce() -> Result<()>,
+    ) -> Result<LaunchGuard> {
         let mut state = self.lock();
         if state.owner == Some(owner) {
             if state.last == state.next {
                 state.launches += 1;
-                return Ok(Turn { turns: self, reign: state.reign });
+                return Ok(LaunchGuard { launches: self, reign: state.reign });
             }
             drop(state);
             finish()?;
@@ -64,7 +68,7 @@ impl Turns {
         state.next += 1;
         state.owner = Some(owner);
         state.launches = 1;
-        Ok(Turn { turns: self, reign: state.reign })
+        Ok(LaunchGuard { launches: self, reign: state.reign })
     }
 
     fn free(&self, state: &mut State) {
@@ -75,13 +79,13 @@ impl Turns {
     }
 }
 
-impl Drop for Turn {
+impl Drop for LaunchGuard {
     fn drop(&mut self) {
-        let mut state = self.turns.lock();
+        let mut state = self.launches.lock();
         if state.reign == self.reign {
             state.launches -= 1;
             if state.launches == 0 {
-                self.turns.free(&mut state);
+                self.launches.free(&mut state);
             }
         }
     }
@@ -94,7 +98,7 @@ mod tests {
 
     #[test]
     fn launches_of_two_owners_never_overlap() {
-        static TURNS: Turns = Turns::new();
+        static LAUNCHES: Launches = Launches::new();
         static OWNER: AtomicUsize = AtomicUsize::new(0);
         std::thread::scope(|scope| {
             for owner in 1..=3 {
@@ -106,7 +110,7 @@ mod tests {
                             OWNER.store(0, SeqCst);
                             Ok(())
                         };
-                        let turn = TURNS.take(owner, finish).unwrap();
+                        let turn = LAUNCHES.take(owner, finish).unwrap();
                         let before = OWNER.swap(owner, SeqCst);
                         assert!(before == 0 || before == owner, "{before} beside {owner}");
                         std::thread::yield_now();
@@ -121,6 +125,6 @@ mod tests {
                 });
             }
         });
-        assert!(TURNS.lock().owner.is_none());
+        assert!(LAUNCHES.lock().owner.is_none());
     }
 }

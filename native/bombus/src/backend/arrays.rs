@@ -7,6 +7,18 @@ use mlx_rs::{Array, Dtype, Stream};
 use safetensors::tensor::Dtype as FileDtype;
 use std::ops::Range;
 
+impl From<mlx_rs::error::Exception> for Error {
+    fn from(exception: mlx_rs::error::Exception) -> Self {
+        let what = exception.what();
+        // MLX's allocators say so in words of their own; there is no code to ask for.
+        let memory = ["malloc", "allocate", "out of memory", "OutOfMemory"];
+        match memory.iter().any(|word| what.contains(word)) {
+            true => Error::OutOfMemory(what.into()),
+            false => Error::Backend(what.into()),
+        }
+    }
+}
+
 /// Copies a tensor out of its file.
 pub fn load(view: &TensorView) -> Result<Array> {
     from_bytes(view.dtype, view.shape, &view.read()?)
@@ -93,4 +105,16 @@ pub fn indices(rows: &[usize]) -> Array {
 /// The values of an evaluated array.
 pub fn values<T: mlx_rs::ArrayElement + Clone>(array: &Array) -> Result<Vec<T>> {
     array.to_vec_exact().map_err(|error| Error::Backend(error.to_string()))
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+
+    /// Runs `work` on MLX's CPU device.
+    pub fn on_cpu(work: impl FnOnce()) {
+        // The first operation that can fail sets MLX's error handler.
+        mlx_rs::memory::active_memory().unwrap();
+        mlx_rs::with_stream(&Stream::new_with_device(&mlx_rs::Device::cpu()), work);
+    }
 }
