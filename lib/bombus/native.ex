@@ -50,6 +50,10 @@ defmodule Bombus.Native do
   def check_adapter(_model, _adapter, _reference), do: nif()
   def requests(_model), do: nif()
 
+  # {:ok, :ok}, or the error of what was unloaded; and what a reference is a handle of, or nil.
+  def check_loaded(_model, _tokenizer, _adapter), do: nif()
+  def kind(_reference), do: nif()
+
   # {reference, step} to a process after every step of a model.
   def watch(_model, _pid, _reference), do: nif()
 

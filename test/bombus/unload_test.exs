@@ -102,6 +102,38 @@ defmodule Bombus.UnloadTest do
     assert Bombus.unload(tokenizer) == :ok
   end
 
+  @tag :capture_log
+  test "a serving that was given them says so, and so do its answers" do
+    tokenizer = Bombus.load_tokenizer!(:demo)
+    adapter = Bombus.load_adapter!({:demo, "pirate"})
+    model = Bombus.load_model!(:demo, device: :cpu)
+    serving = Serving.new(model, tokenizer, max_new_tokens: 3)
+    text = %{text: "Tea"}
+    ids = %{token_ids: [1, 2], adapter: nil}
+    given = [model: model, tokenizer: tokenizer]
+
+    # By another struct, which is all that its owner has.
+    for {name, options, unloaded, input, others} <- [
+          {OfAdapter, given ++ [adapter: adapter], adapter, text, ids},
+          {OfTokenizer, given, tokenizer, text, nil},
+          {OfModel, [model: model, tokenizer: nil], model, ids, nil},
+          {OfServing, [serving: serving], model, ids, nil}
+        ] do
+      options = [name: name] ++ options
+      start_supervised!({Serving, options})
+      if unloaded != model, do: assert(%{state: :ready} = Serving.status(name))
+      assert Bombus.unload(unloaded) == :ok
+
+      assert %{state: {:failed, %Error{reason: :unloaded}}} = Serving.status(name)
+      assert {:error, %Error{reason: :unloaded}} = Serving.batched_run(name, input)
+      assert_raise Error, ~r/unloaded/, fn -> Enum.to_list(Serving.stream(name, input)) end
+      if others, do: assert(%{results: [_result]} = Serving.batched_run(name, others))
+
+      if unloaded == model,
+        do: assert({:error, %Error{reason: :unloaded}} = Serving.await_ready(name))
+    end
+  end
+
   test "what is none of these is the caller's mistake" do
     assert_raise ArgumentError, ~r/a model, a tokenizer or an adapter/, fn ->
       Bombus.unload(:demo)

@@ -287,8 +287,14 @@ defmodule Bombus.Serving.Options do
 
   @doc false
   # On which node it must be shows beside a model.
-  def check_adapter(%Adapter{} = adapter), do: {:ok, adapter}
   def check_adapter(nil), do: {:ok, nil}
+
+  def check_adapter(%Adapter{ref: ref} = adapter) when is_reference(ref) do
+    if node(ref) == node(),
+      do: {:ok, Options.handle!(adapter, Adapter)},
+      else: {:ok, adapter}
+  end
+
   def check_adapter(_other), do: {:error, "made by Bombus.load_adapter/2, or nil"}
 
   @doc false
@@ -299,9 +305,18 @@ defmodule Bombus.Serving.Options do
   end
 
   defp template_options(options) do
-    if Messages.options?(options),
-      do: {:ok, options},
-      else: {:error, "names and values as in JSON"}
+    name = options[:chat_template] || options["chat_template"]
+
+    cond do
+      not Messages.options?(options) ->
+        {:error, "names and values as in JSON"}
+
+      not (is_atom(name) or is_binary(name)) ->
+        {:error, "names and values, :chat_template the name of a template"}
+
+      true ->
+        {:ok, options}
+    end
   end
 
   @doc false
@@ -310,9 +325,9 @@ defmodule Bombus.Serving.Options do
   def check_compile(sizes) do
     if Keyword.keyword?(sizes) and Enum.all?(sizes, &size?/1),
       do: {:ok, sizes},
-      else: {:error, "[batch_size: n, sequence_length: n]"}
+      else: {:error, "[batch_size: n, sequence_length: n], whole numbers in 1..#{@most}"}
   end
 
   defp size?({key, size}),
-    do: key in [:batch_size, :sequence_length] and is_integer(size) and size > 0
+    do: key in [:batch_size, :sequence_length] and is_integer(size) and size in 1..@most
 end

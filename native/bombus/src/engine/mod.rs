@@ -215,9 +215,7 @@ impl Engine {
     /// Writes the checkpoint that was loaded to another folder, quantized where loading did that.
     /// `overwrite`: a model that is there goes
     pub fn save(&self, to: &Path, overwrite: bool) -> Result<()> {
-        if self.is_unloaded() {
-            return Err(self.gone());
-        }
+        self.check_loaded()?;
         let (from, layout) = &self.source;
         let (config, tensors) = checkpoint::open(from)?;
         convert::save(from, (&config, &tensors), *layout, to, overwrite)
@@ -332,16 +330,17 @@ impl Engine {
         _ = self.commands.send(Command::Unload { cancel, done: Done::new(done) });
     }
 
-    fn is_unloaded(&self) -> bool {
-        self.unloaded.load(Relaxed)
+    /// Fails where the model was unloaded, or is about to be.
+    pub fn check_loaded(&self) -> Result<()> {
+        match self.unloaded.load(Relaxed) {
+            true => Err(Error::Unloaded("model")),
+            false => Ok(()),
+        }
     }
 
     /// Why there is no engine.
     fn gone(&self) -> Error {
-        match self.is_unloaded() {
-            true => Error::Unloaded("model"),
-            false => Error::Stopped,
-        }
+        self.check_loaded().err().unwrap_or(Error::Stopped)
     }
 
     fn send(&self, command: Command) -> Result<()> {
@@ -368,9 +367,7 @@ impl Engine {
     }
 
     fn places(&self, group: Option<&Group>) -> Result<Vec<Place>> {
-        if self.is_unloaded() {
-            return Err(self.gone());
-        }
+        self.check_loaded()?;
         let own = group.map(Group::place).transpose()?;
         Ok(own.into_iter().chain([self.queue.place()?]).collect())
     }
