@@ -27,6 +27,12 @@ pub const VOCABULARY: u64 = 256 << 20;
 /// Bytes that a chat template may have.
 pub const TEMPLATE: u64 = 4 << 20;
 
+/// The folder of chat templates that have names, in files `<name>.jinja`, as in transformers.
+pub const TEMPLATES: &str = "additional_chat_templates";
+
+/// So many templates are read, or downloaded.
+pub const MOST_TEMPLATES: usize = 100;
+
 /// The bytes of a regular file that has at most `most`, and is not plainly something else.
 pub fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
     let unread = |what| Error::Io(format!("could not read {what}"));
@@ -75,9 +81,10 @@ pub fn open(path: &Path) -> Result<File> {
     Err(Error::Io(format!("could not read `{}`: expected a file, it is {kind}", path.display())))
 }
 
-/// What is no regular file.
-fn kind(kind: FileType) -> &'static str {
+/// What it is, in words.
+pub fn kind(kind: FileType) -> &'static str {
     match kind {
+        kind if kind.is_file() => "a file",
         kind if kind.is_dir() => "a folder",
         kind if kind.is_fifo() => "a FIFO",
         kind if kind.is_socket() => "a socket",
