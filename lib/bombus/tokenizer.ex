@@ -238,7 +238,7 @@ defmodule Bombus.Tokenizer do
   defp turns(messages) do
     {turns, last} =
       Enum.map_reduce(messages, 0, fn message, turn ->
-        case to_string(message[:role] || message["role"]) do
+        case role(message) do
           "user" -> {{turn + 1, message}, turn + 1}
           role when role in ["system", "developer"] -> {{nil, message}, turn}
           _other -> {{turn, message}, turn}
@@ -246,6 +246,13 @@ defmodule Bombus.Tokenizer do
       end)
 
     {turns, last}
+  end
+
+  # Of a map or a list of pairs, whose names are atoms or strings.
+  defp role(message) do
+    Enum.find_value(message, fn {name, role} ->
+      if to_string(name) == "role", do: to_string(role)
+    end)
   end
 
   # How few turns must go is found by halving.
@@ -291,7 +298,22 @@ defmodule Bombus.Tokenizer do
 
   defp prompt(%{text: text}, _tokenizer, _options), do: text(text)
   defp prompt(%{messages: messages}, tokenizer, options), do: chat(messages, tokenizer, options)
-  defp prompt(messages, tokenizer, options), do: chat(messages, tokenizer, options)
+
+  defp prompt(%{"text" => text} = input, tokenizer, options)
+       when not is_map_key(input, :messages),
+       do: prompt(%{text: text}, tokenizer, options)
+
+  defp prompt(%{"messages" => messages}, tokenizer, options),
+    do: chat(messages, tokenizer, options)
+
+  defp prompt(messages, tokenizer, options) when is_list(messages),
+    do: chat(messages, tokenizer, options)
+
+  defp prompt(other, _tokenizer, _options) do
+    raise ArgumentError,
+          "expected a text, a list of messages, %{text: text} or %{messages: messages}, " <>
+            "got: #{Options.show(other)}"
+  end
 
   defp text(text) when is_binary(text) do
     if String.valid?(text),

@@ -212,7 +212,7 @@ mod tests {
         let layers = message(with("num_hidden_layers", json!(-1)));
         assert_eq!(
             layers,
-            "`config.json`: `num_hidden_layers`: expected a positive integer, got: -1"
+            "`config.json`: `num_hidden_layers`: expected a whole number in 1..2147483647, got: -1"
         );
         assert!(message(with("vocab_size", json!(1u64 << 40))).contains("vocab_size"));
         assert!(message(with("num_key_value_heads", json!(3))).contains("num_key_value_heads"));
