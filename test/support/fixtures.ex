@@ -95,14 +95,15 @@ defmodule Bombus.Fixtures do
   end
 
   @doc """
-  The demo model, dense and with one layer: MLX's CPU device trains it ten times as fast. Gone after the
-  module's tests.
+  The demo model, dense and with one layer: MLX's CPU device trains it ten times as fast. Always in the
+  same folder, since rates of trainings are kept by it.
   """
   def quick_model do
-    folder = Path.join(System.tmp_dir!(), "bombus-quick-#{System.unique_integer([:positive])}")
+    folder = Path.expand("tmp/quick-model")
     demo = Application.app_dir(:bombus, "priv/models/demo")
+    File.rm_rf!(folder)
+    File.mkdir_p!(Path.dirname(folder))
     File.cp_r!(demo, folder)
-    ExUnit.Callbacks.on_exit(fn -> File.rm_rf!(folder) end)
 
     edit_json(folder, "config.json", fn config ->
       config |> Map.drop(~w(quantization quantization_config)) |> Map.put("num_hidden_layers", 1)

@@ -1,5 +1,5 @@
 defmodule Bombus.Training.LoRATest do
-  # With the real mlx_lm, on the shipped model.
+  # With the real mlx_lm, on a part of the shipped model (mix/train_test.exs and the guide train that).
   use ExUnit.Case, async: true
 
   alias Bombus.{Error, Fixtures}
@@ -342,8 +342,7 @@ defmodule Bombus.Training.LoRATest do
       # These end a line for Python, but not in JSON Lines.
       data(dir, ["One.\u2028Two.\vThree." | rows(2)], split_ratio: 0.7)
       path = Path.join(dir, "adapter")
-      demo = [base_model: :demo, rank: 4]
-      assert train(dir, demo ++ [iterations: 1]) == {:ok, path}
+      assert train(dir, iterations: 1, rank: 4) == {:ok, path}
 
       assert [
                %{type: :start, iterations: 1},
@@ -359,19 +358,20 @@ defmodule Bombus.Training.LoRATest do
 
       adapter = Bombus.load_adapter!(path)
       assert {adapter.rank, adapter.scale} == {4, 20.0}
-      model = Bombus.load_model!(:demo)
+      folder = :persistent_term.get(__MODULE__)
+      model = Bombus.load_model!(folder)
       score = fn adapter -> Bombus.score(model, [5, 6, 7, 8], adapter: adapter) end
       assert {:ok, scored} = score.(adapter)
       assert {:ok, scored} != score.(nil)
       assert score.(Bombus.load_adapter!(checkpoint)) == {:ok, scored}
 
-      assert train(dir, demo ++ [resume_from: path]) == {:ok, path}
+      assert train(dir, rank: 4, resume_from: path) == {:ok, path}
       resumed = events()
       assert Enum.map(resumed, & &1[:iteration]) == [nil, 1, 2, 2]
       assert File.exists?(Path.join(path, "0000002_adapters.safetensors"))
       assert score.(Bombus.load_adapter!(path)) != {:ok, scored}
 
-      assert {:error, %Error{reason: :already_done}} = train(dir, demo ++ [resume_from: path])
+      assert {:error, %Error{reason: :already_done}} = train(dir, rank: 4, resume_from: path)
 
       # What the first run reported is still there, then the second.
       monitored = Enum.to_list(LoRA.monitor_training(path))
@@ -380,7 +380,7 @@ defmodule Bombus.Training.LoRATest do
       assert [{1, loss}, {2, _other}] = losses
       assert loss == report.loss
 
-      assert %{source: :measured, seconds: seconds} = LoRA.estimate_training_time(10, :demo)
+      assert %{source: :measured, seconds: seconds} = LoRA.estimate_training_time(10, folder)
       assert seconds > 0
     end
 
