@@ -292,6 +292,44 @@ defmodule Bombus.MistakesTest do
     Tokenizer.apply_chat_template(tokenizer, message, template_options: options)
   end
 
+  test "what JSON does not have is named, wherever it stands in a conversation", context do
+    for value <- [
+          {1, 2},
+          {:json, 1},
+          {:json, "{broken"},
+          self(),
+          <<1::3>>,
+          [1 | 2],
+          [{:a, 1}, :b],
+          %{{:a, 1} => 2},
+          MapSet.new([1]),
+          %URI{},
+          ~r/a/,
+          [a: 1, a: 2]
+        ],
+        # A list of the pair would be an object with the name `json`.
+        listed = if match?({:json, _}, value), do: [1, value], else: [value],
+        place <- [value, listed, %{"deep" => value}, [deep: listed]] do
+      message = %{role: "assistant", content: nil, tool_calls: [%{id: place}]}
+
+      assert_raise ArgumentError,
+                   ~r/^expected (a message to be of what JSON has|every name)/,
+                   fn ->
+                     Tokenizer.apply_chat_template(context.tokenizer, [message])
+                   end
+
+      assert_raise ArgumentError, ~r/^expected :template_options to be names and values/, fn ->
+        template(context.tokenizer, %{documents: place})
+      end
+    end
+
+    encoded = fn value -> value |> Bombus.OrderedJSON.encode(:any) |> IO.iodata_to_binary() end
+    assert encoded.(Date.new!(2026, 1, 2)) == ~s("2026-01-02")
+    assert encoded.([:nan, nil, true, 1.0e308, ~c"a"]) == ~s(["nan",null,true,1.0e308,[97]])
+    assert encoded.(%{nil => 1, 2 => %{}, "a" => []}) == ~s({"2":{},"a":[],"nil":1})
+    assert encoded.(Integer.pow(10, 30)) == "1" <> String.duplicate("0", 30)
+  end
+
   test "messages may be lists of pairs, wherever messages are taken", %{tokenizer: tokenizer} do
     for message <- [
           [role: "user", content: "Hello"],
