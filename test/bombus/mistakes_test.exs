@@ -308,7 +308,7 @@ defmodule Bombus.MistakesTest do
           [a: 1, a: 2]
         ],
         # A list of the pair would be an object with the name `json`.
-        listed = if match?({:json, _}, value), do: [1, value], else: [value],
+        listed = if(match?({:json, _}, value), do: [1, value], else: [value]),
         place <- [value, listed, %{"deep" => value}, [deep: listed]] do
       message = %{role: "assistant", content: nil, tool_calls: [%{id: place}]}
 
