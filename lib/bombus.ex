@@ -38,8 +38,10 @@ defmodule Bombus do
       type: :boolean,
       default: false,
       doc:
-        "true puts the model in the place of another one that is in the folder, which is " <>
-          "`{:error, %Bombus.Error{reason: :already_there}}` without it. Files that are no model's stay"
+        "true puts the model in the place of another one that is in the folder: files that would be " <>
+          "taken for the new model's go (its weights, configuration, tokenizer and templates), others " <>
+          "stay. Without it such files, and those that would be replaced, are " <>
+          "`{:error, %Bombus.Error{reason: :already_there}}`"
     ]
   ]
   @load_tokenizer [on_progress: Hub.Options.on_progress()]

@@ -47,7 +47,7 @@ defmodule Bombus.Serving do
   requests that meet the change end with `:io`.
 
   A serving or model that is given is ready at once, and cannot be loaded anew: where its files change,
-  its status stays `{:failed, error}`. An adapter that does not fit it fails the start.
+  or `Bombus.unload/2` has freed it, its status stays `{:failed, error}`. An adapter that does not fit it fails the start.
 
   ## Time
 
@@ -239,7 +239,8 @@ defmodule Bombus.Serving do
   @doc """
   Runs an input as a stream of text chunks (of token ids where there is no tokenizer).
 
-  The request starts when the stream is first asked, in the process that asks. Halting the stream
+  The request starts when the stream is first asked, in the process that asks. Only that process can
+  read it: in another one, a stream that was suspended raises `ArgumentError`. Halting the stream
   cancels the request, and so does the death of the process. What goes wrong is raised as a
   `Bombus.Error`, a prompt that is too long (`:prompt_too_long`) too.
 
@@ -298,8 +299,8 @@ defmodule Bombus.Serving do
   @doc """
   Whether a named serving can answer, for health checks: a map of
 
-    * `:state` - `:loading`, `:ready`, or `{:failed, error}` where its model cannot be loaded, or its
-      files have changed
+    * `:state` - `:loading`, `:ready`, or `{:failed, error}` where its model cannot be loaded, its
+      files have changed, or what it was given has been unloaded
     * `:progress` - of a download while it is loading, `t:Bombus.Hub.progress/0`; else `nil`
     * `:batch` - how many requests run in the model's batch
     * `:queue` - how many more wait; while it is loading, how many callers wait for that

@@ -64,7 +64,8 @@ defmodule Bombus.Tokenizer do
 
   A folder with `tokenizer.json`, or with the `vocab.json` and `merges.txt` of Qwen2's or GPT-2's
   tokenizer. Special tokens come from `tokenizer_config.json`, `special_tokens_map.json` and
-  `added_tokens.json`, as in transformers. A `truncation` or `padding` in `tokenizer.json` does not
+  `added_tokens.json`, as in transformers; chat templates from `chat_template.jinja` and, by their
+  names, from at most 100 files `additional_chat_templates/*.jinja`. A `truncation` or `padding` in `tokenizer.json` does not
   count.
 
   ## Errors
@@ -142,8 +143,8 @@ defmodule Bombus.Tokenizer do
     * a string - the text as it stands, as `encode/3` takes it and as a serving takes it with
       `chat_template: false`
     * a list of messages - the conversation, with the chat template around it
-    * `%{text: string}` or `%{messages: list}` - an input, as a serving takes it: a text is a user's
-      message where the tokenizer has a chat template
+    * `%{text: string}` or `%{messages: list}` - an input, as a serving takes it, its names atoms or
+      strings: a text is a user's message where the tokenizer has a chat template
 
   ## Options
 

@@ -93,7 +93,9 @@ defmodule Bombus.Serving.Options do
       doc: """
       what ends the text, and is not part of it: a string, a token id, or a list of them, such as
       `["\n\n", "<|im_end|>", 151645]`. A string that is one special token of the tokenizer is that
-      token, as in mlx_lm.server. Strings need a tokenizer. At most 1024, and 64 KiB of strings
+      token, as in mlx_lm.server. Strings need a tokenizer. At most 1024, and 64 KiB of strings. A
+      charlist is a list of numbers and no text: two or more that are all ASCII are refused beside a
+      tokenizer
       """
     ],
     adapter: [

@@ -103,7 +103,8 @@ defmodule Bombus.Training.LoRA do
 
     * `:python_missing`, `:mlx_lm_missing` - the message says what to install
     * `:not_found`, `:bad_training_data`, `:too_few_rows` - of the data, the model or the checkpoint;
-      the message names file and line. All rows of a file have one format; with `:mask_prompt` a prompt
+      the message names file and line. All rows of a file have one format, and a line has at most
+      64 MiB; with `:mask_prompt` a prompt
       that fills `:max_seq_length` leaves nothing to learn
     * `:bad_request` - more `:num_layers` than the model has
     * `:already_there` - an adapter is in `:output_path`: see `:overwrite` and `:resume_from`
