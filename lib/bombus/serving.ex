@@ -135,6 +135,7 @@ defmodule Bombus.Serving do
 
   alias Bombus.Serving.{
     Batch,
+    Chunks,
     Client,
     Deadline,
     Input,
@@ -190,9 +191,6 @@ defmodule Bombus.Serving do
   @enforce_keys [:model, :tokenizer, :options, :limits]
   defstruct [:group, :name | @enforce_keys]
 
-  # How many chunks of a stream may lie unread.
-  @window 64
-
   @doc """
   A serving of a model, with the options of all its requests.
 
@@ -244,7 +242,7 @@ defmodule Bombus.Serving do
   cancels the request, and so does the death of the process. What goes wrong is raised as a
   `Bombus.Error`, a prompt that is too long (`:prompt_too_long`) too.
 
-  A stream whose reader is slower than the model holds nobody up: #{@window} chunks lie in the reader's
+  A stream whose reader is slower than the model holds nobody up: #{Chunks.window()} chunks lie in the reader's
   mailbox at most. What is generated beyond them comes as one longer chunk, of as many tokens again at most;
   then the sequence waits, and its place in the batch is another's until the reader goes on.
 
@@ -252,11 +250,11 @@ defmodule Bombus.Serving do
   """
   @spec stream(t() | GenServer.server(), input()) :: Enumerable.t()
   def stream(%__MODULE__{} = serving, input),
-    do: stream_with(serving!(serving, "stream/2"), Input.normalize!(input, serving), nil)
+    do: Chunks.stream(serving!(serving, "stream/2"), Input.normalize!(input, serving), nil)
 
   def stream(name, input) do
     case Client.checkout(name, timeout(input)) do
-      {:ok, serving, server} -> stream_with(serving, Input.normalize!(input, serving), server)
+      {:ok, serving, server} -> Chunks.stream(serving, Input.normalize!(input, serving), server)
       :cancelled -> []
       {:error, error} -> raise error
     end
@@ -420,7 +418,7 @@ defmodule Bombus.Serving do
     normalized = Input.normalize!(input, serving)
 
     if Input.stream?(input, serving),
-      do: stream_with(serving, normalized, server),
+      do: Chunks.stream(serving, normalized, server),
       else: serving |> start(normalized, server, begun) |> collect()
   end
 
@@ -437,10 +435,9 @@ defmodule Bombus.Serving do
     answers
   end
 
-  defp start(serving, input, server, begun, window \\ nil) do
-    with {:ok, input} <- input do
-      Request.start(serving, input, server, deadline: deadline(input, begun), window: window)
-    end
+  defp start(serving, input, server, begun) do
+    with {:ok, input} <- input,
+         do: Request.start(serving, input, server, deadline: deadline(input, begun))
   end
 
   defp deadline({_prompt, options}, begun), do: Deadline.new(options.timeout, begun)
@@ -454,45 +451,6 @@ defmodule Bombus.Serving do
   defp raise_errors(results) when is_list(results), do: Enum.map(results, &raise_errors/1)
   defp raise_errors({:error, error}), do: raise(error)
   defp raise_errors(result), do: result
-
-  defp stream_with(serving, input, server) do
-    options = with {:ok, {_prompt, options}} <- input, do: options
-
-    # Its time begins when it is first asked.
-    fn -> {Error.unwrap!(start(serving, input, server, Deadline.now(), @window)), []} end
-    |> Stream.resource(&next(&1, options), &halt/1)
-    # Raised behind the resource: a request that has ended must not be cancelled.
-    |> Stream.map(fn
-      {:error, error} -> raise error
-      element -> element
-    end)
-  end
-
-  defp next(:done, _options), do: {:halt, :done}
-
-  defp next({request, chunks}, options) do
-    case Request.next(request) do
-      {:chunk, _ids, _text, _logprobs} = chunk ->
-        # Only a result at the end needs them again.
-        chunks = if options.stream_done, do: [chunk | chunks], else: []
-        {elements(request, chunk), {request, chunks}}
-
-      {:done, reason, usage} ->
-        if options.stream_done,
-          do: {[done: Request.result(request, chunks, reason, usage)], :done},
-          else: {[], :done}
-
-      {:error, error} ->
-        {[error: error], :done}
-    end
-  end
-
-  defp elements(%{tokenizer?: false}, {:chunk, ids, _text, _logprobs}), do: ids
-  defp elements(_request, {:chunk, _ids, "", _logprobs}), do: []
-  defp elements(_request, {:chunk, _ids, text, _logprobs}), do: [text]
-
-  defp halt(:done), do: :ok
-  defp halt({request, _chunks}), do: Request.cancel(request)
 
   defimpl Inspect do
     import Inspect.Algebra
