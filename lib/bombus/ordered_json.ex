@@ -7,6 +7,7 @@ defmodule Bombus.OrderedJSON do
 
   @orders %{
     message: ~w(role content name reasoning_content tool_calls tool_call_id),
+    part: ~w(type text),
     call: ~w(id type function),
     called: ~w(name arguments),
     tool: ~w(type function name description parameters),
@@ -17,7 +18,7 @@ defmodule Bombus.OrderedJSON do
 
   # What lies below a name; a list's elements are of the list's kind.
   @inner %{
-    message: %{"tool_calls" => :call},
+    message: %{"content" => :part, "tool_calls" => :call},
     call: %{"function" => :called},
     tool: %{"function" => :function, "parameters" => :schema, "return" => :schema},
     function: %{"parameters" => :schema, "return" => :schema},

@@ -65,6 +65,11 @@ defmodule Bombus.Serving do
     * `%{messages: [%{role: "user", content: "..."}]}` - a conversation, with options beside it
     * `%{token_ids: ids}` - token ids as they are, with options beside it
 
+  A message's content is a string, or a list of parts that are texts, `%{type: "text", text: "..."}`. Either
+  way it reaches the chat template in a form that the template shows: where it reads parts only, as
+  those of vision-language models do, a string becomes a list of one; where it takes texts only, the
+  parts are joined. A list goes as it is to a template that takes both.
+
   A list of inputs gives a list of results, in its order. As many run at once as fill the model's batch
   twice; the others wait in the calling process, so that a list may be longer than the queue.
 

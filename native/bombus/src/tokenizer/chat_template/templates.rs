@@ -121,9 +121,13 @@ impl ChatTemplates {
     }
 }
 
-/// The files of templates that have names.
+/// The files of templates that have names. A folder that is a link to nowhere is an error.
 fn named(folder: &Path) -> Result<Vec<PathBuf>> {
-    let files = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|file| file.path());
+    let entries = std::fs::read_dir(folder);
+    if entries.is_err() && folder.is_symlink() {
+        files::open(folder)?;
+    }
+    let files = entries.into_iter().flatten().flatten().map(|file| file.path());
     let is_template =
         |file: &PathBuf| file.extension().is_some_and(|extension| extension == "jinja");
     let named: Vec<_> = files.filter(is_template).take(MOST_TEMPLATES + 1).collect();
