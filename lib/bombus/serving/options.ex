@@ -29,7 +29,7 @@ defmodule Bombus.Serving.Options do
     temperature: [
       type: {:custom, {__MODULE__, :check_temperature}},
       default: 0,
-      doc: "0 is greedy"
+      doc: "0 is greedy; else in 1.0e-30..1.0e6"
     ],
     top_k: [
       type: {:integer, 0..@most},
@@ -53,7 +53,7 @@ defmodule Bombus.Serving.Options do
       default: 1.0,
       doc: """
       divides the positive logits of tokens that were there before, and
-      multiplies the negative ones; 1.0 is none
+      multiplies the negative ones; 1.0 is none. In 1.0e-6..1.0e6
       """
     ],
     presence_penalty: [
@@ -238,16 +238,16 @@ defmodule Bombus.Serving.Options do
 
   @doc false
   def check_temperature(value) do
-    if is_number(value) and value >= 0 and value < 1.0e6,
+    if is_number(value) and (value == 0 or (value >= 1.0e-30 and value <= 1.0e6)),
       do: {:ok, value},
-      else: {:error, "a number, 0 (greedy) or above, below 1.0e6"}
+      else: {:error, "a number, 0 (greedy) or above, in 1.0e-30..1.0e6"}
   end
 
   @doc false
   def check_repetition_penalty(value) do
-    if is_number(value) and value > 0 and value < 1.0e6,
+    if is_number(value) and value >= 1.0e-6 and value <= 1.0e6,
       do: {:ok, value},
-      else: {:error, "a number above 0"}
+      else: {:error, "a number above 0, in 1.0e-6..1.0e6"}
   end
 
   @doc false

@@ -17,7 +17,8 @@ impl Fields {
     }
 
     pub fn error(&self, field: &str, problem: impl std::fmt::Display) -> Error {
-        let value = self.value(field).map(|value| format!(", got: {value}")).unwrap_or_default();
+        let got = |value: &Value| format!(", got: {}", short(&value.to_string()));
+        let value = self.value(field).map(got).unwrap_or_default();
         Error::Config(format!("`{}`: `{field}`: {problem}{value}", self.path.display()))
     }
 
@@ -52,6 +53,12 @@ impl Fields {
         Ok(Some(size as usize))
     }
 
+    pub fn whole_or(&self, field: &str, default: usize) -> Result<usize> {
+        let Some(value) = self.value(field) else { return Ok(default) };
+        let whole = value.as_u64().ok_or_else(|| self.error(field, "expected a whole number"))?;
+        Ok(usize::try_from(whole).unwrap_or(usize::MAX))
+    }
+
     pub fn number_or(&self, field: &str, default: f64) -> Result<f64> {
         let Some(value) = self.value(field) else { return Ok(default) };
         value.as_f64().ok_or_else(|| self.error(field, "expected a number"))
@@ -72,21 +79,24 @@ impl Fields {
         }
     }
 
-    /// An id, a list of them, or nothing. What is a number, and no token's, is left out.
-    pub fn token_ids(&self, field: &str) -> Result<Vec<u32>> {
-        let ids: Option<Vec<Option<u32>>> = match self.value(field) {
+    /// An id, a list of them, or nothing: numbers, of which some may be no token's.
+    pub fn token_ids(&self, field: &str) -> Result<Vec<f64>> {
+        let ids: Option<Vec<f64>> = match self.value(field) {
             None => return Ok(vec![]),
-            Some(Value::Array(ids)) => ids.iter().map(token_id).collect(),
-            Some(id) => token_id(id).map(|id| vec![id]),
+            Some(Value::Array(ids)) => ids.iter().map(Value::as_f64).collect(),
+            Some(id) => id.as_f64().map(|id| vec![id]),
         };
-        let ids = ids.ok_or_else(|| self.error(field, "expected a token id or a list of them"))?;
-        Ok(ids.into_iter().flatten().collect())
+        ids.ok_or_else(|| self.error(field, "expected a token id or a list of them"))
     }
 }
 
-/// None: no number; Some(None): no token's
-fn token_id(value: &Value) -> Option<Option<u32>> {
-    let number = value.as_f64()?;
-    let whole = number.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(&number);
-    Some(whole.then_some(number as u32))
+/// The characters of a value that a message shows.
+const SHOWN: usize = 120;
+
+/// A text for a message, shortened.
+pub fn short(text: &str) -> String {
+    match text.char_indices().nth(SHOWN) {
+        None => text.into(),
+        Some((end, _)) => format!("{}...", &text[..end]),
+    }
 }

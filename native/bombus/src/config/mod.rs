@@ -1,11 +1,14 @@
 //! A checkpoint's `config.json` and `generation_config.json`, checked field by field.
 
 mod fields;
+mod generation;
+mod layers;
 mod quantization;
 
 pub use quantization::{QuantMethod, Quantization};
 
 use crate::error::{Error, Result};
+use crate::files;
 use fields::Fields;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -35,6 +38,8 @@ pub struct Config {
     pub quant_method: Option<QuantMethod>,
     /// `generation_config.json` as it stands; empty where there is none
     pub generation: Map<String, Value>,
+    /// What is not followed, for the log.
+    pub warnings: Vec<String>,
 }
 
 impl Config {
@@ -42,12 +47,13 @@ impl Config {
         let fields = Fields::open(&folder.join("config.json"))?;
         let generation_path = folder.join("generation_config.json");
         let none = || Fields { path: generation_path.clone(), map: Map::new() };
-        let generation = match generation_path.exists().then(|| Fields::open(&generation_path)) {
-            Some(Err(error)) if !matches!(error, Error::Config(_)) => return Err(error),
-            // As in mlx-lm and transformers: one that is no JSON says nothing.
-            Some(generation) => generation.unwrap_or_else(|_| none()),
-            None => none(),
-        };
+        let generation =
+            match files::is_there(&generation_path).then(|| Fields::open(&generation_path)) {
+                Some(Err(error)) if !matches!(error, Error::Config(_)) => return Err(error),
+                // As in mlx-lm and transformers: one that is no JSON says nothing.
+                Some(generation) => generation.unwrap_or_else(|_| none()),
+                None => none(),
+            };
         Self::parse(&fields, generation)
     }
 
@@ -62,6 +68,10 @@ impl Config {
         check_family(fields)?;
         let quantization = fields.quantization()?;
         let num_attention_heads = fields.size("num_attention_heads")?;
+        let vocab_size = fields.size("vocab_size")?;
+        let mut warnings = vec![];
+        let eos_token_ids = eos_token_ids(fields, &generation, vocab_size, &mut warnings)?;
+        warnings.extend(generation::warning(&generation));
         let config = Self {
             model_type: fields.text("model_type")?,
             hidden_size: fields.size("hidden_size")?,
@@ -71,26 +81,21 @@ impl Config {
             num_key_value_heads: fields.size_or("num_key_value_heads", num_attention_heads)?,
             // transformers' own default for Qwen3, not hidden_size / num_attention_heads
             head_dim: fields.size_or("head_dim", 128)?,
-            vocab_size: fields.size("vocab_size")?,
+            vocab_size,
             rms_norm_eps: fields.number_or("rms_norm_eps", 1e-6)? as f32,
             rope_theta: fields.rope_theta()?,
             max_position_embeddings: fields.size_or("max_position_embeddings", 32768)?,
             tie_word_embeddings: fields.flag_or("tie_word_embeddings", false)?,
-            eos_token_ids: eos_token_ids(fields, &generation)?,
+            eos_token_ids,
             quantization: quantization.default,
             overrides: quantization.overrides,
             quant_method: fields.quant_method()?,
             generation: generation.map,
+            warnings,
         };
         config.check(fields)?;
-        Ok(config.with_known_eos())
-    }
-
-    /// Without ids that the vocabulary has not: no token is one of them.
-    fn with_known_eos(mut self) -> Self {
-        let vocab_size = self.vocab_size;
-        self.eos_token_ids.retain(|id| (*id as usize) < vocab_size);
-        self
+        config.check_layers(fields)?;
+        Ok(config)
     }
 
     fn check(&self, fields: &Fields) -> Result<()> {
@@ -132,10 +137,30 @@ fn check_family(fields: &Fields) -> Result<()> {
     Ok(())
 }
 
-/// `generation_config.json`'s where it names any, as in mlx-lm and transformers.
-fn eos_token_ids(config: &Fields, generation: &Fields) -> Result<Vec<u32>> {
-    let ids = generation.token_ids("eos_token_id")?;
-    if ids.is_empty() { config.token_ids("eos_token_id") } else { Ok(ids) }
+/// `generation_config.json`'s where it names any, as in mlx-lm and transformers. What is no token's
+/// ends no text, of which there is a warning.
+fn eos_token_ids(
+    config: &Fields,
+    generation: &Fields,
+    vocab_size: usize,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<u32>> {
+    const FIELD: &str = "eos_token_id";
+    let is_id = |id: &f64| id.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(id);
+    let (mut named, mut path) = (generation.token_ids(FIELD)?, &generation.path);
+    if !named.iter().any(is_id) {
+        (named, path) = (config.token_ids(FIELD)?, &config.path);
+    }
+    let is_known = |id: &f64| is_id(id) && *id < vocab_size as f64;
+    let unknown: Vec<String> =
+        named.iter().filter(|id| !is_known(id)).take(4).map(f64::to_string).collect();
+    if !unknown.is_empty() {
+        let (path, ids) = (path.display(), unknown.join(", "));
+        warnings.push(format!(
+            "`{path}`: `{FIELD}`: no token of the vocabulary of {vocab_size} is {ids}: it ends no text"
+        ));
+    }
+    Ok(named.into_iter().filter(is_known).map(|id| id as u32).collect())
 }
 
 impl Fields {
@@ -182,6 +207,81 @@ mod tests {
         let mut config = minimal();
         config[field] = value;
         parse(config)
+    }
+
+    #[test]
+    fn what_changes_the_arithmetic_is_refused() {
+        let kinds = |kind: &str| json!([kind, "full_attention"]);
+        for (field, value, word) in [
+            ("hidden_act", json!("gelu"), "unsupported"),
+            ("attention_bias", json!(true), "unsupported"),
+            ("layer_types", kinds("sliding_attention"), "unsupported"),
+            ("layer_types", kinds("linear_attention"), "unsupported"),
+            ("layer_types", json!(["full_attention"]), "bad_config"),
+            ("rms_norm_eps", json!("NaN"), "bad_config"),
+            ("rms_norm_eps", json!(f64::MAX), "bad_config"),
+            ("rms_norm_eps", json!(-1e-6), "bad_config"),
+            ("rope_theta", json!(0), "bad_config"),
+            ("rope_theta", json!(1e-300), "bad_config"),
+            ("rope_theta", json!("NaN"), "bad_config"),
+        ] {
+            let error = with(field, value).expect_err(field);
+            assert_eq!(error.reason(), word, "{error}");
+            assert!(error.to_string().contains(field), "{error}");
+        }
+        let theta = with("rope_parameters", json!({"rope_theta": f64::MAX}));
+        assert!(message(theta).contains("`rope_theta`"));
+        for (field, value) in [
+            ("hidden_act", json!("swish")),
+            ("attention_bias", json!(false)),
+            ("layer_types", kinds("full_attention")),
+            ("sliding_window", json!(16)),
+        ] {
+            assert!(with(field, value).is_ok(), "{field}");
+        }
+    }
+
+    /// Values from transformers' `Qwen3Config`.
+    #[test]
+    fn a_window_that_hides_something_is_refused() {
+        for (change, taken) in [
+            (json!({}), false),
+            (json!({"sliding_window": 16}), false),
+            (json!({"sliding_window": null}), true),
+            (json!({"sliding_window": 40_000}), true),
+            (json!({"max_window_layers": 2}), true),
+            (json!({"max_window_layers": 0, "use_sliding_window": false}), true),
+            (json!({"layer_types": ["full_attention", "full_attention"]}), true),
+        ] {
+            let mut config = minimal();
+            config["use_sliding_window"] = true.into();
+            config["max_window_layers"] = 1.into();
+            for (name, value) in change.as_object().unwrap() {
+                config[name] = value.clone();
+            }
+            assert_eq!(parse(config).is_ok(), taken, "{change}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_followed_is_said() {
+        let fields = |path: &str, value: Value| Fields {
+            path: path.into(),
+            map: value.as_object().cloned().unwrap_or_default(),
+        };
+        let generation = json!({"num_beams": 1, "typical_p": 1.0, "suppress_tokens": [1],
+            "forced_eos_token_id": 3, "bad_words_ids": [], "do_sample": true, "eos_token_id": [7, 256]});
+        let generation = fields("generation_config.json", generation);
+        let config = Config::parse(&fields("config.json", minimal()), generation).unwrap();
+        assert_eq!(config.eos_token_ids, [7]);
+        let [eos, followed] = &config.warnings[..] else { panic!("{:?}", config.warnings) };
+        assert!(eos.contains("generation_config.json") && eos.contains("256 is 256"), "{eos}");
+        assert!(
+            followed.ends_with("`forced_eos_token_id` (3), `suppress_tokens` ([1])"),
+            "{followed}"
+        );
+        assert!(parse(minimal()).unwrap().warnings.is_empty());
+        assert!(with("eos_token_id", json!([1, -1, 0.5])).unwrap().warnings[0].contains("-1, 0.5"));
     }
 
     fn message(result: Result<Config>) -> String {
