@@ -37,7 +37,7 @@ defmodule Bombus.Native do
 
   # {reference, {:ok, :ok}} when what it holds is given back.
   def unload_model(_model, _cancel, _reference), do: nif()
-  def unload_adapter(_adapter, _reference), do: nif()
+  def unload_adapter(_adapter, _cancel, _reference), do: nif()
   def unload_tokenizer(_tokenizer, _reference), do: nif()
   def memory_info, do: nif()
 

@@ -92,6 +92,36 @@ defmodule Bombus.UnloadTest do
     assert %{results: [_result]} = Serving.run(serving, @endless)
   end
 
+  test "requests with an adapter are cancelled, also where it was unloaded before" do
+    {model, serving} = load()
+
+    adapter = fn ->
+      Bombus.load_adapter!(Path.join(Fixtures.checkpoint("f32-untied"), "adapters/all-layers"))
+    end
+
+    [gone, other] = [adapter.(), adapter.()]
+    before = Bombus.memory_info().adapters
+    endless = %{@endless | max_new_tokens: 500}
+    run = fn input -> Task.async(fn -> Serving.run(serving, input) end) end
+    cancelled = for _ <- 1..2, do: run.(Map.put(endless, :adapter, gone))
+    kept = [run.(@endless), run.(Map.put(@endless, :adapter, other))]
+    wait_until(fn -> Bombus.memory_info().sequences >= 4 end)
+
+    waiting = Task.async(fn -> Bombus.unload(gone) end)
+    assert Task.yield(waiting, 20) == nil
+    assert Bombus.unload(gone, cancel: true) == :ok
+    assert Task.await(waiting) == :ok
+    assert Bombus.memory_info().adapters == before - 1
+
+    for %{results: [result]} <- Task.await_many(cancelled) do
+      assert result.finish_reason == :cancelled
+      assert length(result.token_ids) < 500
+    end
+
+    for %{results: [result]} <- Task.await_many(kept), do: assert(result.finish_reason == :length)
+    assert {:error, %Error{reason: :unloaded}} = Bombus.score(model, [1, 2], adapter: gone)
+  end
+
   test "a tokenizer is refused afterwards" do
     model = Bombus.load_model!(:demo, device: :cpu)
     tokenizer = Bombus.load_tokenizer!(:demo)

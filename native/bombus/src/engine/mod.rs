@@ -110,6 +110,10 @@ enum Command {
     Forget {
         adapter: usize,
     },
+    /// Requests with an adapter are to end.
+    CancelWith {
+        adapter: usize,
+    },
     Watch(Monitor),
     Fail(Fault),
     Unload {
