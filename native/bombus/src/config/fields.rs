@@ -49,7 +49,8 @@ impl Fields {
     pub fn optional_size(&self, field: &str) -> Result<Option<usize>> {
         let Some(value) = self.value(field) else { return Ok(None) };
         let size = value.as_u64().filter(|size| (1..=i32::MAX as u64).contains(size));
-        let size = size.ok_or_else(|| self.error(field, "expected a whole number in 1..2147483647"))?;
+        let size =
+            size.ok_or_else(|| self.error(field, "expected a whole number in 1..2147483647"))?;
         Ok(Some(size as usize))
     }
 
