@@ -241,7 +241,9 @@ defmodule Bombus.Options do
 
     if Native.kind(ref) == kind,
       do: :ok,
-      else: {:error, handle_words(module), "what it stood for is not in this VM: load it again"}
+      else:
+        {:error, handle_words(module),
+         "what it stood for is not in the memory of this node: load it again"}
   end
 
   defp handle(%module{ref: ref}, module) when is_reference(ref) do

@@ -202,11 +202,14 @@ defmodule Bombus.Serving.Server do
     end
   end
 
-  # Whoever has a model that was given may unload it.
+  # Whoever has a model that was given may unload it. One that is loaded here is loaded anew when a
+  # request has met that.
   defp looked_at(%{state: :ready, serving: %{model: model}} = state) do
-    case Error.from_native(Native.check_loaded(model.ref, nil, nil)) do
-      {:ok, :ok} -> state
-      {:error, error} -> broken(%{state | probe: nil}, error)
+    loaded = Error.from_native(Native.check_loaded(model.ref, nil, nil))
+
+    case {Loader.loads_model?(state.options), loaded} do
+      {false, {:error, error}} -> broken(%{state | probe: nil}, error)
+      _other -> state
     end
   end
 
@@ -239,7 +242,9 @@ defmodule Bombus.Serving.Server do
 
   defp status(%{serving: serving} = state) do
     {batch, queue} = Native.requests(serving.model.ref)
-    %{state: state_of(serving, state.state), progress: nil, batch: batch, queue: queue}
+    given? = not Loader.loads_model?(state.options)
+    told = if given?, do: state_of(serving, state.state), else: state.state
+    %{state: told, progress: nil, batch: batch, queue: queue}
   end
 
   # Requests with token ids, or with an adapter of their own, go on where these were unloaded.
