@@ -26,6 +26,8 @@ defmodule Bombus do
   was expected. Every `load_x` has a `load_x!`, which raises both.
   """
 
+  require Logger
+
   alias Bombus.{Adapter, Error, Hub, Model, Native, Options, Source, Telemetry, Tokenizer}
 
   @type source :: Source.t()
@@ -38,8 +40,10 @@ defmodule Bombus do
       type: :boolean,
       default: false,
       doc:
-        "true puts the model in the place of another one that is in the folder, which is " <>
-          "`{:error, %Bombus.Error{reason: :already_there}}` without it. Files that are no model's stay"
+        "true puts the model in the place of another one that is in the folder: files that would be " <>
+          "taken for the new model's go (its weights, configuration, tokenizer and templates), others " <>
+          "stay. Without it such files, and those that would be replaced, are " <>
+          "`{:error, %Bombus.Error{reason: :already_there}}`"
     ]
   ]
   @load_tokenizer [on_progress: Hub.Options.on_progress()]
@@ -54,7 +58,7 @@ defmodule Bombus do
     cancel: [
       type: :boolean,
       default: false,
-      doc: "of a model: whether requests that run or wait are cancelled"
+      doc: "of a model or an adapter: whether requests that run or wait are cancelled"
     ]
   ]
   @score [
@@ -75,6 +79,10 @@ defmodule Bombus do
   (Groups of 32, 64 or 128 consecutive inputs; not `desc_act`.) Of several files `model*.safetensors` those
   are taken that are a whole model, whatever an index says that is left from before.
 
+  What changes the arithmetic and is not computed here is refused by its name (`hidden_act`, `attention_bias`,
+  a sliding window within the context). What of `generation_config.json` would change a text and is not
+  followed (`suppress_tokens`, `bad_words_ids`, ...) is said in the log.
+
   ## Options
 
   #{Options.docs(Model.Options.schema())}
@@ -93,8 +101,10 @@ defmodule Bombus do
       with {:ok, path} <- Source.resolve(source, :model, options[:on_progress]),
            native = Model.Options.native(options),
            {:ok, loaded} <- Native.await(&Native.load_model(path, native, &1)),
+           {_ref, %{warnings: warnings}} = loaded,
            model = Model.from_native(loaded, Source.name(source)),
            :ok <- check_quantization(model, options[:quantization]) do
+        Enum.each(warnings, &Logger.warning(&1))
         Telemetry.watch(model)
         {:ok, model}
       end
@@ -149,6 +159,10 @@ defmodule Bombus do
   An adapter is bound to a model when it is first used with it. Every tensor must then find its
   module with the right shape: else the answer is an error that lists the first that do not.
 
+  The configuration says which modules are adapted. Of others, PEFT leaves the tensors out, and so does
+  Bombus, with a warning in the log (`target_modules`, `exclude_modules`, `layers_to_transform`); mlx-lm
+  refuses such an adapter, and it does not fit here either (`num_layers`, `keys`).
+
   What would change the arithmetic and is not known here is refused with `reason: :unsupported`, and
   the message says what to do: adapters that PEFT made with a changed base model
   (`init_lora_weights` of PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ), `modules_to_save`, trained biases,
@@ -169,6 +183,7 @@ defmodule Bombus do
     Telemetry.load(:adapter, source, fn ->
       with {:ok, path} <- Source.resolve(source, :adapter, options[:on_progress]),
            {:ok, loaded} <- Native.await(&Native.load_adapter(path, options[:scale], &1)) do
+        Enum.each(elem(loaded, 4), &Logger.warning(&1))
         {:ok, Adapter.from_native(loaded, Source.name(source))}
       end
     end)
@@ -243,7 +258,7 @@ defmodule Bombus do
     * a model - requests that run or wait end first, and `:ok` is the answer when its memory is given
       back. `cancel: true` ends them at once instead: those for text with the reason `:cancelled`,
       those for scores with the error `:stopped`
-    * an adapter - requests with it end first, and `:ok` is the answer then
+    * an adapter - the same for the requests with it; those without it go on
     * a tokenizer - `:ok` is the answer at once; requests with it keep it until they end
 
   Later requests with it get `{:error, %Bombus.Error{reason: :unloaded}}`. What is unloaded already
@@ -269,7 +284,7 @@ defmodule Bombus do
       Native.await(fn reference ->
         case kind do
           Model -> Native.unload_model(ref, options[:cancel], reference)
-          Adapter -> Native.unload_adapter(ref, reference)
+          Adapter -> Native.unload_adapter(ref, options[:cancel], reference)
           Tokenizer -> Native.unload_tokenizer(ref, reference)
         end
       end)

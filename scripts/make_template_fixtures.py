@@ -3,7 +3,8 @@
     python3 make_template_fixtures.py
 
 Each case has a template, with options a conversation, and the text that `render_jinja_template` gives, or null where it
-raises. Needs transformers.
+raises. `contents`: conversations of texts and of lists of parts, with what it gives for
+the form that the template shows. Needs transformers.
 """
 
 import json
@@ -450,15 +451,52 @@ TEMPLATES = [
     "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 1) %}{{ raise_exception('roles must alternate: ' + message.role) }}{% endif %}{% endfor %}",
 ]
 
+# Templates by the form in which they show a content: a text, a list of parts, or either; for a role where it has its own.
+CONTENTS = [
+    ("<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}", {'*': 'parts'}),
+    ("{{ bos_token }}\n{%- if messages[0]['role'] == 'system' -%}\n    {%- if messages[0]['content'] is string -%}\n        {%- set first_user_prefix = messages[0]['content'] + '\n\n' -%}\n    {%- else -%}\n        {%- set first_user_prefix = messages[0]['content'][0]['text'] + '\n\n' -%}\n    {%- endif -%}\n    {%- set loop_messages = messages[1:] -%}\n{%- else -%}\n    {%- set first_user_prefix = \"\" -%}\n    {%- set loop_messages = messages -%}\n{%- endif -%}\n{%- for message in loop_messages -%}\n    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}\n        {{ raise_exception(\"Conversation roles must alternate user/assistant/user/assistant/...\") }}\n    {%- endif -%}\n    {%- if (message['role'] == 'assistant') -%}\n        {%- set role = \"model\" -%}\n    {%- else -%}\n        {%- set role = message['role'] -%}\n    {%- endif -%}\n    {{ '<start_of_turn>' + role + '\n' + (first_user_prefix if loop.first else \"\") }}\n    {%- if message['content'] is string -%}\n        {{ message['content'] | trim }}\n    {%- elif message['content'] is iterable -%}\n        {%- for item in message['content'] -%}\n            {%- if item['type'] == 'image' -%}\n                {{ '<start_of_image>' }}\n            {%- elif item['type'] == 'text' -%}\n                {{ item['text'] | trim }}\n            {%- endif -%}\n        {%- endfor -%}\n    {%- else -%}\n        {{ raise_exception(\"Invalid content type\") }}\n    {%- endif -%}\n    {{ '<end_of_turn>\n' }}\n{%- endfor -%}\n{%- if add_generation_prompt -%}\n    {{'<start_of_turn>model\n'}}\n{%- endif -%}\n", {'*': 'either'}),
+    ("{% for m in messages %}<{{ m.role }}>{% for part in m['content'] %}{{ part.text }}{% endfor %}</s>{% endfor %}", {'*': 'parts'}),
+    ("{%- for message in messages %}{%- if message.content is string %}{%- set content = message.content %}{%- else %}{%- set content = '' %}{%- endif %}<|im_start|>{{ message.role }}\n{{ content }}<|im_end|>\n{% endfor %}", {'*': 'text'}),
+    ("{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}", {'*': 'text'}),
+    ("{% for m in messages %}<{{ m.role }}>{{ m.content | tojson }}</s>{% endfor %}", {'*': 'text'}),
+    ("{% for m in messages %}{% if m.role == 'system' %}[{{ m.content | trim }}]{% else %}<{{ m.role }}>{% for part in m.content %}{{ part['text'] }}{% endfor %}{% endif %}{% endfor %}", {'*': 'parts', 'system': 'text'}),
+    ("{% for m in messages %}{{ m.role }}: {{ m.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') }}\n{% endfor %}", {'*': 'parts'}),
+]
+CONVERSATION = [
+    {"role": "system", "content": [" Be kind. "]},
+    {"role": "user", "content": ["Hi <b>", " there"]},
+    {"role": "assistant", "content": ["Hello"]},
+    {"role": "user", "content": ["x"]},
+]
+
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
-def rendered(template, tools):
+def rendered(template, tools, messages=MESSAGES):
     try:
         options = {"tools": tools, "add_generation_prompt": True, "chat_template": template, **SPECIAL}
-        return render_jinja_template([MESSAGES], **options)[0][0]
+        return render_jinja_template([messages], **options)[0][0]
     except Exception:
         return None
+
+
+def conversation(form, forms):
+    """each content in the form, or in the one that the template shows"""
+
+    def content(role, texts):
+        shown = forms.get(role, forms["*"])
+        if (form if shown == "either" else shown) == "text":
+            return "".join(texts)
+        texts = ["".join(texts)] if form == "text" else texts
+        return [{"type": "text", "text": text} for text in texts]
+
+    return [{"role": it["role"], "content": content(it["role"], it["content"])} for it in CONVERSATION]
+
+
+def contents(template, forms):
+    shown = {form: rendered(template, None, conversation(form, forms)) for form in ["text", "parts"]}
+    given = {form: conversation(form, {"*": "either"}) for form in shown}
+    return {"template": template, "cases": [{"messages": given[form], "text": shown[form]} for form in shown]}
 
 
 # Python says where an object lies.
@@ -472,6 +510,7 @@ def main():
     cases += [{"template": template, "text": rendered(template, None), "tools": None} for template in TEMPLATES]
     cases = [case for case in cases if is_stable(case["text"])]
     data = {"messages": MESSAGES, "tools": TOOLS, "special_tokens": SPECIAL, "cases": cases}
+    data["contents"] = [contents(*case) for case in CONTENTS]
     TARGET.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n")
     print(len(cases), "cases")
 

@@ -24,7 +24,7 @@ defmodule Bombus.Adapter do
   defstruct [:name, :format, :rank, :scale, :ref]
 
   @doc false
-  def from_native({ref, format, rank, scale}, name) do
+  def from_native({ref, format, rank, scale, _warnings}, name) do
     %__MODULE__{name: name, format: format, ref: ref, rank: rank, scale: scale}
   end
 

@@ -5,7 +5,8 @@ defmodule Bombus.Error do
   `:reason` is one of
 
     * `:not_found`, `:io` - a file is missing, or cannot be read
-    * `:already_there` - a model is in the folder where one was to be saved, see `Bombus.save_model/3`
+    * `:already_there` - a model, or files of one, are in the folder where one was to be saved, see
+      `Bombus.save_model/3`
     * `:disk_full` - there is no room for a file that is written
     * `:bad_config`, `:bad_checkpoint`, `:bad_tokenizer`, `:bad_adapter` - a file is not what it
       should be; the message names file, tensor or field

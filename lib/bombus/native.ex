@@ -37,7 +37,7 @@ defmodule Bombus.Native do
 
   # {reference, {:ok, :ok}} when what it holds is given back.
   def unload_model(_model, _cancel, _reference), do: nif()
-  def unload_adapter(_adapter, _reference), do: nif()
+  def unload_adapter(_adapter, _cancel, _reference), do: nif()
   def unload_tokenizer(_tokenizer, _reference), do: nif()
   def memory_info, do: nif()
 
@@ -49,6 +49,10 @@ defmodule Bombus.Native do
   # Whether an adapter fits a model; {running, waiting} requests of a model.
   def check_adapter(_model, _adapter, _reference), do: nif()
   def requests(_model), do: nif()
+
+  # {:ok, :ok}, or the error of what was unloaded; and what a reference is a handle of, or nil.
+  def check_loaded(_model, _tokenizer, _adapter), do: nif()
+  def kind(_reference), do: nif()
 
   # {reference, step} to a process after every step of a model.
   def watch(_model, _pid, _reference), do: nif()

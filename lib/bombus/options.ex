@@ -19,6 +19,7 @@ defmodule Bombus.Options do
   #   * `:by_default` - the default in words, where its value does not say enough
 
   alias Bombus.Hub.Token
+  alias Bombus.Native
   alias Bombus.Options.Unknown
 
   @typedoc """
@@ -212,9 +213,9 @@ defmodule Bombus.Options do
   end
 
   @handles %{
-    Bombus.Model => {"a model", "Bombus.load_model/2"},
-    Bombus.Tokenizer => {"a tokenizer", "Bombus.load_tokenizer/2"},
-    Bombus.Adapter => {"an adapter", "Bombus.load_adapter/2"}
+    Bombus.Model => {:model, "a model", "Bombus.load_model/2"},
+    Bombus.Tokenizer => {:tokenizer, "a tokenizer", "Bombus.load_tokenizer/2"},
+    Bombus.Adapter => {:adapter, "an adapter", "Bombus.load_adapter/2"}
   }
 
   @doc """
@@ -235,10 +236,18 @@ defmodule Bombus.Options do
     end
   end
 
-  defp handle(%module{ref: ref}, module) when node(ref) == node(), do: :ok
+  defp handle(%module{ref: ref}, module) when is_reference(ref) and node(ref) == node() do
+    {kind, _name, _made_by} = @handles[module]
+
+    if Native.kind(ref) == kind,
+      do: :ok,
+      else:
+        {:error, handle_words(module),
+         "what it stood for is not in the memory of this node: load it again"}
+  end
 
   defp handle(%module{ref: ref}, module) when is_reference(ref) do
-    {name, _made_by} = @handles[module]
+    {_kind, name, _made_by} = @handles[module]
     node = inspect(node(ref))
 
     {:error, "#{name} of this node",
@@ -249,7 +258,7 @@ defmodule Bombus.Options do
   defp handle(_other, module), do: {:error, handle_words(module)}
 
   defp handle_words(module) do
-    {name, made_by} = Map.fetch!(@handles, module)
+    {_kind, name, made_by} = Map.fetch!(@handles, module)
     "#{name} made by #{made_by}"
   end
 

@@ -7,6 +7,7 @@ defmodule Bombus.OrderedJSON do
 
   @orders %{
     message: ~w(role content name reasoning_content tool_calls tool_call_id),
+    part: ~w(type text),
     call: ~w(id type function),
     called: ~w(name arguments),
     tool: ~w(type function name description parameters),
@@ -17,7 +18,7 @@ defmodule Bombus.OrderedJSON do
 
   # What lies below a name; a list's elements are of the list's kind.
   @inner %{
-    message: %{"tool_calls" => :call},
+    message: %{"content" => :part, "tool_calls" => :call},
     call: %{"function" => :called},
     tool: %{"function" => :function, "parameters" => :schema, "return" => :schema},
     function: %{"parameters" => :schema, "return" => :schema},
@@ -40,7 +41,12 @@ defmodule Bombus.OrderedJSON do
   @spec encode(term(), atom()) :: iodata()
   def encode(nil, _kind), do: "null"
   def encode(bool, _kind) when is_boolean(bool), do: Atom.to_string(bool)
-  def encode({:json, text}, _kind), do: text
+
+  # It may be a caller's tuple.
+  def encode({:json, text} = json, _kind) when is_binary(text) do
+    if match?({:ok, _value}, JSON.decode(text)), do: text, else: throw({:not_json, json})
+  end
+
   def encode(number, _kind) when is_number(number), do: JSON.encode!(number)
   def encode(atom, _kind) when is_atom(atom), do: text(Atom.to_string(atom))
   def encode(text, _kind) when is_binary(text), do: text(text)
@@ -105,6 +111,7 @@ defmodule Bombus.OrderedJSON do
     {Enum.find_index(order, &(&1 == name)) || length(order), name}
   end
 
-  defp name!(name) when is_atom(name) or is_number(name) or is_binary(name), do: to_string(name)
+  defp name!(name) when is_atom(name), do: Atom.to_string(name)
+  defp name!(name) when is_number(name) or is_binary(name), do: to_string(name)
   defp name!(other), do: throw({:not_json, other})
 end

@@ -111,8 +111,12 @@ defmodule Bombus.Quantization do
         group_size \\ 64,
         bits \\ 4,
         options \\ []
-      )
-      when is_boolean(transpose) do
+      ) do
+    unless is_boolean(transpose) do
+      raise ArgumentError,
+            "expected transpose to be true or false, got: #{Options.show(transpose)}"
+    end
+
     options = options!(options, group_size, bits) |> Map.put(:transpose, transpose)
     {rows, columns} = quantized!(weight, scales, biases, options)
     {inputs, outputs} = if transpose, do: {columns, rows}, else: {rows, columns}
@@ -198,7 +202,12 @@ defmodule Bombus.Quantization do
 
   @modes [mxfp4: {32, 4}, mxfp8: {32, 8}, nvfp4: {16, 4}]
 
-  @options [mode: [default: :affine, doc: "MLX's mode"]] ++ Device.schema()
+  @mode [
+    type: {:in, [:affine | Keyword.keys(@modes)]},
+    default: :affine,
+    doc: "MLX's mode"
+  ]
+  @options [mode: @mode] ++ Device.schema()
 
   defp options!(options, group_size, bits) do
     options = Options.validate!(options, @options, "Bombus.Quantization")
@@ -217,10 +226,6 @@ defmodule Bombus.Quantization do
 
   defp layout!(mode, group_size, bits) do
     case @modes[mode] do
-      nil ->
-        raise ArgumentError,
-              "expected :mode to be :affine, :mxfp4, :mxfp8 or :nvfp4, got: #{inspect(mode)}"
-
       {^group_size, ^bits} ->
         :ok
 
@@ -248,8 +253,9 @@ defmodule Bombus.Quantization do
 
     unless fits? do
       raise ArgumentError,
-            "a weight #{title(weight)}, scales #{title(scales)} and biases #{title(biases)} do not fit " <>
-              "together in #{bits} bits and groups of #{group_size} (#{mode})"
+            "expected a weight with its scales and biases, got: #{title(weight)}, #{title(scales)} and " <>
+              "#{title(biases)}, which do not fit together in #{bits} bits and groups of " <>
+              "#{group_size} (#{mode})"
     end
 
     if mode == :affine, do: float!(scales)

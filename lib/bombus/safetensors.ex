@@ -104,8 +104,12 @@ defmodule Bombus.Safetensors do
 
   @doc "One tensor; `:as` is that of `read/2`. A name that is not there is `:not_found`."
   @spec read_tensor(Path.t(), String.t(), keyword()) :: {:ok, tensor()} | {:error, Error.t()}
-  def read_tensor(path, name, options \\ []) when is_binary(name) do
+  def read_tensor(path, name, options \\ []) do
     options = Options.validate!(options, @as, "Bombus.Safetensors.read_tensor/3")
+
+    unless is_binary(name) and String.valid?(name) do
+      raise ArgumentError, "expected the name of a tensor, got: #{Options.show(name)}"
+    end
 
     with {:ok, tensors} <- read(path, only: [name], as: options[:as]) do
       {:ok, tensors[name]}
@@ -173,7 +177,13 @@ defmodule Bombus.Safetensors do
       else: raise(ArgumentError, "expected tensors by their names, got: #{Options.show(tensors)}")
   end
 
-  defp entry!({name, tensor}) when is_binary(name) or is_atom(name) do
+  defp entry!({name, tensor}) when is_binary(name) or (is_atom(name) and name != nil) do
+    name = to_string(name)
+
+    unless String.valid?(name) do
+      raise ArgumentError, "expected names in UTF-8, got: #{Options.show(name)}"
+    end
+
     %Tensor{type: type, shape: shape, binary: binary} = Tensor.from_nx(tensor)
 
     dtype =
@@ -181,20 +191,27 @@ defmodule Bombus.Safetensors do
         raise ArgumentError,
               "expected a type of the format, got a tensor #{Tensor.title(type, shape)}"
 
-    {to_string(name), dtype, Tuple.to_list(shape), binary}
+    {name, dtype, Tuple.to_list(shape), binary}
   end
 
   defp entry!(other) do
-    raise ArgumentError, "expected tensors by their names, got: #{inspect(other)}"
+    raise ArgumentError, "expected tensors by their names, got: #{Options.show(other)}"
   end
 
   @doc false
   def check_metadata(metadata) do
-    if is_map(metadata) and Enum.all?(metadata, fn {k, v} -> is_binary(k) and is_binary(v) end),
+    if is_non_struct_map(metadata) and Enum.all?(metadata, &texts?/1),
       do: {:ok, metadata},
       else: {:error, "a map of strings"}
   end
 
+  defp texts?({key, value}), do: text?(key) and text?(value)
+  defp text?(value), do: is_binary(value) and String.valid?(value)
+
   defp as(:bombus), do: & &1
-  defp as(:nx), do: &Tensor.to_nx/1
+
+  defp as(:nx) do
+    Tensor.nx!()
+    &Tensor.to_nx/1
+  end
 end

@@ -47,7 +47,7 @@ defmodule Bombus.Serving do
   requests that meet the change end with `:io`.
 
   A serving or model that is given is ready at once, and cannot be loaded anew: where its files change,
-  its status stays `{:failed, error}`. An adapter that does not fit it fails the start.
+  or `Bombus.unload/2` has freed it, its status stays `{:failed, error}`. An adapter that does not fit it fails the start.
 
   ## Time
 
@@ -64,6 +64,11 @@ defmodule Bombus.Serving do
     * `%{text: string}` - the same, with options beside it
     * `%{messages: [%{role: "user", content: "..."}]}` - a conversation, with options beside it
     * `%{token_ids: ids}` - token ids as they are, with options beside it
+
+  A message's content is a string, or a list of parts that are texts, `%{type: "text", text: "..."}`. Either
+  way it reaches the chat template in a form that the template shows: where it reads parts only, as
+  those of vision-language models do, a string becomes a list of one; where it takes texts only, the
+  parts are joined. A list goes as it is to a template that takes both.
 
   A list of inputs gives a list of results, in its order. As many run at once as fill the model's batch
   twice; the others wait in the calling process, so that a list may be longer than the queue.
@@ -135,6 +140,7 @@ defmodule Bombus.Serving do
 
   alias Bombus.Serving.{
     Batch,
+    Chunks,
     Client,
     Deadline,
     Input,
@@ -190,9 +196,6 @@ defmodule Bombus.Serving do
   @enforce_keys [:model, :tokenizer, :options, :limits]
   defstruct [:group, :name | @enforce_keys]
 
-  # How many chunks of a stream may lie unread.
-  @window 64
-
   @doc """
   A serving of a model, with the options of all its requests.
 
@@ -239,11 +242,12 @@ defmodule Bombus.Serving do
   @doc """
   Runs an input as a stream of text chunks (of token ids where there is no tokenizer).
 
-  The request starts when the stream is first asked, in the process that asks. Halting the stream
+  The request starts when the stream is first asked, in the process that asks. Only that process can
+  read it: in another one, a stream that was suspended raises `ArgumentError`. Halting the stream
   cancels the request, and so does the death of the process. What goes wrong is raised as a
   `Bombus.Error`, a prompt that is too long (`:prompt_too_long`) too.
 
-  A stream whose reader is slower than the model holds nobody up: #{@window} chunks lie in the reader's
+  A stream whose reader is slower than the model holds nobody up: #{Chunks.window()} chunks lie in the reader's
   mailbox at most. What is generated beyond them comes as one longer chunk, of as many tokens again at most;
   then the sequence waits, and its place in the batch is another's until the reader goes on.
 
@@ -251,11 +255,11 @@ defmodule Bombus.Serving do
   """
   @spec stream(t() | GenServer.server(), input()) :: Enumerable.t()
   def stream(%__MODULE__{} = serving, input),
-    do: stream_with(serving!(serving, "stream/2"), Input.normalize!(input, serving), nil)
+    do: Chunks.stream(serving!(serving, "stream/2"), Input.normalize!(input, serving), nil)
 
   def stream(name, input) do
     case Client.checkout(name, timeout(input)) do
-      {:ok, serving, server} -> stream_with(serving, Input.normalize!(input, serving), server)
+      {:ok, serving, server} -> Chunks.stream(serving, Input.normalize!(input, serving), server)
       :cancelled -> []
       {:error, error} -> raise error
     end
@@ -298,8 +302,8 @@ defmodule Bombus.Serving do
   @doc """
   Whether a named serving can answer, for health checks: a map of
 
-    * `:state` - `:loading`, `:ready`, or `{:failed, error}` where its model cannot be loaded, or its
-      files have changed
+    * `:state` - `:loading`, `:ready`, or `{:failed, error}` where its model cannot be loaded, its
+      files have changed, or what it was given has been unloaded
     * `:progress` - of a download while it is loading, `t:Bombus.Hub.progress/0`; else `nil`
     * `:batch` - how many requests run in the model's batch
     * `:queue` - how many more wait; while it is loading, how many callers wait for that
@@ -419,7 +423,7 @@ defmodule Bombus.Serving do
     normalized = Input.normalize!(input, serving)
 
     if Input.stream?(input, serving),
-      do: stream_with(serving, normalized, server),
+      do: Chunks.stream(serving, normalized, server),
       else: serving |> start(normalized, server, begun) |> collect()
   end
 
@@ -436,10 +440,9 @@ defmodule Bombus.Serving do
     answers
   end
 
-  defp start(serving, input, server, begun, window \\ nil) do
-    with {:ok, input} <- input do
-      Request.start(serving, input, server, deadline: deadline(input, begun), window: window)
-    end
+  defp start(serving, input, server, begun) do
+    with {:ok, input} <- input,
+         do: Request.start(serving, input, server, deadline: deadline(input, begun))
   end
 
   defp deadline({_prompt, options}, begun), do: Deadline.new(options.timeout, begun)
@@ -453,45 +456,6 @@ defmodule Bombus.Serving do
   defp raise_errors(results) when is_list(results), do: Enum.map(results, &raise_errors/1)
   defp raise_errors({:error, error}), do: raise(error)
   defp raise_errors(result), do: result
-
-  defp stream_with(serving, input, server) do
-    options = with {:ok, {_prompt, options}} <- input, do: options
-
-    # Its time begins when it is first asked.
-    fn -> {Error.unwrap!(start(serving, input, server, Deadline.now(), @window)), []} end
-    |> Stream.resource(&next(&1, options), &halt/1)
-    # Raised behind the resource: a request that has ended must not be cancelled.
-    |> Stream.map(fn
-      {:error, error} -> raise error
-      element -> element
-    end)
-  end
-
-  defp next(:done, _options), do: {:halt, :done}
-
-  defp next({request, chunks}, options) do
-    case Request.next(request) do
-      {:chunk, _ids, _text, _logprobs} = chunk ->
-        # Only a result at the end needs them again.
-        chunks = if options.stream_done, do: [chunk | chunks], else: []
-        {elements(request, chunk), {request, chunks}}
-
-      {:done, reason, usage} ->
-        if options.stream_done,
-          do: {[done: Request.result(request, chunks, reason, usage)], :done},
-          else: {[], :done}
-
-      {:error, error} ->
-        {[error: error], :done}
-    end
-  end
-
-  defp elements(%{tokenizer?: false}, {:chunk, ids, _text, _logprobs}), do: ids
-  defp elements(_request, {:chunk, _ids, "", _logprobs}), do: []
-  defp elements(_request, {:chunk, _ids, text, _logprobs}), do: [text]
-
-  defp halt(:done), do: :ok
-  defp halt({request, _chunks}), do: Request.cancel(request)
 
   defimpl Inspect do
     import Inspect.Algebra

@@ -12,6 +12,8 @@ defmodule Bombus.Tensor do
       Bombus.Tensor.to_nx(tensor)
   """
 
+  alias Bombus.Options
+
   @type t :: %__MODULE__{type: {atom(), pos_integer()}, shape: tuple(), binary: binary()}
 
   @enforce_keys [:type, :shape, :binary]
@@ -27,8 +29,14 @@ defmodule Bombus.Tensor do
   large as the other two say.
   """
   @spec new({atom(), pos_integer()}, tuple(), binary()) :: t()
-  def new({name, bits} = type, shape, binary)
-      when is_atom(name) and is_tuple(shape) and is_binary(binary) do
+  def new({_name, bits} = type, shape, binary) do
+    type!(type)
+    shape!(shape)
+
+    unless is_binary(binary) do
+      raise ArgumentError, "expected the numbers as a binary, got: #{Options.show(binary)}"
+    end
+
     expected = shape |> Tuple.product() |> Kernel.*(bits) |> div(8)
 
     if byte_size(binary) != expected do
@@ -37,6 +45,20 @@ defmodule Bombus.Tensor do
     end
 
     %__MODULE__{type: type, shape: shape, binary: binary}
+  end
+
+  def new(type, _shape, _binary), do: type!(type)
+
+  defp type!({name, bits}) when is_atom(name) and bits in 1..128, do: :ok
+
+  defp type!(other) do
+    raise ArgumentError, "expected a type such as {:f, 32}, got: #{Options.show(other)}"
+  end
+
+  defp shape!(shape) do
+    unless is_tuple(shape) and Enum.all?(Tuple.to_list(shape), &(is_integer(&1) and &1 >= 0)) do
+      raise ArgumentError, "expected a shape such as {2, 3}, got: #{Options.show(shape)}"
+    end
   end
 
   @doc """
@@ -51,21 +73,35 @@ defmodule Bombus.Tensor do
   end
 
   def to_nx(%__MODULE__{} = tensor) do
+    nx!()
     tensor.binary |> Nx.from_binary(tensor.type) |> Nx.reshape(tensor.shape)
   end
 
   def to_nx(tensor) when is_struct(tensor, Nx.Tensor), do: tensor
+  def to_nx(other), do: none!(other)
+
+  @doc false
+  # Raises where there is no Nx.
+  def nx! do
+    unless Code.ensure_loaded?(Nx) do
+      raise "tensors of Nx need it: add {:nx, \"~> 0.10\"} to your dependencies"
+    end
+  end
 
   @doc "From a tensor of Nx, from whatever backend; axis names are lost. A `Bombus.Tensor` stays one."
   @spec from_nx(struct()) :: t()
-  def from_nx(%__MODULE__{} = tensor), do: tensor
+  def from_nx(%__MODULE__{type: type, shape: shape, binary: binary}), do: new(type, shape, binary)
 
   def from_nx(tensor) when is_struct(tensor, Nx.Tensor) do
     new(Nx.type(tensor), Nx.shape(tensor), Nx.to_binary(tensor))
   end
 
-  def from_nx(other) do
-    raise ArgumentError, "expected a Bombus.Tensor or an Nx.Tensor, got: #{inspect(other)}"
+  def from_nx(other), do: none!(other)
+
+  @spec none!(term()) :: no_return()
+  defp none!(other) do
+    raise ArgumentError,
+          "expected a Bombus.Tensor or an Nx.Tensor, got: #{Options.show(other)}"
   end
 
   @doc false

@@ -64,7 +64,8 @@ defmodule Bombus.Tokenizer do
 
   A folder with `tokenizer.json`, or with the `vocab.json` and `merges.txt` of Qwen2's or GPT-2's
   tokenizer. Special tokens come from `tokenizer_config.json`, `special_tokens_map.json` and
-  `added_tokens.json`, as in transformers. A `truncation` or `padding` in `tokenizer.json` does not
+  `added_tokens.json`, as in transformers; chat templates from `chat_template.jinja` and, by their
+  names, from at most 100 files `additional_chat_templates/*.jinja`. A `truncation` or `padding` in `tokenizer.json` does not
   count.
 
   ## Errors
@@ -142,8 +143,8 @@ defmodule Bombus.Tokenizer do
     * a string - the text as it stands, as `encode/3` takes it and as a serving takes it with
       `chat_template: false`
     * a list of messages - the conversation, with the chat template around it
-    * `%{text: string}` or `%{messages: list}` - an input, as a serving takes it: a text is a user's
-      message where the tokenizer has a chat template
+    * `%{text: string}` or `%{messages: list}` - an input, as a serving takes it, its names atoms or
+      strings: a text is a user's message where the tokenizer has a chat template
 
   ## Options
 
@@ -238,7 +239,7 @@ defmodule Bombus.Tokenizer do
   defp turns(messages) do
     {turns, last} =
       Enum.map_reduce(messages, 0, fn message, turn ->
-        case to_string(message[:role] || message["role"]) do
+        case role(message) do
           "user" -> {{turn + 1, message}, turn + 1}
           role when role in ["system", "developer"] -> {{nil, message}, turn}
           _other -> {{turn, message}, turn}
@@ -246,6 +247,13 @@ defmodule Bombus.Tokenizer do
       end)
 
     {turns, last}
+  end
+
+  # Of a map or a list of pairs, whose names are atoms or strings.
+  defp role(message) do
+    Enum.find_value(message, fn {name, role} ->
+      if to_string(name) == "role", do: to_string(role)
+    end)
   end
 
   # How few turns must go is found by halving.
@@ -291,7 +299,22 @@ defmodule Bombus.Tokenizer do
 
   defp prompt(%{text: text}, _tokenizer, _options), do: text(text)
   defp prompt(%{messages: messages}, tokenizer, options), do: chat(messages, tokenizer, options)
-  defp prompt(messages, tokenizer, options), do: chat(messages, tokenizer, options)
+
+  defp prompt(%{"text" => text} = input, tokenizer, options)
+       when not is_map_key(input, :messages),
+       do: prompt(%{text: text}, tokenizer, options)
+
+  defp prompt(%{"messages" => messages}, tokenizer, options),
+    do: chat(messages, tokenizer, options)
+
+  defp prompt(messages, tokenizer, options) when is_list(messages),
+    do: chat(messages, tokenizer, options)
+
+  defp prompt(other, _tokenizer, _options) do
+    raise ArgumentError,
+          "expected a text, a list of messages, %{text: text} or %{messages: messages}, " <>
+            "got: #{Options.show(other)}"
+  end
 
   defp text(text) when is_binary(text) do
     if String.valid?(text),

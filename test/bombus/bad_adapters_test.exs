@@ -77,6 +77,25 @@ defmodule Bombus.BadAdaptersTest do
     ])
   end
 
+  test "with modules that its configuration does not name", %{folder: folder} = context do
+    original = Fixtures.read_json(Path.join(folder, @config))
+
+    for config <- [
+          put_in(original["lora_parameters"]["keys"], ["self_attn.q_proj"]),
+          put_in(original["lora_parameters"]["keys"], ["model.layers.0.self_attn.v_proj"])
+        ] do
+      Fixtures.edit_json(folder, @config, fn _config -> config end)
+      words = ["`num_layers` and `keys`", "`model.layers.1.self_attn.v_proj`"]
+      assert_refused_at_use(context, folder, words)
+    end
+
+    for {num_layers, keys} <- [{"1", []}, {0.5, []}, {1, "self_attn.q_proj"}, {1, [1]}] do
+      config = put_in(original["lora_parameters"]["keys"], keys)
+      Fixtures.edit_json(folder, @config, fn _ -> Map.put(config, "num_layers", num_layers) end)
+      assert_refused_at_load(folder, :bad_adapter, @config)
+    end
+  end
+
   test "with half of a pair", %{folder: folder} do
     edit(folder, fn tensors ->
       Enum.reject(tensors, &(elem(&1, 0) == "model.layers.1.self_attn.q_proj.lora_b"))
@@ -339,6 +358,50 @@ defmodule Bombus.BadAdaptersTest do
         Fixtures.edit_tensor_list(copy, tensors, &[{name, "F32", [1], <<0::32>>} | &1])
         assert_refused_at_load(copy, :bad_adapter, [words, tensors])
       end
+    end
+
+    test "modules that the configuration does not name are left out, as the log says", context do
+      %{folder: folder} = context
+      model = Bombus.load_model!(Fixtures.checkpoint("f32-dense"), device: :cpu)
+      whole = score(model, Bombus.load_adapter!(folder))
+      less = Fixtures.copy(folder, Path.dirname(folder))
+
+      Fixtures.edit_tensor_list(less, "adapter_model.safetensors", fn tensors ->
+        Enum.reject(tensors, fn {name, _, _, _} -> name =~ ~r/v_proj|layers.0/ end)
+      end)
+
+      expected = score(model, Bombus.load_adapter!(less))
+      assert expected != whole
+
+      for changes <- [
+            %{
+              "target_modules" => ["layers.1.self_attn.q_proj", "down_proj"],
+              "layers_to_transform" => [1]
+            },
+            %{
+              "exclude_modules" => ["v_proj"],
+              "layers_to_transform" => 1,
+              "layers_pattern" => "layers"
+            },
+            %{"target_modules" => ".*\\.1\\..*(q|down)_proj"}
+          ] do
+        Fixtures.edit_json(folder, @config, fn config ->
+          config
+          |> Map.put("target_modules", ["q_proj", "down_proj", "v_proj"])
+          |> Map.merge(changes)
+        end)
+
+        log =
+          ExUnit.CaptureLog.capture_log(fn ->
+            assert score(model, Bombus.load_adapter!(folder)) == expected
+          end)
+
+        assert log =~ "left out: `model.layers.0.mlp.down_proj`"
+        Fixtures.edit_json(folder, @config, &Map.drop(&1, Map.keys(changes)))
+      end
+
+      Fixtures.edit_json(folder, @config, &Map.put(&1, "target_modules", ["up_proj"]))
+      assert_refused_at_load(folder, :bad_adapter, ["`target_modules`", @config])
     end
 
     test "for another rank, or another model", %{folder: folder} = context do

@@ -26,6 +26,37 @@ defmodule Bombus.BadFilesTest do
     folder
   end
 
+  test "a link that leads nowhere is no file that is absent", %{folder: folder} = context do
+    for {file, target, words} <- [
+          {"generation_config.json", "nothing", "a link to `nothing`, which is not there"},
+          {"config.json", "config.json", "a link to `config.json`, which leads back to it"}
+        ] do
+      copy = Fixtures.copy(folder, Path.dirname(folder))
+      File.rm(Path.join(copy, file))
+      File.ln_s!(target, Path.join(copy, file))
+      assert_refused(context, copy, :io, [file, words])
+    end
+
+    demo = Application.app_dir(:bombus, "priv/models/demo")
+
+    for file <- ["tokenizer_config.json", "added_tokens.json", "chat_template.jinja"] do
+      copy = Fixtures.copy(demo, Path.dirname(folder))
+      File.rm(Path.join(copy, file))
+      File.ln_s!("nothing", Path.join(copy, file))
+      assert {:error, %Error{reason: :io, message: message}} = Bombus.load_tokenizer(copy)
+      assert message =~ file and message =~ "a link to `nothing`"
+    end
+  end
+
+  test "what of a configuration is not followed is logged", %{folder: folder} do
+    generation = %{suppress_tokens: [3], eos_token_id: [1, 99_999]}
+    File.write!(Path.join(folder, "generation_config.json"), JSON.encode!(generation))
+    load = fn -> Bombus.load_model!(folder, device: :cpu) end
+    log = ExUnit.CaptureLog.capture_log(load)
+    assert log =~ "`suppress_tokens` ([3])"
+    assert log =~ "`eos_token_id`: no token of the vocabulary of 256 is 99999"
+  end
+
   describe "a safetensors header" do
     test "that is cut off", %{folder: folder} = context do
       File.write!(Path.join(folder, @tensors), <<1, 2, 3>>)

@@ -1,7 +1,7 @@
 defmodule Bombus.DependencyTest do
   # Bombus as another application's dependency: compiled, run under a supervisor, packed as a
   # release, moved, and run again; as it was built here, and on Linux without MLX.
-  use ExUnit.Case
+  use ExUnit.Case, async: true
 
   @moduletag :tmp_dir
   @moduletag timeout: 600_000

@@ -72,7 +72,10 @@ defmodule Bombus.HubTest do
   end
 
   describe "loading" do
-    test "a model, its tokenizer and an adapter speak as those in folders do", %{server: server} do
+    test "a model, its tokenizer and an adapter speak as those in folders do", %{
+      server: server,
+      files: files
+    } do
       for source <- [{:hf, @id}, {:hf, @id, revision: "main"}] do
         model = Bombus.load_model!(source)
         tokenizer = Bombus.load_tokenizer!(source)
@@ -85,8 +88,8 @@ defmodule Bombus.HubTest do
         assert inspect(model) =~ @id
       end
 
-      # Once, and no others.
-      assert Enum.sort(got(server)) ==
+      # Once, and no others; the listing is for templates that have names.
+      assert Enum.sort(got(server) -- [HubServer.commit(files)]) ==
                Enum.sort(
                  ~w(config.json generation_config.json model.safetensors tokenizer_config.json
                     tokenizer.json adapter_config.json adapters.safetensors) ++
@@ -104,6 +107,69 @@ defmodule Bombus.HubTest do
 
     defp run(model, tokenizer, options) do
       model |> Serving.new(tokenizer, options) |> Serving.run("Write a post about coffee")
+    end
+
+    test "templates that have names come along, as in a folder", %{server: server, files: files} do
+      template = &"#{&1}: {{ messages[0].content }}{% if tools %}{% endif %}"
+      names = ~w(tool_use rag)
+
+      more =
+        Map.new(names, &{"additional_chat_templates/#{&1}.jinja", template.(&1)})
+        |> Map.put("chat_template.jinja", template.("default"))
+
+      # What is no template there, or lies deeper, is not wanted.
+      others = %{
+        "additional_chat_templates/README.md" => "a",
+        "additional_chat_templates/old/rag.jinja" => "a",
+        "other/additional_chat_templates/rag.jinja" => "a"
+      }
+
+      repository = files |> Map.merge(more) |> Map.merge(others)
+      within = Map.new(repository, fn {path, bytes} -> {"deep/#{path}", bytes} end)
+      HubServer.push(server, "owner/templates", repository)
+      HubServer.push(server, "owner/within", within)
+
+      for {source, path} <- [
+            {{:hf, "owner/templates"}, ""},
+            {{:hf, "owner/within", subdir: "deep"}, "deep"}
+          ] do
+        tokenizer = Bombus.load_tokenizer!(source)
+        {id, options} = {elem(source, 1), subdir(source)}
+        {:ok, folder} = Hub.download(id, [kind: :tokenizer, offline: true] ++ options)
+        assert String.ends_with?(folder, path)
+
+        assert Enum.sort(File.ls!(Path.join(folder, "additional_chat_templates"))) ==
+                 ["rag.jinja", "tool_use.jinja"]
+
+        # As transformers 5: `tool_use` where there are tools, else the default, or the one that is named.
+        for loaded <- [tokenizer, Bombus.load_tokenizer!({:local, folder})],
+            {options, expected} <- [
+              {%{}, "default: Hi"},
+              {%{tools: [%{type: "function", function: %{name: "f"}}]}, "tool_use: Hi"},
+              {%{chat_template: "rag"}, "rag: Hi"}
+            ] do
+          messages = [%{role: "user", content: "Hi"}]
+
+          assert Bombus.Tokenizer.apply_chat_template(loaded, messages, template_options: options) ==
+                   {:ok, expected}
+        end
+
+        # What is there needs no listing again.
+        HubServer.forget(server)
+        assert {:ok, _tokenizer} = Bombus.load_tokenizer(source)
+        assert got(server) == []
+      end
+    end
+
+    defp subdir({:hf, _id}), do: []
+    defp subdir({:hf, _id, options}), do: options
+
+    test "more templates than a tokenizer can have are refused", %{server: server, files: files} do
+      many = Map.new(1..101, &{"additional_chat_templates/#{&1}.jinja", "a"})
+      HubServer.push(server, "owner/many", Map.merge(files, many))
+      assert {:error, error} = Bombus.load_tokenizer({:hf, "owner/many"})
+      assert error.reason == :bad_tokenizer
+      assert error.message =~ "101 chat templates"
     end
 
     test "what is there needs one question, and none with a commit's hash", %{

@@ -33,15 +33,19 @@ defmodule Bombus.MessagesTest do
           do: assert(messages([message]) == expected)
     end
 
-    test "a list of text parts is one text, as mlx_lm.server joins it" do
+    test "a list of text parts stays a list, which the template decides on" do
       parts = [
         %{type: "text", text: "a"},
         %{"type" => "text", "text" => "b"},
         [type: :text, text: "c"]
       ]
 
-      assert messages([%{role: "user", content: parts}]) == ~s([{"role":"user","content":"abc"}])
-      assert messages([%{role: "user", content: []}]) == ~s([{"role":"user","content":""}])
+      json = Enum.map_join(~w(a b c), ",", &~s({"type":"text","text":"#{&1}"}))
+
+      assert messages([%{role: "user", content: parts}]) ==
+               ~s([{"role":"user","content":[#{json}]}])
+
+      assert messages([%{role: "user", content: []}]) == ~s([{"role":"user","content":[]}])
 
       assert_raise ArgumentError, ~r/a part of type "image_url"/, fn ->
         prompt([%{role: "user", content: [%{type: "image_url", image_url: %{url: "x"}}]}])
@@ -206,6 +210,63 @@ defmodule Bombus.MessagesTest do
 
       assert tokens(dir, "{{ tools | tojson }}", input) ==
                tokens(dir, ~s([{"b": 1, "a": 2}]), "x")
+    end
+
+    test "a template of texts gets a list of parts as one text, one of parts a list of one",
+         %{tmp_dir: dir} do
+      parts = for text <- ["A post", " about coffee"], do: %{type: "text", text: text}
+      looped = "{% for part in messages[0].content %}{{ part.text }}{% endfor %}"
+
+      for template <- ["{{ messages[0].content }}", looped],
+          content <- ["A post about coffee", parts] do
+        input = %{messages: [%{role: "user", content: content}]}
+        assert tokens(dir, template, input) == tokens(dir, "A post about coffee", "x")
+      end
+    end
+
+    test "whole numbers have all their digits, and what is too deep is named", %{tmp_dir: dir} do
+      number = 123_456_789_012_345_678_901_234_567_890
+      input = %{text: "x", template_options: %{tools: [%{n: number, m: -number}]}}
+      text = ~s([{"m": -#{number}, "n": #{number}}])
+      assert tokens(dir, "{{ tools | tojson }}", input) == tokens(dir, text, "x")
+
+      folder = Fixtures.copy(Application.app_dir(:bombus, "priv/models/demo"), dir)
+      File.write!(Path.join(folder, "chat_template.jinja"), "{{ tools }}{{ messages }}")
+      tokenizer = Bombus.load_tokenizer!(folder)
+      deep = Enum.reduce(1..200, 1, fn _level, inner -> %{a: inner} end)
+      user = %{role: "user", content: "x"}
+      apply = &Bombus.Tokenizer.apply_chat_template(tokenizer, &1, template_options: &2)
+
+      for {messages, options, words} <- [
+            {[user], %{tools: [deep]},
+             "template options: `tools`: lists and objects lie more than 120"},
+            {[user, Map.put(user, :x, deep)], %{}, "messages: number 2: lists and objects"},
+            {[user], %{tools: [%{a: 10 ** 50}]}, "`tools`: the whole number `1000"}
+          ] do
+        assert {:error, %Error{reason: :bad_request, message: message}} =
+                 apply.(messages, options)
+
+        assert message =~ words
+      end
+    end
+
+    test "what a template raises is shown in part", %{tmp_dir: dir} do
+      folder = Fixtures.copy(Application.app_dir(:bombus, "priv/models/demo"), dir)
+
+      for template <- [
+            "{{ raise_exception('no! ' * 1000000) }}",
+            "{{ {}['a' * 1000000].b }}"
+          ] do
+        File.write!(Path.join(folder, "chat_template.jinja"), template)
+        tokenizer = Bombus.load_tokenizer!(folder)
+        messages = [%{role: "user", content: "x"}]
+
+        assert {:error, %Error{reason: :bad_request, message: message}} =
+                 Bombus.Tokenizer.apply_chat_template(tokenizer, messages)
+
+        assert byte_size(message) < 4_000
+        assert message =~ "(line 1)"
+      end
     end
 
     test "an option without effect is refused, one that continues works", %{tmp_dir: dir} do

@@ -37,44 +37,47 @@ defmodule Bombus.QuantizeOnLoadTest do
 
   @tag skip: if(@python == nil, do: "BOMBUS_PYTHON names no Python with mlx_lm")
   test "the numbers are those of mlx_lm.convert, which reads them back", %{tmp_dir: dir} do
-    for {bits, group_size} <- [{4, 64}, {3, 32}] do
-      folder = copy("bf16-dense", dir)
+    folder = Path.join(dir, "source")
+    File.rename!(copy("bf16-dense", dir), folder)
+    layouts = [{4, 64}, {3, 32}]
+
+    for {bits, group_size} <- layouts do
       saved = Path.join(dir, "own-#{bits}")
       {:ok, model} = Bombus.load_model(folder, quantization: [bits: bits, group_size: group_size])
       :ok = Bombus.save_model(model, saved)
+    end
 
-      # convert wants a tokenizer, which the fixture has not.
-      script = """
-      import json, sys
-      import mlx.core as mx
-      from pathlib import Path
-      from mlx_lm.utils import load_model, quantize_model, save_config, save_model
-      source, target, saved, bits, group = *map(Path, sys.argv[1:4]), *map(int, sys.argv[4:])
-      model, config = load_model(source)
+    # convert wants a tokenizer, which the fixture has not.
+    script = """
+    import sys
+    import mlx.core as mx
+    from pathlib import Path
+    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+    folder = Path(sys.argv[1])
+    for layout in sys.argv[2:]:
+      bits, group = map(int, layout.split(","))
+      model, config = load_model(folder / "source")
       model, config = quantize_model(model, config, group, bits)
+      target = folder / f"theirs-{bits}"
       target.mkdir()
       save_model(target, model)
       save_config(config, target / "config.json")
       theirs, _ = load_model(target)
-      ours, config = load_model(saved)
+      ours, config = load_model(folder / f"own-{bits}")
       assert config["quantization"]["bits"] == bits
       x = mx.array([[1, 5, 9, 2]])
       assert mx.array_equal(ours(x), theirs(x))
-      """
+    """
 
-      arguments = [
-        "-c",
-        script,
-        folder,
-        Path.join(dir, "theirs-#{bits}"),
-        saved,
-        "#{bits}",
-        "#{group_size}"
-      ]
+    arguments = for {bits, group_size} <- layouts, do: "#{bits},#{group_size}"
 
-      {output, status} = System.cmd(@python, arguments, stderr_to_stdout: true)
-      assert status == 0, output
-      {:ok, ours} = Safetensors.read(saved)
+    {output, status} =
+      System.cmd(@python, ["-c", script, dir | arguments], stderr_to_stdout: true)
+
+    assert status == 0, output
+
+    for {bits, _group_size} <- layouts do
+      {:ok, ours} = Safetensors.read(Path.join(dir, "own-#{bits}"))
       {:ok, theirs} = Safetensors.read(Path.join(dir, "theirs-#{bits}"))
       assert ours == theirs
     end

@@ -92,6 +92,36 @@ defmodule Bombus.UnloadTest do
     assert %{results: [_result]} = Serving.run(serving, @endless)
   end
 
+  test "requests with an adapter are cancelled, also where it was unloaded before" do
+    {model, serving} = load()
+
+    adapter = fn ->
+      Bombus.load_adapter!(Path.join(Fixtures.checkpoint("f32-untied"), "adapters/all-layers"))
+    end
+
+    [gone, other] = [adapter.(), adapter.()]
+    before = Bombus.memory_info().adapters
+    endless = %{@endless | max_new_tokens: 500}
+    run = fn input -> Task.async(fn -> Serving.run(serving, input) end) end
+    cancelled = for _ <- 1..2, do: run.(Map.put(endless, :adapter, gone))
+    kept = [run.(@endless), run.(Map.put(@endless, :adapter, other))]
+    wait_until(fn -> Bombus.memory_info().sequences >= 4 end)
+
+    waiting = Task.async(fn -> Bombus.unload(gone) end)
+    assert Task.yield(waiting, 20) == nil
+    assert Bombus.unload(gone, cancel: true) == :ok
+    assert Task.await(waiting) == :ok
+    assert Bombus.memory_info().adapters == before - 1
+
+    for %{results: [result]} <- Task.await_many(cancelled) do
+      assert result.finish_reason == :cancelled
+      assert length(result.token_ids) < 500
+    end
+
+    for %{results: [result]} <- Task.await_many(kept), do: assert(result.finish_reason == :length)
+    assert {:error, %Error{reason: :unloaded}} = Bombus.score(model, [1, 2], adapter: gone)
+  end
+
   test "a tokenizer is refused afterwards" do
     model = Bombus.load_model!(:demo, device: :cpu)
     tokenizer = Bombus.load_tokenizer!(:demo)
@@ -100,6 +130,38 @@ defmodule Bombus.UnloadTest do
     assert Bombus.unload(tokenizer) == :ok
     assert {:error, %Error{reason: :unloaded}} = Serving.run(serving, "Tea")
     assert Bombus.unload(tokenizer) == :ok
+  end
+
+  @tag :capture_log
+  test "a serving that was given them says so, and so do its answers" do
+    tokenizer = Bombus.load_tokenizer!(:demo)
+    adapter = Bombus.load_adapter!({:demo, "pirate"})
+    model = Bombus.load_model!(:demo, device: :cpu)
+    serving = Serving.new(model, tokenizer, max_new_tokens: 3)
+    text = %{text: "Tea"}
+    ids = %{token_ids: [1, 2], adapter: nil}
+    given = [model: model, tokenizer: tokenizer]
+
+    # By another struct, which is all that its owner has.
+    for {name, options, unloaded, input, others} <- [
+          {OfAdapter, given ++ [adapter: adapter], adapter, text, ids},
+          {OfTokenizer, given, tokenizer, text, nil},
+          {OfModel, [model: model, tokenizer: nil], model, ids, nil},
+          {OfServing, [serving: serving], model, ids, nil}
+        ] do
+      options = [name: name] ++ options
+      start_supervised!({Serving, options})
+      if unloaded != model, do: assert(%{state: :ready} = Serving.status(name))
+      assert Bombus.unload(unloaded) == :ok
+
+      assert %{state: {:failed, %Error{reason: :unloaded}}} = Serving.status(name)
+      assert {:error, %Error{reason: :unloaded}} = Serving.batched_run(name, input)
+      assert_raise Error, ~r/unloaded/, fn -> Enum.to_list(Serving.stream(name, input)) end
+      if others, do: assert(%{results: [_result]} = Serving.batched_run(name, others))
+
+      if unloaded == model,
+        do: assert({:error, %Error{reason: :unloaded}} = Serving.await_ready(name))
+    end
   end
 
   test "what is none of these is the caller's mistake" do

@@ -1,5 +1,5 @@
 defmodule Mix.Tasks.Bombus.TrainTest do
-  use ExUnit.Case
+  use ExUnit.Case, async: true
 
   import ExUnit.CaptureIO
 

@@ -44,7 +44,15 @@ defmodule Bombus.Serving.Client do
   # A process that is no serving might not survive a call.
   defp find(name, timeout \\ @grace)
   defp find({:global, _name} = name, timeout), do: find_here(name, timeout)
-  defp find({:via, _module, _name} = name, timeout), do: find_here(name, timeout)
+
+  defp find({:via, module, _name} = name, timeout) when is_atom(module) do
+    unless Code.ensure_loaded?(module) and function_exported?(module, :whereis_name, 1) do
+      raise ArgumentError, "expected a module that names processes, got: #{inspect(name)}"
+    end
+
+    find_here(name, timeout)
+  end
+
   defp find(pid, timeout) when is_pid(pid), do: find_on(node(pid), pid, timeout)
 
   defp find({name, node}, timeout) when is_atom(name) and is_atom(node),
@@ -80,8 +88,8 @@ defmodule Bombus.Serving.Client do
   defp whereis(name) do
     GenServer.whereis(name)
   rescue
-    # A registry that is not there.
-    ArgumentError -> nil
+    # A registry that is not there, or has no such names.
+    _error in [ArgumentError, FunctionClauseError] -> nil
   end
 
   defp serving?(pid) do

@@ -72,6 +72,12 @@ defmodule Bombus.Serving.Input do
               "got: #{show(strings)}"
     end
 
+    if (match?([_one, _other | _], ids) and serving.tokenizer) && List.ascii_printable?(ids) do
+      raise ArgumentError,
+            "expected :stop to be strings or token ids, got: #{show(ids)} (a charlist: write a " <>
+              "string, #{inspect(List.to_string(ids))}; tokens of these ids are written as strings too)"
+    end
+
     if ids != [], do: Model.token_ids!(serving.model, ids), else: :ok
   end
 

@@ -46,15 +46,15 @@ defmodule Bombus.Serving.Loader do
     Bombus.Options.given!(options, table, @what)
     name!(options[:name])
     Options.check!(Keyword.take(options, Options.keys() -- [:adapter]))
-    for key <- [:model, :tokenizer, :adapter], do: loaded_or_source!(options[key])
+    loaded_or_source!(options[:model], Model)
+    loaded_or_source!(options[:tokenizer], Tokenizer)
+    loaded_or_source!(options[:adapter], Adapter)
     :ok
   end
 
-  defp loaded_or_source!(%kind{} = handle) when kind in [Model, Tokenizer, Adapter],
-    do: Bombus.Options.handle!(handle, kind)
-
-  defp loaded_or_source!(nil), do: :ok
-  defp loaded_or_source!(source), do: Source.check!(source)
+  defp loaded_or_source!(%kind{} = handle, kind), do: Bombus.Options.handle!(handle, kind)
+  defp loaded_or_source!(nil, _kind), do: :ok
+  defp loaded_or_source!(source, _kind), do: Source.check!(source)
 
   # What goes with a serving, with a model, and with the source of one.
   defp table!(nil, nil, _options) do
@@ -97,12 +97,21 @@ defmodule Bombus.Serving.Loader do
   defp name!(nil), do: raise(ArgumentError, "expected :name among the options of a serving")
   defp name!(name) when is_atom(name), do: :ok
   defp name!({:global, _name}), do: :ok
-  defp name!({:via, module, _name}) when is_atom(module), do: :ok
 
-  defp name!(other) do
+  defp name!({:via, module, _name} = name) when is_atom(module) do
+    if Code.ensure_loaded?(module) and function_exported?(module, :register_name, 2),
+      do: :ok,
+      else: bad_name!(name)
+  end
+
+  defp name!(other), do: bad_name!(other)
+
+  @doc "Raises for what is no name of a process."
+  @spec bad_name!(term()) :: no_return()
+  def bad_name!(name) do
     raise ArgumentError,
-          "expected :name to be an atom, {:global, term} or {:via, module, term}, " <>
-            "got: #{Bombus.Options.show(other)}"
+          "expected :name to be an atom, {:global, term} or {:via, module, term} with a module " <>
+            "that takes such a term, as Registry does, got: #{Bombus.Options.show(name)}"
   end
 
   @doc false

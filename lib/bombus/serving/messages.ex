@@ -103,7 +103,7 @@ defmodule Bombus.Serving.Messages do
             "description: ..., parameters: ...}}, or its JSON text, got: #{show(tools)}"
   end
 
-  # -> the pairs of a message, its content a text
+  # -> the pairs of a message, its content a text, or a list of parts that are texts
   defp message!(message) do
     unless object?(message), do: bad_message!(message)
     fields = pairs(message, :message)
@@ -120,7 +120,7 @@ defmodule Bombus.Serving.Messages do
   defp content!(fields, message) do
     case List.keyfind(fields, "content", 0) do
       {"content", content} ->
-        List.keyreplace(fields, "content", 0, {"content", text!(content, message)})
+        List.keyreplace(fields, "content", 0, {"content", texts!(content, message)})
 
       # As mlx_lm.server: a message that only calls tools has no text.
       nil ->
@@ -133,16 +133,16 @@ defmodule Bombus.Serving.Messages do
   defp speaks?({name, value}),
     do: name in ~w(tool_calls reasoning_content thinking reasoning) and value not in [nil, []]
 
-  defp text!(nil, _message), do: ""
-  defp text!(text, _message) when is_binary(text), do: text
+  defp texts!(nil, _message), do: ""
+  defp texts!(text, _message) when is_binary(text), do: text
 
-  defp text!(parts, message) when is_list(parts) do
+  defp texts!(parts, message) when is_list(parts) do
     if parts != [] and object?(parts), do: bad_message!(message)
     unless Bombus.Options.proper_list?(parts), do: bad_message!(message)
-    Enum.map_join(parts, &part!(&1, message))
+    Enum.map(parts, &part!(&1, message))
   end
 
-  defp text!(_other, message), do: bad_message!(message)
+  defp texts!(_other, message), do: bad_message!(message)
 
   defp part!(part, message) do
     unless object?(part), do: bad_message!(message)
@@ -150,7 +150,7 @@ defmodule Bombus.Serving.Messages do
 
     case fields do
       %{"type" => type, "text" => text} when type in ["text", :text] and is_binary(text) ->
-        text
+        part
 
       %{"type" => type} when type not in ["text", :text] ->
         raise ArgumentError,

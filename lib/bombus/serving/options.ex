@@ -29,7 +29,7 @@ defmodule Bombus.Serving.Options do
     temperature: [
       type: {:custom, {__MODULE__, :check_temperature}},
       default: 0,
-      doc: "0 is greedy"
+      doc: "0 is greedy; else in 1.0e-30..1.0e6"
     ],
     top_k: [
       type: {:integer, 0..@most},
@@ -53,7 +53,7 @@ defmodule Bombus.Serving.Options do
       default: 1.0,
       doc: """
       divides the positive logits of tokens that were there before, and
-      multiplies the negative ones; 1.0 is none
+      multiplies the negative ones; 1.0 is none. In 1.0e-6..1.0e6
       """
     ],
     presence_penalty: [
@@ -93,7 +93,9 @@ defmodule Bombus.Serving.Options do
       doc: """
       what ends the text, and is not part of it: a string, a token id, or a list of them, such as
       `["\n\n", "<|im_end|>", 151645]`. A string that is one special token of the tokenizer is that
-      token, as in mlx_lm.server. Strings need a tokenizer. At most 1024, and 64 KiB of strings
+      token, as in mlx_lm.server. Strings need a tokenizer. At most 1024, and 64 KiB of strings. A
+      charlist is a list of numbers and no text: two or more that are all ASCII are refused beside a
+      tokenizer
       """
     ],
     adapter: [
@@ -236,16 +238,16 @@ defmodule Bombus.Serving.Options do
 
   @doc false
   def check_temperature(value) do
-    if is_number(value) and value >= 0 and value < 1.0e6,
+    if is_number(value) and (value == 0 or (value >= 1.0e-30 and value <= 1.0e6)),
       do: {:ok, value},
-      else: {:error, "a number, 0 (greedy) or above, below 1.0e6"}
+      else: {:error, "a number, 0 (greedy) or above, in 1.0e-30..1.0e6"}
   end
 
   @doc false
   def check_repetition_penalty(value) do
-    if is_number(value) and value > 0 and value < 1.0e6,
+    if is_number(value) and value >= 1.0e-6 and value <= 1.0e6,
       do: {:ok, value},
-      else: {:error, "a number above 0"}
+      else: {:error, "a number above 0, in 1.0e-6..1.0e6"}
   end
 
   @doc false
@@ -287,8 +289,14 @@ defmodule Bombus.Serving.Options do
 
   @doc false
   # On which node it must be shows beside a model.
-  def check_adapter(%Adapter{} = adapter), do: {:ok, adapter}
   def check_adapter(nil), do: {:ok, nil}
+
+  def check_adapter(%Adapter{ref: ref} = adapter) when is_reference(ref) do
+    if node(ref) == node(),
+      do: {:ok, Options.handle!(adapter, Adapter)},
+      else: {:ok, adapter}
+  end
+
   def check_adapter(_other), do: {:error, "made by Bombus.load_adapter/2, or nil"}
 
   @doc false
@@ -299,9 +307,18 @@ defmodule Bombus.Serving.Options do
   end
 
   defp template_options(options) do
-    if Messages.options?(options),
-      do: {:ok, options},
-      else: {:error, "names and values as in JSON"}
+    name = options[:chat_template] || options["chat_template"]
+
+    cond do
+      not Messages.options?(options) ->
+        {:error, "names and values as in JSON"}
+
+      not (is_atom(name) or is_binary(name)) ->
+        {:error, "names and values, :chat_template the name of a template"}
+
+      true ->
+        {:ok, options}
+    end
   end
 
   @doc false
@@ -310,9 +327,9 @@ defmodule Bombus.Serving.Options do
   def check_compile(sizes) do
     if Keyword.keyword?(sizes) and Enum.all?(sizes, &size?/1),
       do: {:ok, sizes},
-      else: {:error, "[batch_size: n, sequence_length: n]"}
+      else: {:error, "[batch_size: n, sequence_length: n], whole numbers in 1..#{@most}"}
   end
 
   defp size?({key, size}),
-    do: key in [:batch_size, :sequence_length] and is_integer(size) and size > 0
+    do: key in [:batch_size, :sequence_length] and is_integer(size) and size in 1..@most
 end

@@ -6,7 +6,7 @@ defmodule Bombus.Serving.Request do
   alias Bombus.Serving.{Deadline, Options, Remote, Requests, Server}
 
   @enforce_keys [:reference, :generation, :monitor, :tokenizer?]
-  defstruct [:telemetry, :server, :model, :window, deadline: :infinity] ++ @enforce_keys
+  defstruct [:telemetry, :server, :model, :window, :owner, deadline: :infinity] ++ @enforce_keys
 
   # Another node says that the time is over; where it does not say anything, it is over so much later.
   @grace 500
@@ -28,7 +28,7 @@ defmodule Bombus.Serving.Request do
   def start(%Serving{} = serving, input, server, options) when node(server) != node() do
     with {:ok, request} <- Remote.start(serving, input, server, options) do
       Requests.add(request.reference, {:remote, request.generation})
-      {:ok, request}
+      {:ok, %{request | owner: self()}}
     end
   end
 
@@ -49,6 +49,7 @@ defmodule Bombus.Serving.Request do
         request = %__MODULE__{
           reference: reference,
           generation: generation,
+          owner: self(),
           monitor: server && Process.monitor(server),
           tokenizer?: serving.tokenizer != nil,
           window: options[:window],
@@ -81,7 +82,14 @@ defmodule Bombus.Serving.Request do
 
   @doc """
   The next event: `{:chunk, ids, text, logprobs}`, `{:done, reason, usage}` or `{:error, error}`.
+  Raises in another process than the one that started it: events are messages to that.
   """
+  def next(%__MODULE__{owner: owner}) when owner != self() do
+    raise ArgumentError,
+          "expected a stream to be read by the process that began it, #{inspect(owner)}, " <>
+            "got: #{inspect(self())}"
+  end
+
   def next(%__MODULE__{reference: reference, monitor: monitor} = request) do
     receive do
       {^reference, event} -> received(request, event)
@@ -138,7 +146,15 @@ defmodule Bombus.Serving.Request do
     Deadline.error()
   end
 
-  @doc "Frees the sequence, and waits until the engine has said so."
+  @doc "Frees the sequence, and waits until the engine has said so; in another process without a wait."
+  def cancel(%__MODULE__{owner: owner, reference: reference} = request) when owner != self() do
+    if is_pid(request.generation),
+      do: Remote.cancel(request.generation, reference),
+      else: Native.cancel(request.generation)
+
+    Requests.remove(reference, owner)
+  end
+
   def cancel(%__MODULE__{generation: owner} = request) when is_pid(owner) do
     Remote.cancel(owner, request.reference)
     drain(request, @patience)

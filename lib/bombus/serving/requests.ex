@@ -22,8 +22,8 @@ defmodule Bombus.Serving.Requests do
     :ok
   end
 
-  def remove(reference) do
-    if running?(), do: :ets.match_delete(__MODULE__, {self(), reference, :_})
+  def remove(reference, owner \\ self()) do
+    if running?(), do: :ets.match_delete(__MODULE__, {owner, reference, :_})
     :ok
   end
 

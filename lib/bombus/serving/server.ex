@@ -35,7 +35,12 @@ defmodule Bombus.Serving.Server do
     waiting: %{}
   ]
 
-  def start_link(options), do: GenServer.start_link(__MODULE__, options, name: options[:name])
+  def start_link(options) do
+    GenServer.start_link(__MODULE__, options, name: options[:name])
+  rescue
+    # What `via` names is asked here, in the caller.
+    _error in [FunctionClauseError, UndefinedFunctionError] -> Loader.bad_name!(options[:name])
+  end
 
   @doc "A request has ended so that its model may be one that does not answer any more."
   def report(server, model, %Error{reason: reason}) when reason in @broken,
@@ -60,14 +65,17 @@ defmodule Bombus.Serving.Server do
 
   @impl true
   def handle_call({:checkout, timeout}, from, state) do
-    case state do
+    case state = looked_at(state) do
       %{state: {:failed, error}} -> {:reply, {:error, error}, state}
       %{state: :ready, probe: nil} -> {:reply, {:ok, state.serving, self()}, state}
       _soon -> {:noreply, wait(state, from, timeout)}
     end
   end
 
-  def handle_call(:status, _from, state), do: {:reply, status(state), state}
+  def handle_call(:status, _from, state) do
+    state = looked_at(state)
+    {:reply, status(state), state}
+  end
 
   def handle_call(_other, _from, state) do
     {:reply, Error.error(:unsupported, "another version of Bombus runs on #{node()}"), state}
@@ -194,6 +202,19 @@ defmodule Bombus.Serving.Server do
     end
   end
 
+  # Whoever has a model that was given may unload it. One that is loaded here is loaded anew when a
+  # request has met that.
+  defp looked_at(%{state: :ready, serving: %{model: model}} = state) do
+    loaded = Error.from_native(Native.check_loaded(model.ref, nil, nil))
+
+    case {Loader.loads_model?(state.options), loaded} do
+      {false, {:error, error}} -> broken(%{state | probe: nil}, error)
+      _other -> state
+    end
+  end
+
+  defp looked_at(state), do: state
+
   # The old model's memory, before there is a new one. Nobody waits for the answer.
   defp give_back(model), do: Native.unload_model(model.ref, false, make_ref())
 
@@ -221,7 +242,19 @@ defmodule Bombus.Serving.Server do
 
   defp status(%{serving: serving} = state) do
     {batch, queue} = Native.requests(serving.model.ref)
-    %{state: state.state, progress: nil, batch: batch, queue: queue}
+    given? = not Loader.loads_model?(state.options)
+    told = if given?, do: state_of(serving, state.state), else: state.state
+    %{state: told, progress: nil, batch: batch, queue: queue}
+  end
+
+  # Requests with token ids, or with an adapter of their own, go on where these were unloaded.
+  defp state_of(%{model: model, tokenizer: tokenizer, options: options}, state) do
+    refs = for handle <- [tokenizer, options.adapter], do: handle && handle.ref
+
+    case Error.from_native(apply(Native, :check_loaded, [model.ref | refs])) do
+      {:ok, :ok} -> state
+      {:error, error} -> {:failed, error}
+    end
   end
 
   # Nobody new comes in, and those who are there may end. What has not ended by then is cancelled

@@ -103,7 +103,8 @@ defmodule Bombus.Training.LoRA do
 
     * `:python_missing`, `:mlx_lm_missing` - the message says what to install
     * `:not_found`, `:bad_training_data`, `:too_few_rows` - of the data, the model or the checkpoint;
-      the message names file and line. All rows of a file have one format; with `:mask_prompt` a prompt
+      the message names file and line. All rows of a file have one format, and a line has at most
+      64 MiB; with `:mask_prompt` a prompt
       that fills `:max_seq_length` leaves nothing to learn
     * `:bad_request` - more `:num_layers` than the model has
     * `:already_there` - an adapter is in `:output_path`: see `:overwrite` and `:resume_from`
@@ -180,7 +181,8 @@ defmodule Bombus.Training.LoRA do
   defp path!(path) do
     if Bombus.Options.path?(path),
       do: Path.expand(path),
-      else: raise(ArgumentError, "expected the path of a folder, got: #{inspect(path)}")
+      else:
+        raise(ArgumentError, "expected the path of a folder, got: #{Bombus.Options.show(path)}")
   end
 
   @doc """
@@ -192,7 +194,7 @@ defmodule Bombus.Training.LoRA do
   """
   @spec estimate_training_time(pos_integer(), term()) ::
           %{seconds: float(), source: :measured | :guess} | {:error, Error.t()}
-  def estimate_training_time(iterations, model) when is_integer(iterations) and iterations > 0 do
+  def estimate_training_time(iterations, model) when iterations in 1..0x7FFFFFFF do
     with {:ok, name} <- Options.model(model) do
       case Rates.get(name) do
         nil -> %{seconds: iterations * billions(name) / 2, source: :guess}
@@ -203,7 +205,8 @@ defmodule Bombus.Training.LoRA do
 
   def estimate_training_time(iterations, _model) do
     raise ArgumentError,
-          "expected the iterations to be a whole number above 0, got: #{inspect(iterations)}"
+          "expected the iterations to be a whole number in 1..2147483647, " <>
+            "got: #{Bombus.Options.show(iterations)}"
   end
 
   # Of a folder from its files (4 bits a parameter), of an id from its name.

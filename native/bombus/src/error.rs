@@ -70,7 +70,22 @@ pub enum Error {
     Unloaded(&'static str),
 }
 
+/// The characters of a piece in backticks that a message shows: a path, a name, a value.
+const PIECE: usize = 400;
+/// The characters of a message.
+const MESSAGE: usize = 3_000;
+
 impl Error {
+    /// The text for a person. What it quotes comes from files and servers, and may be of any length:
+    /// long pieces are shown without their middles.
+    pub fn message(&self) -> String {
+        let text = self.to_string();
+        let quoted =
+            |(place, piece)| if place % 2 == 1 { shortened(piece, PIECE) } else { piece.into() };
+        let pieces: Vec<String> = text.split('`').enumerate().map(quoted).collect();
+        shortened(&pieces.join("`"), MESSAGE)
+    }
+
     /// The kind as a stable name: `reason` in Elixir.
     pub fn reason(&self) -> &'static str {
         match self {
@@ -123,6 +138,16 @@ impl Error {
     }
 }
 
+/// The first three quarters of `most` characters and the last.
+fn shortened(text: &str, most: usize) -> String {
+    if text.chars().nth(most).is_none() {
+        return text.into();
+    }
+    let start: String = text.chars().take(most * 3 / 4).collect();
+    let end: Vec<char> = text.chars().rev().take(most / 4).collect();
+    start + " ... " + &end.into_iter().rev().collect::<String>()
+}
+
 /// Runs `work` and turns a panic into an error, so that it ends here.
 pub fn catch<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
@@ -149,6 +174,19 @@ mod tests {
         assert_eq!(error.reason(), "panic");
         let other = catch_in("loading `models/x`", || -> Result<()> { Err(Error::Stopped) });
         assert_eq!(other, Err(Error::Stopped));
+    }
+
+    #[test]
+    fn messages_are_bounded() {
+        let long = "é".repeat(1_000_000);
+        let message =
+            Error::Adapter(format!("`a/{long}.json`: there is no `x`: `{long}`")).message();
+        assert!(message.len() < 2_000 && message.starts_with("`a/é"), "{message}");
+        assert!(message.contains("é.json`: there is no `x`: `é"), "{message}");
+        let raised = Error::Request(format!("{long}, and more")).message();
+        assert!(raised.len() < 7_000 && raised.ends_with("é, and more"), "{raised}");
+        let short = "x".repeat(400);
+        assert_eq!(Error::Io(format!("`{short}`")).message(), format!("`{short}`"));
     }
 
     #[test]

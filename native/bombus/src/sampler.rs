@@ -6,6 +6,7 @@
 
 use crate::error::{Error, Result};
 use std::collections::{HashMap, HashSet};
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 /// The sampling options of a request. They apply in this order: repetition penalty, presence and
@@ -51,23 +52,28 @@ impl Default for Sampling {
     }
 }
 
+/// Beyond these, logits of float32 would become infinite or NaN.
+const TEMPERATURES: RangeInclusive<f32> = 1e-30..=1e6;
+const REPETITION_PENALTIES: RangeInclusive<f32> = 1e-6..=1e6;
+const ADDED: RangeInclusive<f32> = -1e6..=1e6;
+
 impl Sampling {
     pub fn check(&self) -> Result<()> {
-        let positive = |value: f32| value > 0.0 && value.is_finite();
         let share = |value: f32| (0.0..=1.0).contains(&value);
-        let bias = self.logit_bias.iter().find(|(_, bias)| !bias.is_finite());
-        let wrong = if !(positive(self.temperature) || self.temperature == 0.0) {
-            Some(format!("temperature of at least 0, got: {}", self.temperature))
+        let bias = self.logit_bias.iter().find(|(_, bias)| !ADDED.contains(bias));
+        let penalties = [self.presence_penalty, self.frequency_penalty];
+        let wrong = if !(TEMPERATURES.contains(&self.temperature) || self.temperature == 0.0) {
+            Some(format!("temperature of 0, or in 1e-30..1e6, got: {}", self.temperature))
         } else if !share(self.top_p) {
             Some(format!("top_p in 0..1, got: {}", self.top_p))
         } else if !share(self.min_p) {
             Some(format!("min_p in 0..1, got: {}", self.min_p))
-        } else if !positive(self.repetition_penalty) {
-            Some(format!("repetition_penalty above 0, got: {}", self.repetition_penalty))
-        } else if !self.presence_penalty.is_finite() || !self.frequency_penalty.is_finite() {
-            Some("finite presence_penalty and frequency_penalty".into())
+        } else if !REPETITION_PENALTIES.contains(&self.repetition_penalty) {
+            Some(format!("repetition_penalty in 1e-6..1e6, got: {}", self.repetition_penalty))
+        } else if let Some(penalty) = penalties.iter().find(|penalty| !ADDED.contains(penalty)) {
+            Some(format!("presence_penalty and frequency_penalty within 1e6 of 0, got: {penalty}"))
         } else {
-            bias.map(|(id, bias)| format!("finite logit_bias, got: {bias} for {id}"))
+            bias.map(|(id, bias)| format!("logit_bias within 1e6 of 0, got: {bias} for {id}"))
         };
         wrong.map_or(Ok(()), |wrong| Err(Error::Request(format!("expected a {wrong}"))))
     }
@@ -232,8 +238,18 @@ mod tests {
         assert!(wrong.check().unwrap_err().to_string().contains("temperature"));
         let wrong = Sampling { top_p: 1.5, ..Sampling::default() };
         assert!(wrong.check().unwrap_err().to_string().contains("top_p"));
-        let wrong = Sampling { logit_bias: vec![(3, f32::NAN)], ..Sampling::default() };
-        assert!(wrong.check().unwrap_err().to_string().contains("logit_bias"));
+        for bias in [f32::NAN, f32::INFINITY, -1e7] {
+            let wrong = Sampling { logit_bias: vec![(3, bias)], ..Sampling::default() };
+            assert!(wrong.check().unwrap_err().to_string().contains("logit_bias"));
+        }
+        for repetition_penalty in [0.0, 1e-40, 1e-7, 1e7, -1.0, f32::NAN] {
+            let wrong = Sampling { repetition_penalty, ..Sampling::default() };
+            assert!(wrong.check().unwrap_err().to_string().contains("1e-6..1e6"));
+        }
+        for temperature in [1e-40, 2e6, -1.0] {
+            let wrong = Sampling { temperature, ..Sampling::default() };
+            assert!(wrong.check().unwrap_err().to_string().contains("1e-30..1e6"));
+        }
     }
 
     /// All that a draw adds to each token, from a text that came piece by piece.

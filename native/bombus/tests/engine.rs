@@ -17,27 +17,10 @@ use bombus::scheduler::Limits;
 use bombus::sequence::FinishReason;
 use bombus::tokenizer::Tokenizer;
 use common::*;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-
-/// Goes on to the end of its context of 512 tokens.
-const ENDLESS: &str = "f32-untied";
 const PROMPT: [u32; 5] = [3, 1, 4, 1, 5];
-
-fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn on_every_device(test: impl Fn(Device)) {
-    let _alone = alone();
-    devices().into_iter().for_each(test);
-}
-
-fn load_with(device: Device, limits: Limits) -> Engine {
-    Engine::load(&parity(ENDLESS), device, limits).unwrap()
-}
 
 #[track_caller]
 fn soon(what: impl Fn() -> bool) {

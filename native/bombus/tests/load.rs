@@ -14,22 +14,9 @@ use bombus::sampler::Sampling;
 use bombus::scheduler::Limits;
 use bombus::tokenizer::Tokenizer;
 use common::*;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, PoisonError};
-
-/// Goes on to the end of its context of 512 tokens.
-const ENDLESS: &str = "f32-untied";
-
-fn on_every_device(test: impl Fn(Device)) {
-    static ALONE: Mutex<()> = Mutex::new(());
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    devices().into_iter().for_each(test);
-}
-
-fn load_with(device: Device, limits: Limits) -> Engine {
-    Engine::load(&parity(ENDLESS), device, limits).unwrap()
-}
 
 fn prompt(tokens: usize) -> Vec<u32> {
     (0..tokens as u32).map(|place| (place * 37 + 5) % 256).collect()

@@ -6,33 +6,21 @@
 
 mod common;
 
-use bombus::engine::{Device, Engine, Event, Prompt, Request, Sink};
+use bombus::engine::{Engine, Event, Prompt, Request, Sink};
 use bombus::error::{Error, Result};
 use bombus::gauge::{ADAPTERS, KV_BYTES, MODELS, SEQUENCES};
 use bombus::scheduler::Limits;
 use bombus::sequence::FinishReason;
 use bombus::tokenizer::Tokenizer;
 use common::*;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Goes on to the end of its context of 512 tokens.
-const ENDLESS: &str = "f32-untied";
 const PROMPT: [u32; 5] = [3, 1, 4, 1, 5];
 /// Longer than any test.
 const LONG: Duration = Duration::from_secs(1000);
-
-fn on_every_device(test: impl Fn(Device)) {
-    static ALONE: Mutex<()> = Mutex::new(());
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    devices().into_iter().for_each(test);
-}
-
-fn load_with(device: Device, limits: Limits) -> Engine {
-    Engine::load(&parity(ENDLESS), device, limits).unwrap()
-}
 
 fn all_free() -> bool {
     SEQUENCES.load(Relaxed) == 0 && KV_BYTES.load(Relaxed) == 0
@@ -264,5 +252,32 @@ fn an_adapter_is_bound_beside_others_and_goes_with_its_last_request() {
         drop(one);
         assert_eq!(gone.recv(), Ok(adapters - 1));
         assert_eq!(stream.wait().unwrap().ids.len(), 300);
+    });
+}
+
+#[test]
+fn requests_with_an_adapter_are_cancelled_with_it() {
+    on_every_device(|device| {
+        let engine = load_with(device, Limits { max_batch_size: 3, ..Limits::default() });
+        let [one, other] = ["all-layers", "last-qv"].map(|name| adapter(ENDLESS, name));
+        let (sender, gone) = channel();
+        one.on_drop(move || _ = sender.send(()));
+        let request = |adapter: &Arc<bombus::adapter::Adapter>, tokens| Request {
+            adapter: Some(adapter.clone()),
+            ..ids_request(&PROMPT, tokens)
+        };
+        let kept = start(&engine, request(&other, 100)).unwrap();
+        // Some run, some wait; one comes afterwards.
+        let mut ended: Vec<Running> =
+            (0..4).map(|_| start(&engine, request(&one, 500)).unwrap()).collect();
+        ended[0].events.recv().unwrap();
+        one.cancel();
+        ended.push(start(&engine, request(&one, 500)).unwrap());
+        drop(one);
+        assert_eq!(gone.recv(), Ok(()));
+        for running in ended {
+            assert_eq!(running.wait().unwrap().reason, FinishReason::Cancelled);
+        }
+        assert_eq!(kept.wait().unwrap().ids.len(), 100);
     });
 }

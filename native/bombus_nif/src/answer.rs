@@ -13,7 +13,7 @@ mod atoms {
 pub fn error_term<'a>(env: Env<'a>, error: &Error) -> Term<'a> {
     // The reasons are a fixed set of names.
     let reason = rustler::Atom::from_str(env, error.reason()).map(|atom| atom.encode(env));
-    (reason.unwrap_or_else(|_| error.reason().encode(env)), error.to_string()).encode(env)
+    (reason.unwrap_or_else(|_| error.reason().encode(env)), error.message()).encode(env)
 }
 
 pub fn result_term<'a, T: Encoder>(env: Env<'a>, result: &Result<T>) -> Term<'a> {
@@ -21,6 +21,16 @@ pub fn result_term<'a, T: Encoder>(env: Env<'a>, result: &Result<T>) -> Term<'a>
         Ok(value) => (atoms::ok(), value).encode(env),
         Err(error) => (atoms::error(), error_term(env, error)).encode(env),
     }
+}
+
+/// A NIF that is `:ok` at once, and then answers `{reference, result}` from a thread of its own.
+pub fn answer_later<'a, T: Encoder>(
+    env: Env<'a>,
+    reference: Term<'a>,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Term<'a> {
+    let started = Address::caller(env, reference).answer_later(work);
+    result_term(env, &started.map(|()| atoms::ok()))
 }
 
 /// Whom to send to, and the reference that goes in front.

@@ -41,7 +41,9 @@ enum Cancellable {
 }
 
 mod atoms {
-    rustler::atoms! { ok, chunk, done, scores, error, stop, length, cancelled }
+    rustler::atoms! {
+        ok, chunk, done, scores, error, stop, length, cancelled, model, tokenizer, adapter
+    }
 }
 
 #[derive(NifTaggedEnum)]
@@ -181,6 +183,33 @@ fn check_adapter<'a>(
     let sink = Sink::new(events(env, reference));
     let started = adapter.0.get().and_then(|adapter| model.0.fit(adapter, sink));
     result_term(env, &started.map(|()| atoms::ok()))
+}
+
+/// `{:ok, :ok}`, or the error of what was unloaded.
+#[rustler::nif]
+fn check_loaded(
+    env: Env,
+    model: ResourceArc<ModelHandle>,
+    tokenizer: Option<ResourceArc<TokenizerHandle>>,
+    adapter: Option<ResourceArc<AdapterHandle>>,
+) -> Term {
+    let loaded = model.0.check_loaded();
+    let loaded = loaded.and_then(|()| tokenizer.map_or(Ok(()), |held| held.0.get().map(drop)));
+    let loaded = loaded.and_then(|()| adapter.map_or(Ok(()), |held| held.0.get().map(drop)));
+    result_term(env, &loaded.map(|()| atoms::ok()))
+}
+
+/// What a reference is a handle of: `:model`, `:tokenizer`, `:adapter`, or `nil`.
+#[rustler::nif]
+fn kind(reference: Term) -> Option<rustler::Atom> {
+    let is_model = reference.decode::<ResourceArc<ModelHandle>>().is_ok();
+    let is_tokenizer = || reference.decode::<ResourceArc<TokenizerHandle>>().is_ok();
+    let is_adapter = || reference.decode::<ResourceArc<AdapterHandle>>().is_ok();
+    match is_model {
+        true => Some(atoms::model()),
+        false if is_tokenizer() => Some(atoms::tokenizer()),
+        false => is_adapter().then(atoms::adapter),
+    }
 }
 
 /// The reader of a request with a window has taken so many chunks.

@@ -1,6 +1,6 @@
 //! Downloads from the Hub: their settings, what is told of them, and their end with their caller.
 
-use crate::answer::{Address, result_term};
+use crate::answer::{Address, answer_later, result_term};
 use bombus::error::{Error, Result, catch_in};
 use bombus::hub::{self, Event, Kind, Settings, Source, Token, Watch};
 use rustler::{Encoder, Env, LocalPid, Monitor, NifMap, NifUnitEnum, Resource, ResourceArc, Term};
@@ -133,18 +133,16 @@ fn stop_fetch(handle: ResourceArc<DownloadHandle>) -> rustler::Atom {
 #[rustler::nif]
 fn cached<'a>(env: Env<'a>, wanted: Wanted, kind: KindOption, reference: Term<'a>) -> Term<'a> {
     let (settings, source) = wanted.split();
-    let started = Address::caller(env, reference).answer_later(move || {
+    answer_later(env, reference, move || {
         Ok(hub::cached(&settings, &source, kind.into())?.display().to_string())
-    });
-    result_term(env, &started.map(|()| rustler::types::atom::ok()))
+    })
 }
 
 /// Answers `{reference, {:ok, bytes} | {:error, {reason, message}}}`.
 #[rustler::nif]
 fn remove_cached<'a>(env: Env<'a>, cache: String, id: String, reference: Term<'a>) -> Term<'a> {
     let work = move || hub::remove(Path::new(&cache), &id);
-    let started = Address::caller(env, reference).answer_later(work);
-    result_term(env, &started.map(|()| rustler::types::atom::ok()))
+    answer_later(env, reference, work)
 }
 
 fn event_term<'a>(env: Env<'a>, event: &Event) -> Term<'a> {

@@ -1,6 +1,6 @@
 //! Models: loading, and what they are.
 
-use crate::answer::{Address, result_term};
+use crate::answer::{Address, answer_later, result_term};
 use bombus::abandon::Abandoned;
 use bombus::backend::cpu;
 #[cfg(feature = "mlx")]
@@ -90,6 +90,8 @@ struct Spec {
     max_batch_size: usize,
     /// `generation_config.json`
     generation_config: String,
+    /// What of the configuration is not followed.
+    warnings: Vec<String>,
 }
 
 #[derive(NifMap)]
@@ -189,12 +191,11 @@ fn save_model<'a>(
     overwrite: bool,
     reference: Term<'a>,
 ) -> Term<'a> {
-    let started = Address::caller(env, reference).answer_later(move || {
+    answer_later(env, reference, move || {
         let what = format!("saving to `{path}`");
         catch_in(&what, || model.0.save(&PathBuf::from(path), overwrite))?;
         Ok(rustler::types::atom::ok())
-    });
-    result_term(env, &started.map(|()| rustler::types::atom::ok()))
+    })
 }
 
 /// How many requests run together, and how many more wait.
@@ -280,6 +281,7 @@ fn spec(engine: &Engine, device: Device, max_batch_size: usize) -> Spec {
         },
         max_batch_size,
         generation_config: serde_json::Value::Object(config.generation.clone()).to_string(),
+        warnings: config.warnings.clone(),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Matrices of a caller's own: quantized, dequantized, multiplied.
 
-use crate::answer::{Address, result_term};
+use crate::answer::answer_later;
 use crate::model::DeviceOption;
 use bombus::config::Quantization;
 use bombus::error::{Error, Result};
@@ -49,8 +49,7 @@ fn quantization<'a>(
         let arrays = own.run(|env| decode(arrays.load(env)))?;
         Ok(Arrays(run(&operation, arrays, &options)?))
     };
-    let started = Address::caller(env, reference).answer_later(work);
-    result_term(env, &started.map(|()| rustler::types::atom::ok()))
+    answer_later(env, reference, work)
 }
 
 fn run(operation: &Operation, arrays: Vec<Array>, options: &Options) -> Result<Vec<Array>> {

@@ -1,6 +1,6 @@
 //! Files of tensors: opened, read where they are mapped, and written.
 
-use crate::answer::{Address, result_term};
+use crate::answer::{answer_later, result_term};
 use bombus::error::{Error, Result};
 use bombus::mapped_file::Mapped;
 use bombus::tensor_file::{NewTensor, TensorFiles};
@@ -26,7 +26,7 @@ type Entry = (String, String, Vec<usize>);
 /// Answers `{reference, {:ok, {handle, [{name, dtype, shape}], metadata}} | {:error, _}}`.
 #[rustler::nif]
 fn open_tensors<'a>(env: Env<'a>, path: String, reference: Term<'a>) -> Term<'a> {
-    let started = Address::caller(env, reference).answer_later(move || {
+    answer_later(env, reference, move || {
         let path = Path::new(&path);
         let files = match path.is_dir() {
             true => TensorFiles::open(path)?,
@@ -39,8 +39,7 @@ fn open_tensors<'a>(env: Env<'a>, path: String, reference: Term<'a>) -> Term<'a>
         let entries = files.names().map(entry).collect::<Result<Vec<Entry>>>()?;
         let metadata = files.metadata();
         Ok((ResourceArc::new(TensorFilesHandle(files)), entries, metadata))
-    });
-    result_term(env, &started.map(|()| rustler::types::atom::ok()))
+    })
 }
 
 /// `{:ok, binary}`, where the file is mapped.
@@ -68,8 +67,7 @@ fn write_tensors<'a>(
     let own = OwnedEnv::new();
     let entries = own.save(entries);
     let write = move || own.run(|env| write(env, &PathBuf::from(path), &entries, metadata));
-    let started = Address::caller(env, reference).answer_later(write);
-    result_term(env, &started.map(|()| rustler::types::atom::ok()))
+    answer_later(env, reference, write)
 }
 
 fn write(

@@ -1,6 +1,6 @@
 //! Tokenizers: loading, text to token ids and back.
 
-use crate::answer::{Address, result_term};
+use crate::answer::{Address, answer_later, result_term};
 use crate::generation::PromptTerm;
 use crate::held::Held;
 use bombus::engine::{Prompt, chat};
@@ -41,7 +41,7 @@ struct TokenizerSpec {
 /// Answers `{reference, {:ok, {handle, spec}} | {:error, {reason, message}}}`.
 #[rustler::nif]
 fn load_tokenizer<'a>(env: Env<'a>, path: String, reference: Term<'a>) -> Term<'a> {
-    let started = Address::caller(env, reference).answer_later(move || {
+    answer_later(env, reference, move || {
         let tokenizer = Tokenizer::open(&PathBuf::from(path))?;
         let spec = TokenizerSpec {
             vocab_size: tokenizer.vocab_size(),
@@ -51,8 +51,7 @@ fn load_tokenizer<'a>(env: Env<'a>, path: String, reference: Term<'a>) -> Term<'
             eos_token: tokenizer.eos_token(),
         };
         Ok((ResourceArc::new(TokenizerHandle(Held::new("tokenizer", tokenizer))), spec))
-    });
-    result_term(env, &started.map(|()| rustler::types::atom::ok()))
+    })
 }
 
 /// Answers `{reference, {:ok, :ok}}`. Requests that run keep it until they end; later ones are refused.
@@ -64,11 +63,10 @@ fn unload_tokenizer<'a>(
 ) -> Term<'a> {
     // A large one takes a while to drop.
     let tokenizer = handle.0.take();
-    let started = Address::caller(env, reference).answer_later(move || {
+    answer_later(env, reference, move || {
         drop(tokenizer);
         Ok(rustler::types::atom::ok())
-    });
-    result_term(env, &started.map(|()| rustler::types::atom::ok()))
+    })
 }
 
 /// Answers `{reference, {:ok, ids} | {:error, {reason, message}}}`. `special`: with the tokens that

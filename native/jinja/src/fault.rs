@@ -2,6 +2,9 @@
 
 pub type Outcome<T> = std::result::Result<T, Fault>;
 
+/// The characters of a message: what a template raises, or calls its names, may be of any length.
+const LONGEST: usize = 1_000;
+
 #[derive(Debug)]
 pub struct Fault {
     pub message: String,
@@ -12,7 +15,12 @@ pub struct Fault {
 impl Fault {
     #[cold]
     pub fn new(message: impl Into<String>) -> Self {
-        Self { message: message.into(), line: 0 }
+        let mut message = message.into();
+        if let Some((end, _)) = message.char_indices().nth(LONGEST) {
+            message.truncate(end);
+            message.push_str("...");
+        }
+        Self { message, line: 0 }
     }
 
     /// The innermost line stays.

@@ -24,6 +24,7 @@ mod format;
 mod functions;
 mod given;
 mod json;
+mod json_text;
 mod lexer;
 mod limits;
 mod lists;
@@ -41,6 +42,7 @@ mod time;
 mod value;
 
 pub use fault::Fault;
+pub use json_text::parse as parse_json;
 pub use strings::{is_space, strip_end};
 
 use ast::{Body, Name};
@@ -79,8 +81,21 @@ impl Template {
     /// The text where these names have these values; of a name that comes twice, the last counts.
     /// Its steps and bytes are bounded by a constant and the size of the values.
     pub fn render(&self, names: &[&Map<String, Json>]) -> Result<String, Fault> {
+        self.render_within(names, || Limits::new(names.iter().map(|names| size_of(names)).sum()))
+    }
+
+    /// The same, for values that are small: it gives up sooner.
+    pub fn render_short(&self, names: &[&Map<String, Json>]) -> Result<String, Fault> {
+        self.render_within(names, Limits::short)
+    }
+
+    fn render_within(
+        &self,
+        names: &[&Map<String, Json>],
+        limits: impl FnOnce() -> Limits + Send,
+    ) -> Result<String, Fault> {
         on_stack(|| {
-            let limits = Limits::new(names.iter().map(|names| size_of(names)).sum());
+            let limits = limits();
             let value = |(name, json): (&String, &Json)| {
                 Ok((Name::from(&name[..]), Value::from_json(&limits, json)?))
             };

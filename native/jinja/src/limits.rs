@@ -36,6 +36,11 @@ impl Limits {
         }
     }
 
+    /// For a look at what a template does with a short conversation.
+    pub fn short() -> Self {
+        Self { steps: Cell::new(STEPS / 20), bytes: Cell::new(BYTES / 20), level: Cell::new(0) }
+    }
+
     /// Counts work, before it is done.
     pub fn steps(&self, count: usize) -> Outcome<()> {
         let left = self.steps.get().checked_sub(count as u64);

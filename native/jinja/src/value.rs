@@ -3,6 +3,7 @@
 
 use super::ast::{For, Macro, Name};
 use super::fault::{Outcome, fail};
+use super::json_text;
 use super::limits::{DEPTH, Limits};
 use super::scope::Scope;
 use indexmap::IndexMap;
@@ -391,6 +392,9 @@ impl Value {
                 Self::list(limits, items.collect::<Outcome<_>>()?)?
             }
             Json::Object(fields) => {
+                if let Some(value) = json_text::whole(fields) {
+                    return Ok(Self::Int(value));
+                }
                 let pair = |(name, value): (&String, &Json)| {
                     limits.bytes(name.len())?;
                     Ok((Self::text(name), Self::from_json(limits, value)?))

@@ -1,5 +1,5 @@
 defmodule Bombus.Training.LoRATest do
-  # With the real mlx_lm, on the shipped model.
+  # With the real mlx_lm, on a part of the shipped model (mix/train_test.exs and the guide train that).
   use ExUnit.Case, async: true
 
   alias Bombus.{Error, Fixtures}
@@ -269,10 +269,15 @@ defmodule Bombus.Training.LoRATest do
     end
   end
 
+  # As small as a model can be; what the numbers are matters only where they are compared.
+  setup_all do
+    :persistent_term.put(__MODULE__, Fixtures.quick_model())
+  end
+
   defp options(dir, more) do
     Keyword.merge(
       [
-        base_model: :demo,
+        base_model: :persistent_term.get(__MODULE__),
         training_data: Path.join(dir, "data"),
         output_path: Path.join(dir, "adapter"),
         iterations: 2,
@@ -353,7 +358,8 @@ defmodule Bombus.Training.LoRATest do
 
       adapter = Bombus.load_adapter!(path)
       assert {adapter.rank, adapter.scale} == {4, 20.0}
-      model = Bombus.load_model!(:demo)
+      folder = :persistent_term.get(__MODULE__)
+      model = Bombus.load_model!(folder)
       score = fn adapter -> Bombus.score(model, [5, 6, 7, 8], adapter: adapter) end
       assert {:ok, scored} = score.(adapter)
       assert {:ok, scored} != score.(nil)
@@ -374,7 +380,7 @@ defmodule Bombus.Training.LoRATest do
       assert [{1, loss}, {2, _other}] = losses
       assert loss == report.loss
 
-      assert %{source: :measured, seconds: seconds} = LoRA.estimate_training_time(10, :demo)
+      assert %{source: :measured, seconds: seconds} = LoRA.estimate_training_time(10, folder)
       assert seconds > 0
     end
 
@@ -456,34 +462,31 @@ defmodule Bombus.Training.LoRATest do
     end
 
     test "with parts of a content, without a step", %{tmp_dir: dir} do
-      row = fn content ->
-        %{messages: [%{role: "user", content: "Hi"}, %{role: "assistant", content: content}]}
-      end
+      File.mkdir_p!(Path.join(dir, "data"))
 
-      train_with = fn row ->
-        File.mkdir_p!(Path.join(dir, "data"))
+      write = fn name, content ->
+        row = %{
+          messages: [%{role: "user", content: "Hi"}, %{role: "assistant", content: content}]
+        }
+
         # As Windows writes it.
-        File.write!(Path.join(dir, "data/train.jsonl"), "\uFEFF" <> JSON.encode!(row) <> "\r\n")
-
-        log =
-          ExUnit.CaptureLog.capture_log(fn ->
-            assert {:ok, _path} =
-                     train(dir,
-                       iterations: 1,
-                       grad_accumulation: 2,
-                       overwrite: true,
-                       num_layers: 1
-                     )
-          end)
-
-        assert log =~ "make no step"
-        for %{type: :train} = event <- events(), do: {event.loss, event.trained_tokens}
+        File.write!(Path.join([dir, "data", name]), "\uFEFF" <> JSON.encode!(row) <> "\r\n")
       end
 
-      parts = [%{type: "text", text: "Hello "}, %{type: "text", text: "there"}]
-      assert [{loss, _tokens}] = reported = train_with.(row.("Hello there"))
-      assert loss > 0
-      assert train_with.(row.(parts)) == reported
+      write.("train.jsonl", [%{type: "text", text: "Hello "}, %{type: "text", text: "there"}])
+      write.("valid.jsonl", "Hello there")
+      options = [iterations: 1, grad_accumulation: 2, num_layers: 1]
+
+      log =
+        ExUnit.CaptureLog.capture_log(fn -> assert {:ok, _path} = train(dir, options) end)
+
+      assert log =~ "make no step"
+      events = events()
+      [first | _last] = for %{type: :validation} = event <- events, do: event.loss
+      # An adapter that has not learned anything changes nothing.
+      assert [trained] = for(%{type: :train} = event <- events, do: event.loss)
+      assert first > 0
+      assert_in_delta trained, first, 1.0e-4
     end
 
     test "with prompts that fill :max_seq_length", %{tmp_dir: dir} do
@@ -625,7 +628,30 @@ defmodule Bombus.Training.LoRATest do
       File.rm!(Path.join(dir, "data/train.jsonl"))
       File.mkdir!(Path.join(dir, "data/train.jsonl"))
       assert {:error, %Error{reason: :not_found} = error} = LoRA.train(options(dir, []))
-      assert error.message =~ "it is a directory"
+      assert error.message =~ "it is a folder"
+      File.rmdir!(Path.join(dir, "data/train.jsonl"))
+      {_output, 0} = System.cmd("mkfifo", [Path.join(dir, "data/train.jsonl")])
+      assert {:error, %Error{reason: :not_found} = error} = LoRA.train(options(dir, []))
+      assert error.message =~ "it is a FIFO"
+    end
+
+    test "takes lines of any length that a row may have, and names a longer one", %{tmp_dir: dir} do
+      path = Path.join(dir, "data/train.jsonl")
+      File.mkdir_p!(Path.dirname(path))
+      # Its end lies in a later chunk, and the next begins in that.
+      long = JSON.encode!(%{prompt: "a", completion: String.duplicate("b", 1_000_000)})
+      File.write!(path, [long, "\r\n", long, "\n", "broken"])
+      assert {:error, %Error{reason: :bad_training_data} = error} = LoRA.train(options(dir, []))
+      assert error.message =~ "train.jsonl`, line 3: no JSON"
+
+      # It has no end, and costs nothing on the disk.
+      File.write!(path, [long, "\n"])
+      {:ok, file} = :file.open(path, [:read, :write, :raw])
+      {:ok, _end} = :file.position(file, 20_000_000_000)
+      :ok = :file.truncate(file)
+      :file.close(file)
+      assert {:error, %Error{reason: :bad_training_data} = error} = LoRA.train(options(dir, []))
+      assert error.message =~ "line 2: it is too long, a line may have 64 MiB"
     end
 
     test "finds no Python, no mlx_lm, no model", %{tmp_dir: dir} do

@@ -50,7 +50,8 @@ defmodule Bombus.Training.LoRA.Data do
     one_row? = is_map(contents) and not is_struct(contents)
 
     if one_row? or Enumerable.impl_for(contents) == nil or
-         (is_list(contents) and List.improper?(contents)) do
+         (is_list(contents) and List.improper?(contents)) or
+         (is_function(contents) and not is_function(contents, 2)) do
       raise ArgumentError,
             "expected a list or another enumerable of rows, got: " <>
               inspect(contents, limit: 5, printable_limit: 100)
@@ -58,7 +59,9 @@ defmodule Bombus.Training.LoRA.Data do
   end
 
   defp dir!(dir) do
-    is_binary(dir) || raise(ArgumentError, "expected the path of a folder, got: #{inspect(dir)}")
+    unless Bombus.Options.path?(dir) do
+      raise ArgumentError, "expected the path of a folder, got: #{Bombus.Options.show(dir)}"
+    end
   end
 
   defp start(spool, options) do

@@ -7,6 +7,9 @@ defmodule Bombus.Training.LoRA.Jsonl do
 
   # Faults that an error shows, of however many.
   @shown 5
+  # Bytes of a line: what is longer would take many times that to decode.
+  @most 64 * 1024 * 1024
+  @chunk 64 * 1024
   @expected "expected messages, prompt and completion, or text"
 
   @doc "Whether a training can begin with what is in `dir`."
@@ -25,7 +28,7 @@ defmodule Bombus.Training.LoRA.Jsonl do
   defp check_file(path, batch_size, mask_prompt) do
     with :ok <- readable(path) do
       path
-      |> File.stream!()
+      |> lines()
       |> Stream.with_index(1)
       |> Enum.reduce(
         %{mask_prompt: mask_prompt, first: nil, count: 0, faults: [], wrong: 0},
@@ -40,10 +43,45 @@ defmodule Bombus.Training.LoRA.Jsonl do
   defp readable(path) do
     case File.stat(path) do
       {:ok, %{type: :regular}} -> :ok
-      {:ok, %{type: type}} -> Error.error(:not_found, "`#{path}` is no file: it is a #{type}")
+      {:ok, %{type: type}} -> Error.error(:not_found, "`#{path}` is no file: it is #{kind(type)}")
       {:error, reason} -> not_found(path, reason)
     end
   end
+
+  defp kind(:directory), do: "a folder"
+  defp kind(:device), do: "a device"
+  defp kind(_other), do: "a FIFO or a socket"
+
+  # Each line without its end, or `:too_long`, which is the last. `File.stream!/1` would take a line of
+  # any length, and look at its beginning again with each chunk.
+  defp lines(path) do
+    path
+    |> File.stream!(@chunk)
+    |> Stream.transform(fn -> {[], 0} end, &cut/2, &last/1, fn _begun -> :ok end)
+  end
+
+  # `begun`: what there is of a line whose end is in a later chunk, and its bytes
+  defp cut(_chunk, :over), do: {:halt, :over}
+
+  defp cut(chunk, {parts, size}) do
+    [part | others] = :binary.split(chunk, "\n", [:global])
+    size = size + byte_size(part)
+
+    cond do
+      size > @most ->
+        {[:too_long], :over}
+
+      others == [] ->
+        {[], {[parts | part], size}}
+
+      true ->
+        {whole, [begun]} = Enum.split(others, -1)
+        {[IO.iodata_to_binary([parts | part]) | whole], {begun, byte_size(begun)}}
+    end
+  end
+
+  defp last(:over), do: {[], :over}
+  defp last({parts, _size}), do: {[IO.iodata_to_binary(parts)], :over}
 
   defp not_found(path, reason) do
     Error.error(:not_found, "cannot read `#{path}`: #{:file.format_error(reason)}")
@@ -65,6 +103,11 @@ defmodule Bombus.Training.LoRA.Jsonl do
     more = if wrong > @shown, do: "; and #{wrong - @shown} more", else: ""
     faults = faults |> Enum.reverse() |> Enum.join("; ")
     Error.error(:bad_training_data, "`#{path}`, #{faults}#{more}")
+  end
+
+  defp row({:too_long, number}, state) do
+    most = div(@most, 1024 * 1024)
+    faulty(state, "line #{number}: it is too long, a line may have #{most} MiB")
   end
 
   defp row({line, number}, state) do

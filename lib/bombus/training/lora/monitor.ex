@@ -12,7 +12,7 @@ defmodule Bombus.Training.LoRA.Monitor do
 
   @spec stream(Path.t(), timeout()) :: Enumerable.t()
   def stream(path, timeout) do
-    start = fn -> %{path: path, deadline: deadline(timeout), file: nil} end
+    start = fn -> %{path: path, deadline: deadline(timeout), file: nil, owner: self()} end
     Stream.resource(start, &next/1, &close/1)
   end
 
@@ -21,6 +21,13 @@ defmodule Bombus.Training.LoRA.Monitor do
   defp now, do: System.monotonic_time(:millisecond)
 
   defp next(:over), do: {:halt, :over}
+
+  # Only the process that has opened a file can read it.
+  defp next(%{owner: owner}) when owner != self() do
+    raise ArgumentError,
+          "expected a stream to be read by the process that began it, #{inspect(owner)}, " <>
+            "got: #{inspect(self())}"
+  end
 
   defp next(%{file: nil} = state) do
     case open(state.path) do
@@ -94,7 +101,9 @@ defmodule Bombus.Training.LoRA.Monitor do
     :over
   end
 
-  defp close(%{file: file}) when file != nil, do: :file.close(file)
+  defp close(%{file: file, owner: owner}) when file != nil and owner == self(),
+    do: :file.close(file)
+
   defp close(_state), do: :ok
 
   defp nothing(path) do

@@ -134,6 +134,9 @@ defmodule Bombus.Training.LoRA.Options do
 
   def docs(function), do: Options.docs(@schemas[function])
 
+  @doc "The table of one of the functions."
+  def schema(function), do: @schemas[function]
+
   def text(text) do
     if is_binary(text) and String.valid?(text) and String.trim(text) != "",
       do: {:ok, text},

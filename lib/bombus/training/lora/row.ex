@@ -144,12 +144,16 @@ defmodule Bombus.Training.LoRA.Row do
 
   # Of a map, a struct, a keyword list or a list of pairs: what is not nil, by name.
   defp fields(row, known) do
-    for {key, value} <- pairs(row),
-        value != nil,
-        name = name(key),
-        known == :all or name in known,
-        into: %{},
-        do: {name, value}
+    fields =
+      for {key, value} <- pairs(row),
+          value != nil,
+          name = name(key),
+          known == :all or name in known,
+          do: {name, value}
+
+    twice = fields -- Enum.uniq_by(fields, &elem(&1, 0))
+    with [{name, _value} | _rest] <- twice, do: skip("it has #{name} twice")
+    Map.new(fields)
   end
 
   defp pairs(struct) when is_struct(struct), do: struct |> Map.from_struct() |> Map.to_list()

@@ -49,7 +49,7 @@ fn value(random: &mut Random, other: &Value) -> Value {
         0 => Value::Null,
         1 => random.one_in(2).into(),
         2..=5 => {
-            // What is no number of JSON is written as text, and put right afterwards.
+            // A value cannot hold NaN or 1e999: a marked text takes their place until it is written.
             let number = *random.pick(NUMBERS);
             serde_json::from_str(number).unwrap_or_else(|_| format!("\u{1}{number}\u{1}").into())
         }

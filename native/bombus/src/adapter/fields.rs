@@ -79,11 +79,7 @@ impl<'a> Fields<'a> {
     }
 
     pub fn unexpected(&self, what: &str, expected: &str, value: &Value) -> crate::error::Error {
-        let got = match value {
-            // NaN is none of JSON's, and read as null.
-            Value::Null => "null or NaN".into(),
-            value => shown(value),
-        };
+        let got = shown(value);
         self.file.wrong(format!("expected {what} to be {expected}, got: {got}"))
     }
 }

@@ -1,6 +1,7 @@
 //! An adapter's file of tensors, and the configuration beside it.
 
 use super::fields::{Fields, short};
+use super::targets::Chosen;
 use super::{mlx_lm, peft};
 use crate::error::{Error, Result};
 use crate::files;
@@ -33,6 +34,10 @@ pub struct Contents {
     pub transposed: bool,
     pub rank: usize,
     pub scale: f32,
+    /// The modules that mlx-lm's configuration names.
+    pub chosen: Option<Chosen>,
+    /// What is not followed, for the log.
+    pub warnings: Vec<String>,
 }
 
 /// A module, its two halves and DoRA's magnitude.
@@ -74,13 +79,18 @@ impl File {
         Ok(Self { config_path, path, tensors, config })
     }
 
+    /// The configuration's.
+    pub fn fields(&self) -> Result<Fields<'_>> {
+        match &self.config {
+            Value::Object(map) => Ok(Fields { file: self, map }),
+            _other => Err(self.wrong("expected an object".into())),
+        }
+    }
+
     /// PEFT names its kind in the configuration; what does not is mlx-lm's.
     pub fn read(&self) -> Result<Contents> {
-        let Value::Object(map) = &self.config else {
-            return Err(self.wrong("expected an object".into()));
-        };
-        let fields = Fields { file: self, map };
-        let contents = match map.contains_key("peft_type") {
+        let fields = self.fields()?;
+        let contents = match fields.map.contains_key("peft_type") {
             true => peft::read(self, &fields)?,
             false => mlx_lm::read(self, &fields)?,
         };
@@ -164,8 +174,8 @@ impl File {
 
 /// The files of an adapter's tensors in a folder, at least one.
 fn in_folder(folder: &Path) -> Result<Vec<PathBuf>> {
-    let there: Vec<PathBuf> =
-        [MLX_LM, PEFT].map(|name| folder.join(name)).into_iter().filter(|p| p.exists()).collect();
+    let paths = [MLX_LM, PEFT].map(|name| folder.join(name));
+    let there: Vec<PathBuf> = paths.into_iter().filter(|path| files::is_there(path)).collect();
     if !there.is_empty() {
         return Ok(there);
     }

@@ -2,11 +2,11 @@
 //! scale is used as it stands; DoRA adds `<module>.m`. Reference: mlx-lm's `tuner/{lora,dora}.py`,
 //! and `load_adapters` of `tuner/utils.py`.
 //!
-//! The other fields say how it was trained, or (`num_layers`, `keys`) which modules have a pair:
-//! that is read off the tensors.
+//! `num_layers` and `keys` say which modules have a pair. The other fields say how it was trained.
 
 use super::fields::{Fields, shown};
 use super::file::{Contents, File, ModuleTensors, Pair, Role};
+use super::targets::Chosen;
 use crate::error::Result;
 use serde_json::Value;
 
@@ -34,7 +34,8 @@ pub fn read(file: &File, fields: &Fields) -> Result<Contents> {
         (module, Pair { a, b, magnitude, rank, scale })
     };
     let pairs = file.modules(dora, expected, role)?.into_iter().map(pair).collect();
-    Ok(Contents { pairs, transposed: false, rank, scale })
+    let chosen = Some(Chosen::read(fields, &parameters)?);
+    Ok(Contents { pairs, transposed: false, rank, scale, chosen, warnings: vec![] })
 }
 
 /// A tensor's module and role.

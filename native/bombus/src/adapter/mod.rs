@@ -10,6 +10,7 @@ mod mlx_lm;
 mod patterns;
 mod peft;
 mod peft_kinds;
+mod targets;
 
 use crate::backend::{Adapted, Backend, BoundAdapter, LoraWeights, Loras};
 use crate::decoder::Decoder;
@@ -23,6 +24,7 @@ use safetensors::tensor::Dtype;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use targets::Chosen;
 
 pub struct Adapter {
     path: PathBuf,
@@ -34,8 +36,13 @@ pub struct Adapter {
     /// What most modules have.
     pub rank: usize,
     pub scale: f32,
+    chosen: Option<Chosen>,
+    /// What of its files is not followed, for the log.
+    pub warnings: Vec<String>,
     /// What is to be done when the adapter goes.
     hooks: Mutex<Vec<Hook>>,
+    /// What is to be done when requests with it are cancelled; `None` once they are.
+    cancel_hooks: Mutex<Option<Vec<Hook>>>,
     share: gauge::Share,
 }
 
@@ -62,9 +69,12 @@ impl Adapter {
             transposed: contents.transposed,
             rank: contents.rank,
             scale: contents.scale,
+            chosen: contents.chosen,
+            warnings: contents.warnings,
             path,
             tensors,
             hooks: Mutex::default(),
+            cancel_hooks: Mutex::new(Some(vec![])),
             share: gauge::Share::one(&gauge::ADAPTERS),
         })
     }
@@ -81,6 +91,24 @@ impl Adapter {
     /// Runs `hook` when the adapter is dropped: what was bound of it can go too.
     pub fn on_drop(&self, hook: impl FnOnce() + Send + 'static) {
         self.hooks.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(hook));
+    }
+
+    /// Runs `hook` when requests with the adapter are to be cancelled, at once where they are.
+    pub fn on_cancel(&self, hook: impl FnOnce() + Send + 'static) {
+        match &mut *self.cancel_hooks.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(hooks) => hooks.push(Box::new(hook)),
+            None => hook(),
+        }
+    }
+
+    /// Requests with it end, also those that come later.
+    pub fn cancel(&self) {
+        let hooks = self.cancel_hooks.lock().unwrap_or_else(PoisonError::into_inner).take();
+        hooks.into_iter().flatten().for_each(|hook| hook());
+    }
+
+    pub fn is_cancelled(&self) -> bool {
+        self.cancel_hooks.lock().unwrap_or_else(PoisonError::into_inner).is_none()
     }
 
     pub fn bind<B: Backend>(&self, decoder: &Decoder<B>) -> Result<BoundAdapter<B>> {
@@ -149,6 +177,13 @@ impl Adapter {
             modules.iter().map(|module| (module.path.as_str(), module)).collect();
         let mut problems = vec![];
         for (path, pair) in &self.pairs {
+            let is_chosen = |chosen: &Chosen| chosen.names(path, spec.layers.len());
+            if !self.chosen.as_ref().is_none_or(is_chosen) {
+                let path = short(path);
+                let fields = "`num_layers` and `keys` of its `adapter_config.json`";
+                problems.push(format!("{fields} do not name `{path}`"));
+                continue;
+            }
             match modules.get(path.as_str()) {
                 Some(module) => self.check_pair(module, pair, &mut problems),
                 None => {

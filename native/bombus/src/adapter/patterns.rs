@@ -1,5 +1,5 @@
-//! PEFT's `rank_pattern` and `alpha_pattern`: regular expressions for the ends of modules' names,
-//! each with a number. The first that matches is a module's.
+//! Regular expressions for modules' names: PEFT's `rank_pattern` and `alpha_pattern` match their
+//! ends, and give the modules numbers; `target_modules` and `exclude_modules` match whole names.
 //! Reference: PEFT's `utils/other.py`, `get_pattern_key`.
 
 use super::fields::{Fields, shown};
@@ -11,8 +11,11 @@ use std::time::{Duration, Instant};
 /// Patterns of a field, and the bytes of one.
 const MOST: usize = 4096;
 const LONGEST: usize = 512;
+/// The bytes of a pattern that stands alone.
+const LONGEST_ALONE: usize = 4096;
 /// Bytes that a compiled pattern may take, and steps back that one match may need.
 const COMPILED: usize = 64 << 10;
+const COMPILED_ALONE: usize = 1 << 20;
 const STEPS: usize = 50_000;
 /// The patterns of a large adapter are matched in a few milliseconds.
 const TIME: Duration = Duration::from_secs(2);
@@ -25,21 +28,28 @@ enum Pattern {
 }
 
 impl Pattern {
-    /// The error says what is wrong with it.
-    fn new(pattern: &str) -> Result<Self, String> {
-        let whole = format!(r"^(?:.*\.)?(?:{pattern})$");
-        let plain = regex::bytes::RegexBuilder::new(&whole)
+    /// For the ends of names. The error says what is wrong with it.
+    fn of_ends(pattern: &str) -> Result<Self, String> {
+        Self::new(&format!(r"^(?:.*\.)?(?:{pattern})$"), COMPILED)
+    }
+
+    fn of_names(pattern: &str) -> Result<Self, String> {
+        Self::new(&format!(r"^(?:{pattern})$"), COMPILED_ALONE)
+    }
+
+    fn new(whole: &str, most: usize) -> Result<Self, String> {
+        let plain = regex::bytes::RegexBuilder::new(whole)
             .unicode(false)
-            .size_limit(COMPILED)
-            .dfa_size_limit(COMPILED)
+            .size_limit(most)
+            .dfa_size_limit(most)
             .build();
         match plain {
             Ok(plain) => Ok(Self::Plain(plain)),
             Err(regex::Error::CompiledTooBig(_)) => Err("it is too large".into()),
-            Err(_) => fancy_regex::RegexBuilder::new(&whole)
+            Err(_) => fancy_regex::RegexBuilder::new(whole)
                 .backtrack_limit(STEPS)
-                .delegate_size_limit(COMPILED)
-                .delegate_dfa_size_limit(COMPILED)
+                .delegate_size_limit(most)
+                .delegate_dfa_size_limit(most)
                 .build()
                 .map(Self::Backtracking)
                 .map_err(|error| format!("it is no regular expression: {error}")),
@@ -56,8 +66,8 @@ impl Pattern {
     }
 }
 
-/// The number of every module that a pattern of `field` matches. `number`: reads one, and is told
-/// where it stands
+/// The modules that a pattern of `field` matches, each with that pattern's number. `number` reads
+/// a value, and is told which it is.
 pub fn numbers<'a, T: Copy>(
     fields: &Fields,
     field: &str,
@@ -79,7 +89,7 @@ pub fn numbers<'a, T: Copy>(
         if pattern.len() > LONGEST {
             return Err(wrong(format!("expected at most {LONGEST} bytes")));
         }
-        let regex = Pattern::new(pattern).map_err(wrong)?;
+        let regex = Pattern::of_ends(pattern).map_err(wrong)?;
         for module in modules.iter().filter(|module| module.len() <= LONGEST) {
             if start.elapsed() > TIME {
                 return Err(wrong("the patterns take too long to match".into()));
@@ -90,6 +100,32 @@ pub fn numbers<'a, T: Copy>(
         }
     }
     Ok(found)
+}
+
+/// A field that is one pattern, for whole names.
+pub struct Whole {
+    pattern: Pattern,
+    start: Instant,
+}
+
+impl Whole {
+    pub fn read(fields: &Fields, field: &str, pattern: &str) -> Result<Self> {
+        let wrong = |error: String| fields.file.wrong(format!("`{field}`: {error}"));
+        if pattern.len() > LONGEST_ALONE {
+            return Err(wrong(format!("expected at most {LONGEST_ALONE} bytes")));
+        }
+        let pattern = Pattern::of_names(pattern).map_err(wrong)?;
+        Ok(Self { pattern, start: Instant::now() })
+    }
+
+    /// Fails where all matches so far took too long.
+    pub fn matches(&self, fields: &Fields, field: &str, name: &str) -> Result<bool> {
+        let wrong = |error: String| fields.file.wrong(format!("`{field}`: {error}"));
+        if self.start.elapsed() > TIME {
+            return Err(wrong("the pattern takes too long to match".into()));
+        }
+        Ok(name.len() <= LONGEST && self.pattern.matches(name).map_err(wrong)?)
+    }
 }
 
 #[cfg(test)]
@@ -122,7 +158,7 @@ mod tests {
     #[test]
     fn patterns_match_as_in_python() {
         for (pattern, expected) in EXPECTED {
-            let regex = Pattern::new(pattern).unwrap();
+            let regex = Pattern::of_ends(pattern).unwrap();
             assert_eq!(NAMES.map(|name| regex.matches(name).unwrap()), expected, "{pattern}");
         }
     }
@@ -135,7 +171,7 @@ mod tests {
             [r"(a+)+b", r"(?=x?)(a+)+\1b", &large, r"(?:a?){500}b", "(", r"\Z(?<", &"(".repeat(500)]
         {
             let start = Instant::now();
-            if let Ok(regex) = Pattern::new(pattern) {
+            if let Ok(regex) = Pattern::of_ends(pattern) {
                 _ = names.iter().take_while(|name| regex.matches(name).is_ok()).count();
             }
             assert!(start.elapsed() < Duration::from_secs(20), "{pattern}");

@@ -3,9 +3,9 @@
 //! `....lora_magnitude_vector`. The scale is `lora_alpha / r`, with rsLoRA `lora_alpha / sqrt(r)`.
 //! Reference: PEFT's `tuners/lora/{config,layer,dora}.py` and `utils/other.py`.
 
-use super::fields::Fields;
-use super::file::{Contents, File, Pair, Role};
-use super::{EMBED_TOKENS, LM_HEAD, patterns, peft_kinds};
+use super::fields::{Fields, short};
+use super::file::{Contents, File, ModuleTensors, Pair, Role};
+use super::{EMBED_TOKENS, LM_HEAD, listed, patterns, peft_kinds, targets};
 use crate::error::Result;
 use std::collections::BTreeMap;
 
@@ -19,7 +19,8 @@ pub fn read(file: &File, fields: &Fields) -> Result<Contents> {
     let alpha = fields.number("lora_alpha")?.unwrap_or(ALPHA);
     let (rslora, dora) = (fields.flag("use_rslora")?, fields.flag("use_dora")?);
     let expected = "PEFT's LoRA tensors (`base_model.model.<module>.lora_A.weight`, `lora_B`)";
-    let modules = file.modules(dora, expected, role)?;
+    let mut modules = file.modules(dora, expected, role)?;
+    let warnings = leave_out(fields, &mut modules)?;
     let names: Vec<&str> = modules.iter().map(|(name, ..)| name.as_str()).collect();
     if fields.flag("ensure_weight_tying")? && tied_by_hand(&names) {
         let message = "`ensure_weight_tying` is not supported for an adapted `model.embed_tokens` \
@@ -38,7 +39,33 @@ pub fn read(file: &File, fields: &Fields) -> Result<Contents> {
         let scale = scale(alpha, rank, rslora);
         pairs.insert(module.clone(), Pair { a, b, magnitude, rank, scale });
     }
-    Ok(Contents { pairs, transposed: true, rank, scale: scale(alpha, rank, rslora) })
+    let scale = scale(alpha, rank, rslora);
+    Ok(Contents { pairs, transposed: true, rank, scale, chosen: None, warnings })
+}
+
+/// As PEFT: modules that the configuration does not name stay as they are; -> a warning
+fn leave_out(fields: &Fields, modules: &mut Vec<ModuleTensors>) -> Result<Vec<String>> {
+    let names: Vec<&str> = modules.iter().map(|(name, ..)| name.as_str()).collect();
+    let left_out = targets::left_out(fields, &names)?;
+    if left_out.is_empty() {
+        return Ok(vec![]);
+    }
+    if left_out.len() == names.len() {
+        let message = "`target_modules` names none of the modules that the adapter has";
+        return Err(fields.file.wrong(message.into()));
+    }
+    let ignored = names.iter().filter(|name| left_out.contains(*name));
+    let ignored: Vec<String> = ignored.map(|name| format!("`{}`", short(name))).collect();
+    let path = fields.file.path.display();
+    let warning = format!(
+        "`{path}`: as in PEFT, tensors of modules that `adapter_config.json` does not name are left \
+         out: {}",
+        listed(&ignored)
+    );
+    let kept: Vec<bool> = names.iter().map(|name| !left_out.contains(name)).collect();
+    let mut kept = kept.into_iter();
+    modules.retain(|_module| kept.next().unwrap_or(true));
+    Ok(vec![warning])
 }
 
 fn scale(alpha: f64, rank: usize, rslora: bool) -> f32 {

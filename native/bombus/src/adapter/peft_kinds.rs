@@ -24,19 +24,14 @@ const REFUSED: [&str; 13] = [
     "enable_lora",
 ];
 
-/// What changes nothing: how the adapter was trained and what with, which modules it was made for
-/// (that is read off the tensors, since PEFT saves more than `target_modules` names where a head
-/// is tied), how a base layer lies in memory.
-const WITHOUT_EFFECT: [&str; 28] = [
+/// What changes nothing: how the adapter was trained and what with, how a base layer lies in memory.
+const WITHOUT_EFFECT: [&str; 24] = [
     "auto_mapping",
     "base_model_name_or_path",
     "corda_config",
     "eva_config",
-    "exclude_modules",
     "fan_in_fan_out",
     "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
     "loftq_config",
     "lora_dropout",
     "lora_ga_config",
@@ -47,7 +42,6 @@ const WITHOUT_EFFECT: [&str; 28] = [
     "qalora_group_size",
     "revision",
     "runtime_config",
-    "target_modules",
     "task_type",
     // Of ms-swift: how it was trained.
     "lora_dtype",
@@ -61,8 +55,18 @@ const WITHOUT_EFFECT: [&str; 28] = [
 ];
 
 /// Fields with a meaning here.
-const USED: [&str; 6] =
-    ["r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"];
+const USED: [&str; 10] = [
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+];
 
 /// What always helps.
 const MERGE: &str =

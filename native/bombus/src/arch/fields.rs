@@ -5,7 +5,6 @@ use crate::files::Fields;
 use crate::spec::{
     AttentionSpec, HeadSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec, Rope, Scaling,
 };
-use serde_json::Value;
 
 /// More layers no model has: an allocation is not to depend on a number in a file.
 const MOST_LAYERS: usize = 4096;
@@ -26,7 +25,6 @@ impl Uniform {
         let Self { attention, mlp_bias, eps, tied, context } = self;
         check_heads(fields, &attention)?;
         refuse_other_activations(fields)?;
-        refuse_windows(fields)?;
         let norm = NormSpec { eps };
         let mlp = MlpSpec { inner: fields.size("intermediate_size")?, bias: mlp_bias };
         let layers = fields.size("num_hidden_layers")?;
@@ -94,24 +92,8 @@ fn check_heads(fields: &Fields, attention: &AttentionSpec) -> Result<()> {
 
 /// These families are of SwiGLU, which transformers makes of `hidden_act`.
 fn refuse_other_activations(fields: &Fields) -> Result<()> {
-    match fields.value("hidden_act") {
-        None => Ok(()),
-        Some(Value::String(name)) if matches!(name.as_str(), "silu" | "swish") => Ok(()),
-        Some(_) => Err(fields.unsupported("hidden_act", "this activation is not supported")),
-    }
-}
-
-/// Attention that sees only the last positions.
-fn refuse_windows(fields: &Fields) -> Result<()> {
-    let full = |layer: &Value| layer == "full_attention";
-    let windows = match fields.value("layer_types") {
-        None => false,
-        Some(Value::Array(layers)) => !layers.iter().all(full),
-        Some(_) => return Err(fields.error("layer_types", "expected a list")),
-    };
-    match windows {
-        true => Err(fields
-            .unsupported("layer_types", "layers other than `full_attention` are not supported")),
+    match fields.value("hidden_act").is_some_and(|act| act != "silu" && act != "swish") {
+        true => Err(fields.unsupported("hidden_act", "silu is")),
         false => Ok(()),
     }
 }

@@ -3,6 +3,7 @@
 
 use super::fields::{Uniform, eps, head_dim};
 use super::rope::rope;
+use super::windows;
 use crate::error::Result;
 use crate::files::Fields;
 use crate::spec::{AttentionSpec, ModelSpec};
@@ -25,9 +26,12 @@ pub fn spec(fields: &Fields) -> Result<ModelSpec> {
     };
     let (mlp_bias, eps) = (fields.flag_or("mlp_bias", false)?, eps(fields, None)?);
     let mut spec = Uniform { attention, mlp_bias, eps, tied: true, context: 2048 }.spec(fields)?;
-    // Mistral's first: within its window attention is whole.
-    if let Some(window) = fields.optional_size("sliding_window")? {
-        spec.context = spec.context.min(window);
+    let window = fields.optional_size("sliding_window")?;
+    let whole = window.is_some_and(|window| window >= spec.context);
+    windows::refuse_types(fields, spec.layers.len(), whole)?;
+    // Of Mistral all layers have the window, within which attention is full.
+    if fields.text("model_type")? == "mistral" && fields.value("layer_types").is_none() {
+        spec.context = window.map_or(spec.context, |window| spec.context.min(window));
     }
     Ok(spec)
 }

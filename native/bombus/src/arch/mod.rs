@@ -6,6 +6,7 @@ mod llama;
 mod qwen2;
 mod qwen3;
 mod rope;
+mod windows;
 
 use crate::error::{Error, Result};
 use crate::files::Fields;

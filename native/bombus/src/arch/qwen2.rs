@@ -2,6 +2,7 @@
 
 use super::fields::{Uniform, eps, head_dim};
 use super::rope::rope;
+use super::windows;
 use crate::error::Result;
 use crate::files::Fields;
 use crate::spec::{AttentionSpec, ModelSpec};
@@ -19,5 +20,8 @@ pub fn spec(fields: &Fields) -> Result<ModelSpec> {
         o_bias: false,
     };
     let eps = eps(fields, None)?;
-    Uniform { attention, mlp_bias: false, eps, tied: true, context: 32_768 }.spec(fields)
+    let spec =
+        Uniform { attention, mlp_bias: false, eps, tied: true, context: 32_768 }.spec(fields)?;
+    windows::refuse_qwen(fields, spec.layers.len(), spec.context)?;
+    Ok(spec)
 }

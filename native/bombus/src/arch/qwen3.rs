@@ -2,11 +2,15 @@
 
 use super::fields::{Uniform, eps};
 use super::rope::rope;
+use super::windows;
 use crate::error::Result;
 use crate::files::Fields;
 use crate::spec::{AttentionSpec, ModelSpec, NormSpec};
 
 pub fn spec(fields: &Fields) -> Result<ModelSpec> {
+    if fields.flag_or("attention_bias", false)? {
+        return Err(fields.unsupported("attention_bias", "false is"));
+    }
     let heads = fields.size("num_attention_heads")?;
     // transformers' own default, not hidden_size / num_attention_heads
     let head_dim = fields.size_or("head_dim", 128)?;
@@ -20,5 +24,8 @@ pub fn spec(fields: &Fields) -> Result<ModelSpec> {
         qkv_bias: false,
         o_bias: false,
     };
-    Uniform { attention, mlp_bias: false, eps, tied: false, context: 32_768 }.spec(fields)
+    let spec =
+        Uniform { attention, mlp_bias: false, eps, tied: false, context: 32_768 }.spec(fields)?;
+    windows::refuse_qwen(fields, spec.layers.len(), spec.context)?;
+    Ok(spec)
 }

@@ -24,7 +24,7 @@ const KNOWN: [&str; 12] = [
 /// The rotation of a head of `dim` numbers; `theta` is the family's own.
 pub fn rope(fields: &Fields, dim: usize, theta: f64) -> Result<Rope> {
     if fields.flag_or("rope_traditional", false)? {
-        return Err(fields.unsupported("rope_traditional", "interleaved rotation is not supported"));
+        return Err(fields.unsupported("rope_traditional", "false is"));
     }
     let own = match fields.object("rope_scaling")? {
         None => fields.object("rope_parameters")?,
@@ -67,14 +67,14 @@ fn scaling(rope: &Fields, fields: &Fields) -> Result<Scaling> {
             mscale: rope.number_or("mscale", 1.0)?,
             mscale_all_dim: rope.number_or("mscale_all_dim", 0.0)?,
         },
-        _ => return Err(rope.unsupported(name, "this kind of rope is not supported")),
+        _ => return Err(rope.unsupported(name, "default, linear, dynamic, llama3 and yarn are")),
     })
 }
 
 fn refuse_unknown(rope: &Fields) -> Result<()> {
     let unknown = rope.map.keys().find(|name| !KNOWN.contains(&name.as_str()));
     match unknown.filter(|name| rope.value(name).is_some()) {
-        Some(name) => Err(rope.unsupported(name, "this field is not supported")),
+        Some(name) => Err(rope.unsupported(name, "the fields that mlx-lm reads are")),
         None => Ok(()),
     }
 }

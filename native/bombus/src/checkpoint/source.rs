@@ -13,7 +13,7 @@ use std::path::Path;
 /// The configuration, whose quantization is that of the tensors.
 pub fn open(folder: &Path) -> Result<(Config, TensorFiles)> {
     let path = folder.join("config.json");
-    if !path.exists() {
+    if !files::is_there(&path) {
         let there = files::other_formats(folder).map(|there| format!("; {there}"));
         let folder = folder.display();
         let there = there.unwrap_or_default();

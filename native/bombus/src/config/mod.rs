@@ -1,12 +1,13 @@
 //! A checkpoint's `config.json` and `generation_config.json`, checked field by field.
 
+mod generation;
 mod quantization;
 
 pub use quantization::{QuantMethod, Quantization};
 
 use crate::arch;
 use crate::error::{Error, Result};
-use crate::files::Fields;
+use crate::files::{self, Fields};
 use crate::spec::ModelSpec;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -26,6 +27,8 @@ pub struct Config {
     pub quant_method: Option<QuantMethod>,
     /// `generation_config.json` as it stands; empty where there is none
     pub generation: Map<String, Value>,
+    /// What is not followed, for the log.
+    pub warnings: Vec<String>,
 }
 
 impl Config {
@@ -33,12 +36,13 @@ impl Config {
         let fields = Fields::open(&folder.join("config.json"))?;
         let generation_path = folder.join("generation_config.json");
         let none = || Fields { path: generation_path.clone(), map: Map::new() };
-        let generation = match generation_path.exists().then(|| Fields::open(&generation_path)) {
-            Some(Err(error)) if !matches!(error, Error::Config(_)) => return Err(error),
-            // As in mlx-lm and transformers: one that is no JSON says nothing.
-            Some(generation) => generation.unwrap_or_else(|_| none()),
-            None => none(),
-        };
+        let generation =
+            match files::is_there(&generation_path).then(|| Fields::open(&generation_path)) {
+                Some(Err(error)) if !matches!(error, Error::Config(_)) => return Err(error),
+                // As in mlx-lm and transformers: one that is no JSON says nothing.
+                Some(generation) => generation.unwrap_or_else(|_| none()),
+                None => none(),
+            };
         Self::parse(&fields, generation)
     }
 
@@ -52,23 +56,21 @@ impl Config {
     fn parse(fields: &Fields, generation: Fields) -> Result<Self> {
         refuse_other_files(fields)?;
         let quantization = fields.quantization()?;
+        let spec = arch::spec(fields)?;
+        let mut warnings = vec![];
+        let eos_token_ids = eos_token_ids(fields, &generation, spec.vocab, &mut warnings)?;
+        warnings.extend(generation::warning(&generation));
         let config = Self {
             model_type: fields.text("model_type")?,
-            spec: arch::spec(fields)?,
-            eos_token_ids: eos_token_ids(fields, &generation)?,
+            spec,
+            eos_token_ids,
             quantization: quantization.default,
             overrides: quantization.overrides,
             quant_method: fields.quant_method()?,
             generation: generation.map,
+            warnings,
         };
-        Ok(config.with_known_eos())
-    }
-
-    /// Without ids that the vocabulary has not: no token is one of them.
-    fn with_known_eos(mut self) -> Self {
-        let vocab = self.spec.vocab;
-        self.eos_token_ids.retain(|id| (*id as usize) < vocab);
-        self
+        Ok(config)
     }
 }
 
@@ -85,10 +87,30 @@ fn refuse_other_files(fields: &Fields) -> Result<()> {
     Ok(())
 }
 
-/// `generation_config.json`'s where it names any, as in mlx-lm and transformers.
-fn eos_token_ids(config: &Fields, generation: &Fields) -> Result<Vec<u32>> {
-    let ids = generation.token_ids("eos_token_id")?;
-    if ids.is_empty() { config.token_ids("eos_token_id") } else { Ok(ids) }
+/// `generation_config.json`'s where it names any, as in mlx-lm and transformers. What is no token's
+/// ends no text, of which there is a warning.
+fn eos_token_ids(
+    config: &Fields,
+    generation: &Fields,
+    vocab_size: usize,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<u32>> {
+    const FIELD: &str = "eos_token_id";
+    let is_id = |id: &f64| id.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(id);
+    let (mut named, mut path) = (generation.token_ids(FIELD)?, &generation.path);
+    if !named.iter().any(is_id) {
+        (named, path) = (config.token_ids(FIELD)?, &config.path);
+    }
+    let is_known = |id: &f64| is_id(id) && *id < vocab_size as f64;
+    let unknown: Vec<String> =
+        named.iter().filter(|id| !is_known(id)).take(4).map(f64::to_string).collect();
+    if !unknown.is_empty() {
+        let (path, ids) = (path.display(), unknown.join(", "));
+        warnings.push(format!(
+            "`{path}`: `{FIELD}`: no token of the vocabulary of {vocab_size} is {ids}: it ends no text"
+        ));
+    }
+    Ok(named.into_iter().filter(is_known).map(|id| id as u32).collect())
 }
 
 #[cfg(test)]
@@ -115,6 +137,81 @@ mod tests {
         let mut config = minimal();
         config[field] = value;
         parse(config)
+    }
+
+    #[test]
+    fn what_changes_the_arithmetic_is_refused() {
+        let kinds = |kind: &str| json!([kind, "full_attention"]);
+        for (field, value, word) in [
+            ("hidden_act", json!("gelu"), "unsupported"),
+            ("attention_bias", json!(true), "unsupported"),
+            ("layer_types", kinds("sliding_attention"), "unsupported"),
+            ("layer_types", kinds("linear_attention"), "unsupported"),
+            ("layer_types", json!(["full_attention"]), "bad_config"),
+            ("rms_norm_eps", json!("NaN"), "bad_config"),
+            ("rms_norm_eps", json!(f64::MAX), "bad_config"),
+            ("rms_norm_eps", json!(-1e-6), "bad_config"),
+            ("rope_theta", json!(0), "bad_config"),
+            ("rope_theta", json!(1e-300), "bad_config"),
+            ("rope_theta", json!("NaN"), "bad_config"),
+        ] {
+            let error = with(field, value).expect_err(field);
+            assert_eq!(error.reason(), word, "{error}");
+            assert!(error.to_string().contains(field), "{error}");
+        }
+        let theta = with("rope_parameters", json!({"rope_theta": f64::MAX}));
+        assert!(message(theta).contains("`rope_theta`"));
+        for (field, value) in [
+            ("hidden_act", json!("swish")),
+            ("attention_bias", json!(false)),
+            ("layer_types", kinds("full_attention")),
+            ("sliding_window", json!(16)),
+        ] {
+            assert!(with(field, value).is_ok(), "{field}");
+        }
+    }
+
+    /// Values from transformers' `Qwen3Config`.
+    #[test]
+    fn a_window_that_hides_something_is_refused() {
+        for (change, taken) in [
+            (json!({}), false),
+            (json!({"sliding_window": 16}), false),
+            (json!({"sliding_window": null}), true),
+            (json!({"sliding_window": 40_000}), true),
+            (json!({"max_window_layers": 2}), true),
+            (json!({"max_window_layers": 0, "use_sliding_window": false}), true),
+            (json!({"layer_types": ["full_attention", "full_attention"]}), true),
+        ] {
+            let mut config = minimal();
+            config["use_sliding_window"] = true.into();
+            config["max_window_layers"] = 1.into();
+            for (name, value) in change.as_object().unwrap() {
+                config[name] = value.clone();
+            }
+            assert_eq!(parse(config).is_ok(), taken, "{change}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_followed_is_said() {
+        let fields = |path: &str, value: Value| Fields {
+            path: path.into(),
+            map: value.as_object().cloned().unwrap_or_default(),
+        };
+        let generation = json!({"num_beams": 1, "typical_p": 1.0, "suppress_tokens": [1],
+            "forced_eos_token_id": 3, "bad_words_ids": [], "do_sample": true, "eos_token_id": [7, 256]});
+        let generation = fields("generation_config.json", generation);
+        let config = Config::parse(&fields("config.json", minimal()), generation).unwrap();
+        assert_eq!(config.eos_token_ids, [7]);
+        let [eos, followed] = &config.warnings[..] else { panic!("{:?}", config.warnings) };
+        assert!(eos.contains("generation_config.json") && eos.contains("256 is 256"), "{eos}");
+        assert!(
+            followed.ends_with("`forced_eos_token_id` (3), `suppress_tokens` ([1])"),
+            "{followed}"
+        );
+        assert!(parse(minimal()).unwrap().warnings.is_empty());
+        assert!(with("eos_token_id", json!([1, -1, 0.5])).unwrap().warnings[0].contains("-1, 0.5"));
     }
 
     fn message(result: Result<Config>) -> String {
@@ -146,7 +243,7 @@ mod tests {
         let layers = message(with("num_hidden_layers", json!(-1)));
         assert_eq!(
             layers,
-            "`config.json`: `num_hidden_layers`: expected a positive integer, got: -1"
+            "`config.json`: `num_hidden_layers`: expected a whole number in 1..2147483647, got: -1"
         );
         assert!(message(with("vocab_size", json!(1u64 << 40))).contains("vocab_size"));
         assert!(message(with("num_key_value_heads", json!(3))).contains("num_key_value_heads"));

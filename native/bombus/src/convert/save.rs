@@ -3,18 +3,19 @@
 use super::{Step, is_dense, is_packed, kept, steps, write};
 use crate::config::{Config, Quantization};
 use crate::error::{Error, Result};
-use crate::files::{self, NewFile, write_error};
+use crate::files::{self, NewFile, TEMPLATES, kind, write_error};
 use crate::tensor_file::{INDEX, SINGLE, TensorFiles, is_shard, read_index};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
+use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 /// Writes the checkpoint of `from`, whose `config` and `tensors` these are, to `to`: quantized where
 /// there is a layout and it is dense, without tensors that no module takes, and with all files
-/// beside it that are no weights. `overwrite`: another model that is in `to` goes
+/// beside it that are no weights. `overwrite`: files of another model that are in `to` go
 pub fn save(
     from: &Path,
     (config, tensors): (&Config, &TensorFiles),
@@ -93,11 +94,8 @@ fn write_config(
 
 /// Tokenizer, templates, model card: all that is no weights.
 fn copy_others(from: &Path, target: &Target) -> Result<()> {
-    for name in names(from)? {
-        let path = from.join(&name);
-        if path.is_file() && name != "config.json" && !is_weights(&name) {
-            target.copy(&path, &name)?;
-        }
+    for name in others(from)? {
+        target.copy(&from.join(&name), &name)?;
     }
     let templates = from.join(TEMPLATES);
     if !templates.is_dir() {
@@ -113,8 +111,11 @@ fn copy_others(from: &Path, target: &Target) -> Result<()> {
     Ok(())
 }
 
-/// The folder in which transformers keeps templates that have names.
-const TEMPLATES: &str = "additional_chat_templates";
+fn others(from: &Path) -> Result<BTreeSet<String>> {
+    let is_other =
+        |name: &String| name != "config.json" && !is_weights(name) && from.join(name).is_file();
+    Ok(names(from)?.into_iter().filter(is_other).collect())
+}
 
 fn is_weights(name: &str) -> bool {
     const ENDS: [&str; 14] = [
@@ -149,28 +150,20 @@ struct Target {
 
 impl Target {
     fn prepare(from: &Path, to: &Path, overwrite: bool) -> Result<Self> {
-        let there = fs::metadata(to).ok();
-        if there.as_ref().is_some_and(|there| !there.is_dir()) {
-            let message =
-                format!("could not write `{}`: expected a folder, it is a file", to.display());
-            return Err(Error::Io(message));
-        }
+        let there = folder_at(to)?;
         if let (Some(there), Ok(source)) = (&there, fs::metadata(from))
             && (there.dev(), there.ino()) == (source.dev(), source.ino())
         {
             let message = "is where the model was loaded from: save it to another folder";
             return Err(Error::Io(format!("`{}` {message}", to.display())));
         }
-        if let Some(name) = there.as_ref().and_then(|_| model_in(to)).filter(|_| !overwrite) {
-            return Err(Error::AlreadyThere(format!(
-                "there is a model in `{}` (`{name}`): give `overwrite: true` to put another in its place",
-                to.display()
-            )));
+        if there.is_some() && !overwrite {
+            check_free(from, to)?;
         }
         let parent = to.parent().filter(|parent| !parent.as_os_str().is_empty());
         let parent = parent.unwrap_or(Path::new("."));
         let is_new = there.is_none();
-        let parents = if is_new { Parents::create(parent)? } else { Parents::default() };
+        let parents = if is_new { Parents::create(parent, to)? } else { Parents::default() };
         let staging = tempfile::Builder::new()
             .prefix(".bombus-")
             .suffix(".part")
@@ -245,14 +238,63 @@ fn names(folder: &Path) -> Result<BTreeSet<String>> {
     Ok(entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
 }
 
-/// The file that tells that a model is in a folder.
-fn model_in(folder: &Path) -> Option<String> {
-    names(folder).ok()?.into_iter().find(|name| name == "config.json" || is_shard(name))
+/// The folder at `to`, if there is one. Fails where something else is there, or above it.
+fn folder_at(to: &Path) -> Result<Option<fs::Metadata>> {
+    let wrong = |what| Err(Error::Io(format!("could not write `{}`: {what}", to.display())));
+    for place in to.ancestors().filter(|place| !place.as_os_str().is_empty()) {
+        let shown = place.display();
+        match fs::metadata(place) {
+            Ok(there) if there.is_dir() => return Ok((place == to).then_some(there)),
+            Ok(there) => {
+                let kind = kind(there.file_type());
+                return wrong(format!("expected a folder, `{shown}` is {kind}"));
+            }
+            Err(error) => match (fs::read_link(place), error.kind()) {
+                (_, ErrorKind::NotFound | ErrorKind::NotADirectory) if !place.is_symlink() => {}
+                (Ok(end), ErrorKind::NotFound) => {
+                    let end = end.display();
+                    return wrong(format!("`{shown}` is a link to `{end}`, which is not there"));
+                }
+                _ => return Err(write_error(to, &error)),
+            },
+        }
+    }
+    Ok(None)
 }
+
+/// Fails where a model is in the folder, or files that would be taken for the new one's or replaced.
+fn check_free(from: &Path, to: &Path) -> Result<()> {
+    let there = names(to)?;
+    let shown = to.display();
+    if let Some(name) = there.iter().find(|name| *name == "config.json" || is_shard(name)) {
+        return Err(Error::AlreadyThere(format!(
+            "there is a model in `{shown}` (`{name}`): give `overwrite: true` to put another in its place"
+        )));
+    }
+    let own = others(from)?;
+    let is_taken = |name: &&String| is_of_model(name) || *name == TEMPLATES || own.contains(*name);
+    let taken: Vec<String> =
+        there.iter().filter(is_taken).map(|name| format!("`{name}`")).collect();
+    let more = match taken.len().saturating_sub(SHOWN) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    match taken.is_empty() {
+        true => Ok(()),
+        false => Err(Error::AlreadyThere(format!(
+            "files in `{shown}` would be mixed with the model's, or replaced: {}{more}; give \
+             `overwrite: true` to put the model's in their place, or another folder",
+            taken[..taken.len().min(SHOWN)].join(", ")
+        ))),
+    }
+}
+
+/// So many files are named.
+const SHOWN: usize = 5;
 
 /// Files that would be taken for the new model's.
 fn is_of_model(name: &str) -> bool {
-    const NAMES: [&str; 12] = [
+    const NAMES: [&str; 20] = [
         "config.json",
         "generation_config.json",
         INDEX,
@@ -265,6 +307,14 @@ fn is_of_model(name: &str) -> bool {
         "merges.txt",
         "chat_template.jinja",
         "chat_template.json",
+        "vocab.txt",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "tekken.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "quantize_config.json",
+        "quant_config.json",
     ];
     is_shard(name) || NAMES.contains(&name)
 }
@@ -274,13 +324,14 @@ fn is_of_model(name: &str) -> bool {
 struct Parents(Vec<PathBuf>);
 
 impl Parents {
-    fn create(folder: &Path) -> Result<Self> {
+    /// `to`: what they are made for
+    fn create(folder: &Path, to: &Path) -> Result<Self> {
         let missing = folder.ancestors().filter(|folder| !folder.as_os_str().is_empty());
         let mut missing: Vec<_> = missing.take_while(|folder| !folder.exists()).collect();
         missing.reverse();
         let mut made = Self::default();
         for folder in missing {
-            fs::create_dir(folder).map_err(|error| write_error(folder, &error))?;
+            fs::create_dir(folder).map_err(|error| write_error(to, &error))?;
             made.0.push(folder.to_owned());
         }
         Ok(made)

@@ -27,7 +27,6 @@ struct Binding<B: Backend> {
 
 /// An adapter that is bound now, or cannot be, and the requests that waited for it.
 pub struct Bound {
-    pub adapter: Arc<Adapter>,
     pub waiting: Vec<u64>,
     pub result: Result<()>,
 }
@@ -83,8 +82,8 @@ impl<B: Backend> Bindings<B> {
             }
             Err(error) => Err(error),
         };
-        let Binding { adapter, waiting, .. } = self.under_way.pop_front()?;
-        Some(Bound { adapter, waiting, result })
+        let Binding { waiting, .. } = self.under_way.pop_front()?;
+        Some(Bound { waiting, result })
     }
 }
 

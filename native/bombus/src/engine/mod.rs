@@ -114,6 +114,10 @@ enum Command {
     Forget {
         adapter: usize,
     },
+    /// Requests with an adapter are to end.
+    CancelWith {
+        adapter: usize,
+    },
     Watch(Monitor),
     Fail(Fault),
     Unload {
@@ -230,9 +234,7 @@ impl Engine {
     /// Writes the checkpoint that was loaded to another folder, quantized where loading did that.
     /// `overwrite`: a model that is there goes
     pub fn save(&self, to: &Path, overwrite: bool) -> Result<()> {
-        if self.is_unloaded() {
-            return Err(self.gone());
-        }
+        self.check_loaded()?;
         let (from, layout) = &self.source;
         let (config, tensors) = checkpoint::open(from)?;
         convert::save(from, (&config, &tensors), *layout, to, overwrite)
@@ -352,16 +354,17 @@ impl Engine {
         _ = self.commands.send(Command::Unload { cancel, done: Done::new(done) });
     }
 
-    fn is_unloaded(&self) -> bool {
-        self.unloaded.load(Relaxed)
+    /// Fails where the model was unloaded, or is about to be.
+    pub fn check_loaded(&self) -> Result<()> {
+        match self.unloaded.load(Relaxed) {
+            true => Err(Error::Unloaded("model")),
+            false => Ok(()),
+        }
     }
 
     /// Why there is no engine.
     fn gone(&self) -> Error {
-        match self.is_unloaded() {
-            true => Error::Unloaded("model"),
-            false => Error::Stopped,
-        }
+        self.check_loaded().err().unwrap_or(Error::Stopped)
     }
 
     fn send(&self, command: Command) -> Result<()> {
@@ -388,9 +391,7 @@ impl Engine {
     }
 
     fn places(&self, group: Option<&Group>) -> Result<Vec<Place>> {
-        if self.is_unloaded() {
-            return Err(self.gone());
-        }
+        self.check_loaded()?;
         let own = group.map(Group::place).transpose()?;
         Ok(own.into_iter().chain([self.queue.place()?]).collect())
     }

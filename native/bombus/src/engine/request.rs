@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::sampler::Sampling;
 use crate::sequence::Task;
 use crate::tokenizer::{Limit, TextStream, Tokenizer};
+use bombus_jinja::parse_json;
 use serde_json::{Map, Value};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -136,9 +137,8 @@ impl Request {
 
 /// A conversation and the options of its template, both as JSON.
 pub fn chat(messages: &str, options: &str) -> Result<(Value, Map<String, Value>)> {
-    let wrong = |error: serde_json::Error| Error::Request(format!("messages: {error}"));
-    let messages = serde_json::from_str(messages).map_err(wrong)?;
-    Ok((messages, serde_json::from_str(options).map_err(wrong)?))
+    let messages = parse_json("messages", messages).map_err(Error::Request)?;
+    Ok((messages, parse_json("template options", options).map_err(Error::Request)?))
 }
 
 pub(super) fn check_ids(ids: &[u32], config: &Config, context: usize) -> Result<()> {

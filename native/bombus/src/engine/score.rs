@@ -1,6 +1,6 @@
 //! Scoring: the log-probabilities of a given text, a chunk at a time between the steps of others.
 
-use super::live::InUse;
+use super::live::{InUse, adapter_key};
 use super::pending::Scoring;
 use super::queue::Place;
 use super::sink::Sink;
@@ -26,6 +26,10 @@ impl<B: Backend> Score<B> {
         let Scoring { ids, sink, places, .. } = scoring;
         let share = gauge::Share::one(&gauge::SEQUENCES);
         Self { id, ids, adapter, cache, log_probs: vec![], sink, share, places }
+    }
+
+    pub fn adapter_key(&self) -> usize {
+        adapter_key(self.adapter.as_ref().map(|(adapter, _)| adapter))
     }
 
     /// The positions of the next `rows` tokens, as far as there are so many.

@@ -4,7 +4,7 @@
 use super::bindings::{Bindings, Bound};
 use super::deadlines::Deadlines;
 use super::exit::{self, Busy};
-use super::live::Live;
+use super::live::{Live, adapter_key};
 use super::monitor::Monitor;
 use super::pending::Pending;
 use super::prefix::Prefixes;
@@ -23,9 +23,9 @@ use crate::gauge;
 use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{FinishReason, Sequence, Task};
 use crate::tokenizer::TextStream;
-use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
-use std::sync::mpsc::{RecvTimeoutError, TryRecvError};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::mpsc::{RecvTimeoutError, Sender, TryRecvError};
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 pub struct Worker<E: Executor> {
@@ -41,6 +41,8 @@ pub struct Worker<E: Executor> {
     pub(super) scores: VecDeque<Score<E::Backend>>,
     pub(super) deadlines: Deadlines,
     bindings: Bindings<E::Backend>,
+    /// Adapters that will say when they go, by their keys.
+    known: HashSet<usize>,
     pub(super) prefixes: Prefixes<KvCache<E::Backend>>,
     pub(super) kv_bytes: gauge::Share,
     pub(super) prefix_bytes: gauge::Share,
@@ -71,6 +73,7 @@ impl<E: Executor> Worker<E> {
             scores: VecDeque::new(),
             deadlines: Deadlines::default(),
             bindings: Bindings::new(),
+            known: HashSet::new(),
             prefixes: Prefixes::new(limits.prefix_cache),
             kv_bytes: gauge::Share::of(&gauge::KV_BYTES),
             prefix_bytes: gauge::Share::of(&gauge::PREFIX_BYTES),
@@ -195,10 +198,12 @@ impl<E: Executor> Worker<E> {
             Command::Cancel { id } => self.cancel(id),
             Command::Acknowledge { id, chunks } => self.acknowledge(id, chunks),
             Command::Forget { adapter } => {
+                self.known.remove(&adapter);
                 self.bindings.forget(adapter);
                 self.prefixes.forget(adapter);
                 self.count();
             }
+            Command::CancelWith { adapter } => self.cancel_with(adapter),
             Command::Watch(monitor) => self.monitor = Some(monitor),
             Command::Fail(fault) => self.fault = Some(fault),
             Command::Unload { cancel, done } => self.unload(cancel, done),
@@ -208,16 +213,36 @@ impl<E: Executor> Worker<E> {
     fn unload(&mut self, cancel: bool, done: super::unload::Done) {
         self.unloading.ask(done);
         if cancel {
-            let pending = self.pending.keys().chain(self.live.keys()).copied();
-            let all = pending.chain(self.scores.iter().map(|score| score.id));
-            all.collect::<Vec<u64>>().into_iter().for_each(|id| self.cancel(id));
+            self.cancel_those(|_adapter| true);
         }
     }
 
+    fn cancel_with(&mut self, adapter: usize) {
+        self.cancel_those(|own| own == adapter);
+    }
+
+    /// `chosen`: by the adapter's key
+    fn cancel_those(&mut self, chosen: impl Fn(usize) -> bool) {
+        let pending = self.pending.iter().map(|(id, it)| (*id, adapter_key(it.adapter())));
+        let live = self.live.iter().map(|(id, it)| (*id, it.adapter_key()));
+        let scores = self.scores.iter().map(|score| (score.id, score.adapter_key()));
+        let all = pending.chain(live).chain(scores).filter(|(_, adapter)| chosen(*adapter));
+        let ids: Vec<u64> = all.map(|(id, _)| id).collect();
+        ids.into_iter().for_each(|id| self.cancel(id));
+    }
+
     fn expect(&mut self, id: u64, pending: Pending, deadline: Option<Instant>) {
+        let adapter = pending.adapter().cloned();
         self.pending.insert(id, pending);
         if let Some(deadline) = deadline {
             self.deadlines.add(id, deadline);
+        }
+        if let Some(adapter) = adapter {
+            self.know(&adapter);
+            // A request may come later than the end of all with its adapter.
+            if adapter.is_cancelled() {
+                self.cancel(id);
+            }
         }
     }
 
@@ -281,27 +306,30 @@ impl<E: Executor> Worker<E> {
     /// A layer of the adapter that is bound next.
     fn advance_bindings(&mut self) {
         let bound = self.bindings.advance(self.executor.decoder());
-        let Some(Bound { adapter, waiting, result }) = bound else { return };
+        let Some(Bound { waiting, result }) = bound else { return };
         match result {
-            Ok(()) => {
-                self.forget_with(&adapter);
-                waiting.into_iter().for_each(|id| self.admit(id));
-            }
+            Ok(()) => waiting.into_iter().for_each(|id| self.admit(id)),
             Err(error) => {
                 waiting.into_iter().for_each(|id| self.finish(id, Err(error.clone())));
             }
         }
     }
 
-    /// What is bound of an adapter goes with it.
-    fn forget_with(&self, adapter: &Arc<Adapter>) {
-        let commands = self.inbox.commands.clone();
-        let key = super::live::adapter_key(Some(adapter));
-        adapter.on_drop(move || {
+    /// What is bound of an adapter goes with it, and requests end when it is said to end them.
+    fn know(&mut self, adapter: &Arc<Adapter>) {
+        let key = adapter_key(Some(adapter));
+        if !self.known.insert(key) {
+            return;
+        }
+        let send = |commands: Weak<Sender<Command>>, command| {
             if let Some(commands) = commands.upgrade() {
-                _ = commands.send(Command::Forget { adapter: key });
+                _ = commands.send(command);
             }
-        });
+        };
+        let commands = self.inbox.commands.clone();
+        adapter.on_drop(move || send(commands, Command::Forget { adapter: key }));
+        let commands = self.inbox.commands.clone();
+        adapter.on_cancel(move || send(commands, Command::CancelWith { adapter: key }));
     }
 
     fn cancel(&mut self, id: u64) {

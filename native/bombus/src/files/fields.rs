@@ -16,14 +16,17 @@ impl Fields {
     }
 
     pub fn error(&self, field: &str, problem: impl std::fmt::Display) -> Error {
-        let value = self.value(field).map(|value| format!(", got: {value}")).unwrap_or_default();
+        let got = |value: &Value| format!(", got: {}", short(&value.to_string()));
+        let value = self.value(field).map(got).unwrap_or_default();
         Error::Config(format!("`{}`: `{field}`: {problem}{value}", self.path.display()))
     }
 
-    /// What the field asks for is not there.
-    pub fn unsupported(&self, field: &str, problem: &str) -> Error {
-        let value = self.value(field).map(|value| format!(": {value}")).unwrap_or_default();
-        Error::Unsupported(format!("`{}`: `{field}`: {problem}{value}", self.path.display()))
+    /// A value that is not served; `supported`: "silu is"
+    pub fn unsupported(&self, field: &str, supported: &str) -> Error {
+        let value = self.value(field).map(Value::to_string).unwrap_or_default();
+        let (path, value) = (self.path.display(), short(&value));
+        let message = format!("`{path}`: `{field}` of {value} is not supported, {supported}");
+        Error::Unsupported(message)
     }
 
     /// A null is as good as nothing.
@@ -53,8 +56,15 @@ impl Fields {
     pub fn optional_size(&self, field: &str) -> Result<Option<usize>> {
         let Some(value) = self.value(field) else { return Ok(None) };
         let size = value.as_u64().filter(|size| (1..=i32::MAX as u64).contains(size));
-        let size = size.ok_or_else(|| self.error(field, "expected a positive integer"))?;
+        let size =
+            size.ok_or_else(|| self.error(field, "expected a whole number in 1..2147483647"))?;
         Ok(Some(size as usize))
+    }
+
+    pub fn whole_or(&self, field: &str, default: usize) -> Result<usize> {
+        let Some(value) = self.value(field) else { return Ok(default) };
+        let whole = value.as_u64().ok_or_else(|| self.error(field, "expected a whole number"))?;
+        Ok(usize::try_from(whole).unwrap_or(usize::MAX))
     }
 
     pub fn number_or(&self, field: &str, default: f64) -> Result<f64> {
@@ -77,21 +87,24 @@ impl Fields {
         }
     }
 
-    /// An id, a list of them, or nothing. What is a number, and no token's, is left out.
-    pub fn token_ids(&self, field: &str) -> Result<Vec<u32>> {
-        let ids: Option<Vec<Option<u32>>> = match self.value(field) {
+    /// An id, a list of them, or nothing: numbers, of which some may be no token's.
+    pub fn token_ids(&self, field: &str) -> Result<Vec<f64>> {
+        let ids: Option<Vec<f64>> = match self.value(field) {
             None => return Ok(vec![]),
-            Some(Value::Array(ids)) => ids.iter().map(token_id).collect(),
-            Some(id) => token_id(id).map(|id| vec![id]),
+            Some(Value::Array(ids)) => ids.iter().map(Value::as_f64).collect(),
+            Some(id) => id.as_f64().map(|id| vec![id]),
         };
-        let ids = ids.ok_or_else(|| self.error(field, "expected a token id or a list of them"))?;
-        Ok(ids.into_iter().flatten().collect())
+        ids.ok_or_else(|| self.error(field, "expected a token id or a list of them"))
     }
 }
 
-/// None: no number; Some(None): no token's
-fn token_id(value: &Value) -> Option<Option<u32>> {
-    let number = value.as_f64()?;
-    let whole = number.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(&number);
-    Some(whole.then_some(number as u32))
+/// The characters of a value that a message shows.
+const SHOWN: usize = 120;
+
+/// A text for a message, shortened.
+pub fn short(text: &str) -> String {
+    match text.char_indices().nth(SHOWN) {
+        None => text.into(),
+        Some((end, _)) => format!("{}...", &text[..end]),
+    }
 }

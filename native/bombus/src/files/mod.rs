@@ -10,13 +10,14 @@ mod new_file;
 
 use crate::error::{Error, Result};
 use rustix::fs::OFlags;
+use rustix::io::Errno;
 use std::fs::{File, FileType, OpenOptions};
 use std::io::Read;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 pub use content::{HEAD, mistaken_tensors, other_formats};
-pub use fields::Fields;
+pub use fields::{Fields, short};
 pub use json::{json, parse};
 pub use new_file::{NewFile, write_error};
 
@@ -28,6 +29,12 @@ pub const VOCABULARY: u64 = 256 << 20;
 
 /// Bytes that a chat template may have.
 pub const TEMPLATE: u64 = 4 << 20;
+
+/// The folder of chat templates that have names, in files `<name>.jinja`, as in transformers.
+pub const TEMPLATES: &str = "additional_chat_templates";
+
+/// So many templates are read, or downloaded.
+pub const MOST_TEMPLATES: usize = 100;
 
 /// The bytes of a regular file that has at most `most`, and is not plainly something else.
 pub fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
@@ -63,12 +70,34 @@ pub fn read_text(path: &Path, most: u64) -> Result<String> {
         .map_err(|_| Error::Io(format!("`{}` is not UTF-8", path.display())))
 }
 
+/// Whether anything has this path, be it a link that leads nowhere. Such a one is no file that is
+/// absent: opening it says what it is.
+pub fn is_there(path: &Path) -> bool {
+    use std::io::ErrorKind::{NotADirectory, NotFound};
+    match std::fs::symlink_metadata(path) {
+        Ok(_) => true,
+        Err(error) => !matches!(error.kind(), NotFound | NotADirectory),
+    }
+}
+
+/// Why a path that is there cannot be opened.
+fn unopened(path: &Path, error: &std::io::Error) -> Error {
+    let Ok(target) = std::fs::read_link(path) else { return Error::io(path, error) };
+    let end = match error.raw_os_error().map(Errno::from_raw_os_error) {
+        Some(Errno::NOENT | Errno::NOTDIR) => "which is not there",
+        Some(Errno::LOOP) => "which leads back to it",
+        _other => return Error::io(path, error),
+    };
+    let (path, target) = (path.display(), target.display());
+    Error::Io(format!("could not read `{path}`: it is a link to `{target}`, {end}"))
+}
+
 /// A regular file, open for reading.
 pub fn open(path: &Path) -> Result<File> {
     // Without NONBLOCK, opening a FIFO waits for its writer.
     let flags = OFlags::NONBLOCK.bits() as i32;
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path);
-    let file = file.map_err(|error| Error::io(path, &error))?;
+    let file = file.map_err(|error| unopened(path, &error))?;
     let kind = file.metadata().map_err(|error| Error::io(path, &error))?.file_type();
     if kind.is_file() {
         return Ok(file);
@@ -77,9 +106,10 @@ pub fn open(path: &Path) -> Result<File> {
     Err(Error::Io(format!("could not read `{}`: expected a file, it is {kind}", path.display())))
 }
 
-/// What is no regular file.
-fn kind(kind: FileType) -> &'static str {
+/// What it is, in words.
+pub fn kind(kind: FileType) -> &'static str {
     match kind {
+        kind if kind.is_file() => "a file",
         kind if kind.is_dir() => "a folder",
         kind if kind.is_fifo() => "a FIFO",
         kind if kind.is_socket() => "a socket",
@@ -119,5 +149,18 @@ mod tests {
         File::create(path("sparse")).unwrap().set_len(16 << 30).unwrap();
         assert!(message(&path("sparse")).contains("may have 1 MiB"));
         assert_eq!(read(&path("nothing"), 1).unwrap_err().reason(), "not_found");
+    }
+
+    #[test]
+    fn links_that_lead_nowhere_are_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        for (name, target) in [("broken", "nothing"), ("ring", "ring"), ("within", "ring/x")] {
+            symlink(target, path(name)).unwrap();
+            assert!(is_there(&path(name)));
+            assert!(message(&path(name)).contains(&format!("a link to `{target}`")));
+            assert_eq!(read(&path(name), 1).unwrap_err().reason(), "io");
+        }
+        assert!(!is_there(&path("nothing")) && !is_there(&path("nothing/x")));
     }
 }

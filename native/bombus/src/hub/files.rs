@@ -6,6 +6,7 @@ use super::client::{Client, Found, Patience, Reply};
 use super::download;
 use super::is_commit;
 use crate::error::{Error, Result};
+use crate::files::{MOST_TEMPLATES, TEMPLATES};
 use crate::tensor_file::{self, INDEX, SINGLE};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -28,6 +29,8 @@ pub trait Files {
     fn get(&self, names: &[&str]) -> Result<Vec<bool>>;
     /// All names, where they can be had only so.
     fn list(&self) -> Result<Vec<String>>;
+    /// The names of chat templates in files of their own, as far as they may not be here.
+    fn templates(&self) -> Result<Vec<String>>;
     /// Where they are.
     fn folder(&self) -> PathBuf;
     fn missing(&self, name: &str) -> Error;
@@ -108,6 +111,8 @@ fn tokenizer(files: &dyn Files) -> Result<()> {
         "special_tokens_map.json",
         "added_tokens.json",
     ])?;
+    let templates = files.templates()?;
+    files.get(&templates.iter().map(String::as_str).collect::<Vec<_>>())?;
     if has(files, "tokenizer.json")? {
         return Ok(());
     }
@@ -173,6 +178,11 @@ impl Files for Cached<'_> {
         }
     }
 
+    // They came before the tokenizer's own file.
+    fn templates(&self) -> Result<Vec<String>> {
+        Ok(vec![])
+    }
+
     fn folder(&self) -> PathBuf {
         self.source.folder(self.repository.snapshot(self.commit))
     }
@@ -180,6 +190,13 @@ impl Files for Cached<'_> {
     fn missing(&self, name: &str) -> Error {
         Error::NotFound(format!("it has no `{name}`"))
     }
+}
+
+/// Whether a name is that of a chat template with a file of its own.
+fn is_template(name: &str) -> bool {
+    let file = name.strip_prefix(TEMPLATES).and_then(|name| name.strip_prefix('/'));
+    let stem = file.and_then(|file| file.strip_suffix(".jinja"));
+    stem.is_some_and(|stem| !stem.is_empty() && !stem.contains(['/', '\\', '\0']))
 }
 
 fn name(path: &Path) -> Option<String> {
@@ -301,6 +318,30 @@ impl Files for Remote<'_> {
         let within = |path: &String| path.strip_prefix(&folder).map(str::to_owned);
         let direct = |name: &String| !name.contains(['/', '\\']);
         Ok(paths.iter().filter_map(within).filter(direct).collect())
+    }
+
+    // Only the listing of the repository has their names. It is spared where a tokenizer is here: what
+    // has brought it (Bombus, transformers, mlx-lm) has brought them too.
+    fn templates(&self) -> Result<Vec<String>> {
+        let is_here = |name| self.repository.has(&self.commit, &self.source.path(name));
+        if is_here("tokenizer.json") || is_here("merges.txt") {
+            return Ok(vec![]);
+        }
+        let paths = match self.client.list(&self.commit) {
+            // A mirror may have no listings. As in transformers, it is then done without.
+            Err(Error::NotFound(_) | Error::Unauthorized(_)) => vec![],
+            paths => paths?,
+        };
+        let folder = self.source.path("");
+        let within = |path: &String| path.strip_prefix(&folder).map(str::to_owned);
+        let names: Vec<String> =
+            paths.iter().filter_map(within).filter(|name| is_template(name)).collect();
+        match names.len() {
+            many if many > MOST_TEMPLATES => {
+                Err(Error::Tokenizer(format!("`{TEMPLATES}` has {many} chat templates")))
+            }
+            _ => Ok(names),
+        }
     }
 
     fn folder(&self) -> PathBuf {

@@ -127,7 +127,7 @@ type Index = BTreeMap<String, Vec<String>>;
 impl Sets {
     fn find(folder: &Path) -> Result<Self> {
         let index = folder.join(INDEX);
-        let index = index.exists().then(|| read_index(&index));
+        let index = files::is_there(&index).then(|| read_index(&index));
         let all = all_shards(folder)?;
         if all.is_empty() {
             return Err(nothing(folder, index));

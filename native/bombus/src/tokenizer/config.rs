@@ -37,7 +37,8 @@ impl Config {
             map.retain(|name, _| fields.get(name).is_none_or(Value::is_null));
         }
         fields.extend(map);
-        let defaults = (!folder.join("tokenizer.json").exists()).then(|| folder.to_owned());
+        let defaults =
+            (!files::is_there(&folder.join("tokenizer.json"))).then(|| folder.to_owned());
         Ok(Self { path, fields, added, defaults })
     }
 
@@ -153,7 +154,7 @@ impl Config {
 
 /// A file of fields; empty where there is none.
 fn object(path: &Path) -> Result<Map<String, Value>> {
-    if !path.exists() {
+    if !files::is_there(path) {
         return Ok(Map::new());
     }
     files::json(path, files::FIELDS, Error::Tokenizer)

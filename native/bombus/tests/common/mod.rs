@@ -9,8 +9,8 @@ use bombus::sampler::Logprobs;
 use bombus::scheduler::Limits;
 use bombus::sequence::FinishReason;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub fn repository() -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
@@ -44,6 +44,24 @@ pub fn all_devices() -> Vec<Device> {
         devices.extend(Level::all().into_iter().map(|level| Device::Cpu(options(level))));
     }
     devices
+}
+
+/// A model that goes on to the end of its context of 512 tokens.
+pub const ENDLESS: &str = "f32-untied";
+
+/// For tests that read the process's gauges.
+pub fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub fn on_every_device(test: impl Fn(Device)) {
+    let _alone = alone();
+    devices().into_iter().for_each(test);
+}
+
+pub fn load_with(device: Device, limits: Limits) -> Engine {
+    Engine::load(&parity(ENDLESS), device, limits).unwrap()
 }
 
 pub fn load_on(device: Device, case: &str) -> Engine {

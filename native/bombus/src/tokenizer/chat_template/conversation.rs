@@ -18,15 +18,14 @@ pub struct Conversation {
 }
 
 impl Conversation {
-    pub fn new(template: &str, messages: &Json, options: &Map<String, Json>) -> Result<Self> {
+    pub fn new(template: &str, messages: Vec<Json>, options: &Map<String, Json>) -> Result<Self> {
         let mut names = Map::new();
         names.insert("tools".into(), Json::Null);
         names.insert("documents".into(), Json::Null);
         names.extend(options.clone());
         names.remove("chat_template");
         let field = continued_field(&mut names)?;
-        let mut messages: Vec<Json> =
-            messages.as_array().into_iter().flatten().map(message).collect();
+        let mut messages: Vec<Json> = messages.into_iter().map(message).collect();
         let continued = match (field, messages.last_mut()) {
             (Some(field), Some(last)) => Some(mark(template, last, &field)?),
             _not_asked => None,
@@ -81,11 +80,9 @@ fn continued_field(names: &mut Map<String, Json>) -> Result<Option<String>> {
 
 /// As transformers: fields that are null are left out, and a message's reasoning is there under
 /// both names that templates read.
-fn message(message: &Json) -> Json {
-    let Json::Object(fields) = message else { return message.clone() };
-    let given = fields.iter().filter(|(_, value)| !value.is_null());
-    let mut fields: Map<String, Json> =
-        given.map(|(name, value)| (name.clone(), value.clone())).collect();
+fn message(message: Json) -> Json {
+    let Json::Object(mut fields) = message else { return message };
+    fields.retain(|_, value| !value.is_null());
     if let Some(reasoning) = REASONING.iter().find_map(|name| fields.get(*name)).cloned() {
         let mut all = Map::new();
         all.insert("thinking".into(), reasoning.clone());
@@ -99,7 +96,7 @@ fn message(message: &Json) -> Json {
 /// Marks the end of a field; -> its text
 fn mark(template: &str, message: &mut Json, field: &str) -> Result<String> {
     let wrong = |text: String| Err(Error::Request(text));
-    let Some(Json::String(text)) = message.get(field).cloned() else {
+    let Some(text) = message.get_mut(field).and_then(last_text).cloned() else {
         return wrong(format!("the last message has no text `{field}` to continue"));
     };
     let mut fields = vec![field];
@@ -110,7 +107,23 @@ fn mark(template: &str, message: &mut Json, field: &str) -> Result<String> {
         return wrong(format!("the chat template knows no `{field}`, so it cannot be continued"));
     }
     for field in fields {
-        message[field] = format!("{text}{END}").into();
+        if let Some(text) = message.get_mut(field).and_then(last_text) {
+            text.push_str(END);
+        }
     }
     Ok(text)
+}
+
+/// A text, or that of the last part that has one.
+fn last_text(content: &mut Json) -> Option<&mut String> {
+    match content {
+        Json::String(text) => Some(text),
+        Json::Array(parts) => {
+            let texts = parts.iter_mut().rev().filter_map(|part| part.get_mut("text"));
+            texts
+                .filter_map(|text| if let Json::String(text) = text { Some(text) } else { None })
+                .next()
+        }
+        _other => None,
+    }
 }

@@ -2,20 +2,17 @@
 
 use super::ChatTemplate;
 use crate::error::{Error, Result};
-use crate::files;
+use crate::files::{self, MOST_TEMPLATES, TEMPLATES};
 use serde_json::{Map, Value as Json};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The template that is used where none is chosen, and where tools are given.
 const DEFAULT: &str = "default";
 const WITH_TOOLS: &str = "tool_use";
 
-/// Where templates have files of their own: the one that is used by default, and others by name.
+/// The file of the one that is used by default.
 const FILE: &str = "chat_template.jinja";
-const MORE: &str = "additional_chat_templates";
-/// How many files are looked at.
-const MOST: usize = 100;
 
 pub struct ChatTemplates {
     templates: BTreeMap<String, ChatTemplate>,
@@ -33,12 +30,9 @@ impl ChatTemplates {
     ) -> Result<Option<Self>> {
         let mut templates = Self::new(special_tokens);
         templates.add_file(DEFAULT, &folder.join(FILE))?;
-        let more = std::fs::read_dir(folder.join(MORE)).into_iter().flatten().flatten();
-        for file in more.map(|entry| entry.path()).take(MOST) {
-            if file.extension().is_some_and(|extension| extension == "jinja") {
-                let name = file.file_stem().unwrap_or_default().to_string_lossy();
-                templates.add_file(&name, &file)?;
-            }
+        for file in named(&folder.join(TEMPLATES))? {
+            let name = file.file_stem().unwrap_or_default().to_string_lossy();
+            templates.add_file(&name, &file)?;
         }
         if templates.templates.is_empty() {
             templates.add_field(path, field.unwrap_or(&Json::Null))?;
@@ -124,5 +118,24 @@ impl ChatTemplates {
                  the template option `chat_template`"
             ),
         })
+    }
+}
+
+/// The files of templates that have names. A folder that is a link to nowhere is an error.
+fn named(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(folder);
+    if entries.is_err() && folder.is_symlink() {
+        files::open(folder)?;
+    }
+    let files = entries.into_iter().flatten().flatten().map(|file| file.path());
+    let is_template =
+        |file: &PathBuf| file.extension().is_some_and(|extension| extension == "jinja");
+    let named: Vec<_> = files.filter(is_template).take(MOST_TEMPLATES + 1).collect();
+    match named.len() > MOST_TEMPLATES {
+        true => Err(Error::Tokenizer(format!(
+            "`{}` has more than {MOST_TEMPLATES} chat templates",
+            folder.display()
+        ))),
+        false => Ok(named),
     }
 }

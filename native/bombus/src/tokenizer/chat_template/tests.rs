@@ -45,6 +45,53 @@ fn templates_render_as_in_transformers() {
     assert!(wrong.is_empty(), "{} differ:\n{}", wrong.len(), wrong.join("\n"));
 }
 
+/// Texts and lists of parts, for templates that show one of them or both.
+#[test]
+fn contents_have_the_form_that_the_template_shows() {
+    let fixtures: Json = serde_json::from_slice(&std::fs::read(FIXTURES).unwrap()).unwrap();
+    for content in fixtures["contents"].as_array().unwrap() {
+        let templates = templates(&content["template"], &fixtures["special_tokens"]).unwrap();
+        for case in content["cases"].as_array().unwrap() {
+            let options = json!({"add_generation_prompt": true});
+            let rendered = templates.render(&case["messages"], object(&options)).unwrap();
+            assert_eq!(case["text"], rendered, "{}", content["template"]);
+        }
+    }
+}
+
+#[test]
+fn roles_have_a_form_of_their_own() {
+    let parts = "{% for part in m.content %}{{ part.text }}{% endfor %}";
+    let template = format!(
+        "{{% for m in messages %}}{{% if m.role == 'tool' %}}[{{{{ m.content }}}}]{{% else %}}{parts}{{% endif %}}|{{% endfor %}}"
+    );
+    let part = |text: &str| json!({"type": "text", "text": text});
+    let messages = json!([
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]},
+        {"role": "tool", "content": [part("1"), part("2")]},
+        {"role": "critic", "content": "b"}
+    ]);
+    assert_eq!(render_with(&template, &messages, json!({})).unwrap(), "a||[12]|b|");
+    let refused = "{% if messages[0].role == 'user' %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}";
+    let messages = json!([{"role": "critic", "content": [part("a")]}]);
+    assert_eq!(render_with(refused, &messages, json!({})).unwrap(), "a");
+}
+
+#[test]
+fn the_last_part_is_continued() {
+    let template = "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}{{ part.text }}{% endfor %}</s>{% endfor %}";
+    let on = json!({"continue_final_message": true});
+    for last in
+        [json!("b c"), json!([{"type": "text", "text": "b"}, {"type": "text", "text": " c"}])]
+    {
+        let messages =
+            json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": last}]);
+        let text = render_with(template, &messages, on.clone()).unwrap();
+        assert_eq!(text, "<user>a</s><assistant>b c");
+    }
+}
+
 #[test]
 fn faults_end_in_errors() {
     let refused = render("{{ raise_exception('roles must alternate') }}", json!({})).unwrap_err();
@@ -53,6 +100,19 @@ fn faults_end_in_errors() {
     assert!(broken.to_string().contains("tokenizer_config.json"), "{broken}");
     let line = render("a\nb\n{{ messages.nothing.x }}", json!({})).unwrap_err();
     assert!(line.to_string().contains("(line 3)"), "{line}");
+}
+
+/// Values from Python, which prints all digits.
+#[test]
+fn whole_numbers_have_all_their_digits() {
+    let text =
+        r#"{"tools": [18446744073709551616, -170141183460469231731687303715884105728, 1e20]}"#;
+    let options: Json = bombus_jinja::parse_json("template options", text).unwrap();
+    let expected = "[18446744073709551616, -170141183460469231731687303715884105728, 1e+20]";
+    for template in ["{{ tools }}", "{{ tools | tojson }}"] {
+        assert_eq!(render(template, options.clone()).unwrap(), expected);
+    }
+    assert_eq!(render("{{ tools[0] + 1 }}", options).unwrap(), "18446744073709551617");
 }
 
 /// Templates that ended the process, or did not end.

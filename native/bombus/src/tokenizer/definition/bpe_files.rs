@@ -12,7 +12,7 @@ const QWEN3_5: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{
 /// -> the path of the vocabulary, and what would stand in `tokenizer.json`
 pub fn open(folder: &Path, config: &Map<String, Value>) -> Result<(PathBuf, Value)> {
     let (vocab, merges) = (folder.join("vocab.json"), folder.join("merges.txt"));
-    if !vocab.exists() || !merges.exists() {
+    if !files::is_there(&vocab) || !files::is_there(&merges) {
         return Err(missing(folder));
     }
     let class = class(folder, config);

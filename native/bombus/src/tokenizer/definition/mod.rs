@@ -44,7 +44,7 @@ impl Definition {
     /// `config`: the fields of `tokenizer_config.json`
     pub fn open(folder: &Path, config: &Map<String, Value>) -> Result<Self> {
         let path = folder.join("tokenizer.json");
-        if !path.exists() {
+        if !files::is_there(&path) {
             let (path, fields) = bpe_files::open(folder, config)?;
             return Self::new(path, fields);
         }
