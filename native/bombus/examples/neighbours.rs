@@ -5,13 +5,14 @@
 //! The model is a small one of random size and no sense, with a vocabulary as large as Qwen3's.
 
 use anyhow::Result;
-use bombus::adapter::Adapter;
+use bombus::backend::Device;
 use bombus::config::Config;
-use bombus::engine::{Device, Engine, Event, Generation, Prompt, Request, Sink};
+use bombus::engine::scheduler::Limits;
+use bombus::engine::{Engine, Event, Generation, Prompt, Request, Sink};
+use bombus::files::safetensors::{NewTensor, write};
+use bombus::model::adapter::Adapter;
 use bombus::sampler::Sampling;
-use bombus::scheduler::Limits;
 use bombus::spec::Module;
-use bombus::tensor_file::{NewTensor, write};
 use bombus::tokenizer::Tokenizer;
 use std::path::Path;
 use std::sync::Arc;

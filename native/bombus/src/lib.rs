@@ -1,34 +1,42 @@
 //! The engine of Bombus: quantized decoder-only transformers with LoRA adapters.
 //!
-//! In the order in which data flows; each module may use those above it: work that nobody waits for
-//! any more (`abandon`), files that are read whole (`files`), a checkpoint's files (`mapped_file`,
-//! `tensor_file`, `config`), where they come from (`hub`), where its tensors belong (`modules`), text
-//! (`tokenizer`), what a token is drawn with (`sampler`), the operations (`backend`), the transformer
-//! over them (`decoder`), adapters (`adapter`), from files to a decoder (`checkpoint`), one request
-//! (`sequence`), which rows go into a step (`scheduler`), and the thread that runs them (`engine`).
-//! Beside all that, matrices of a caller's own (`quantization`), and checkpoints made of others
-//! (`convert`).
+//! Nothing points back: each of these modules uses only those above it, which `tests/layers.rs` checks.
+//!
+//! - `error`: what can go wrong, and where panics end
+//! - `runtime`: threads, the end of the process, memory that is left, metrics, abandoned work
+//! - `files`: files that are read whole, mapped tensors, new files
+//! - `hub`: where repositories come from
+//! - `tokenizer`: text to ids and back, chat templates
+//! - `sampler`: what a token is drawn with
+//! - `spec`: a model as a value
+//! - `arch`: the families, each from `config.json` to a `ModelSpec`
+//! - `config`: what else a checkpoint's configuration says
+//! - `quant`: matrices in memory
+//! - `backend`: the operations of a step, and what goes into one
+//! - `backend::cpu`: in Rust, for plain CPUs
+//! - `backend::arrays`: between bytes and MLX's arrays
+//! - `backend::cuda`: kernels for NVIDIA cards
+//! - `backend::mlx`: on MLX
+//! - `backend::device`: which of them
+//! - `quantization`: matrices of a caller's own, on any device
+//! - `model::convert`: checkpoints made of others
+//! - `model::decoder`: the transformer over the operations
+//! - `model::weights`: from files to a decoder
+//! - `model::adapter`: LoRA and DoRA
+//! - `model::executor`: what runs a model's steps
+//! - `engine`: requests, the scheduler, and the thread that runs a model
 
-pub mod abandon;
-pub mod adapter;
 pub mod arch;
 pub mod backend;
-pub mod checkpoint;
 pub mod config;
-pub mod convert;
-pub mod decoder;
 pub mod engine;
 pub mod error;
-pub mod executor;
 pub mod files;
-pub mod gauge;
 pub mod hub;
-pub mod mapped_file;
-pub mod memory;
+pub mod model;
+pub mod quant;
 pub mod quantization;
+pub mod runtime;
 pub mod sampler;
-pub mod scheduler;
-pub mod sequence;
 pub mod spec;
-pub mod tensor_file;
 pub mod tokenizer;

@@ -12,10 +12,10 @@ mod common;
 
 use bombus::backend::cpu::{Cpu, Level, Options};
 use bombus::backend::{Backend, Batch, Token};
-use bombus::checkpoint;
 use bombus::config::Config;
-use bombus::decoder::Decoder;
-use bombus::executor::Executor;
+use bombus::model::decoder::Decoder;
+use bombus::model::executor::Executor;
+use bombus::model::weights;
 use bombus::sampler::Draw;
 use common::repository;
 
@@ -81,7 +81,7 @@ fn count(fixture: &str, levels: Vec<Level>) -> Vec<(Level, Count)> {
     let config = Config::open(&folder).unwrap();
     let all = levels.into_iter().map(|level| {
         let cpu = Cpu::new(Options { level, ..Options::default() }).unwrap();
-        let decoder = checkpoint::load(&folder, &config, None, cpu).unwrap();
+        let decoder = weights::load(&folder, &config, None, cpu).unwrap();
         let mut count = Count::default();
         for Text { prompt, ids, gaps, exact } in &texts {
             let next = next_tokens(&decoder, &ids[..ids.len() - 1]);

@@ -6,15 +6,16 @@
 
 mod common;
 
-use bombus::abandon::Abandoned;
+use bombus::backend::Device;
 use bombus::backend::cpu::Options;
-use bombus::config::Quantization;
-use bombus::engine::{Device, Engine, Event, Prompt, Sink};
+use bombus::engine::scheduler::Limits;
+use bombus::engine::sequence::FinishReason;
+use bombus::engine::{Engine, Event, Prompt, Sink};
 use bombus::error::{Error, Result};
-use bombus::gauge;
+use bombus::runtime::abandon::Abandoned;
+use bombus::runtime::metrics;
 use bombus::sampler::Sampling;
-use bombus::scheduler::Limits;
-use bombus::sequence::FinishReason;
+use bombus::spec::Quantization;
 use bombus::tokenizer::Tokenizer;
 use common::*;
 use std::sync::Arc;
@@ -46,7 +47,7 @@ fn was_cancelled(event: &Event, prompt_tokens: usize) -> bool {
 }
 
 fn all_free() -> bool {
-    gauge::SEQUENCES.load(Relaxed) == 0 && gauge::KV_BYTES.load(Relaxed) == 0
+    metrics::SEQUENCES.load(Relaxed) == 0 && metrics::KV_BYTES.load(Relaxed) == 0
 }
 
 #[test]
@@ -105,12 +106,12 @@ fn a_request_that_nobody_hears_or_holds_ends() {
 #[test]
 fn the_engine_outlives_its_handle_only_while_something_is_generated() {
     on_every_device(|device| {
-        let models = gauge::MODELS.load(Relaxed);
+        let models = metrics::MODELS.load(Relaxed);
         let engine = load_with(device, Limits::default());
         let running = start(&engine, ids_request(&PROMPT, 50)).unwrap();
         drop(engine);
         assert_eq!(running.wait().unwrap().ids.len(), 50);
-        soon(|| gauge::MODELS.load(Relaxed) == models);
+        soon(|| metrics::MODELS.load(Relaxed) == models);
     });
 }
 
@@ -190,13 +191,13 @@ fn a_panic_ends_its_own_request_and_the_engine_serves_on() {
 fn an_adapter_is_forgotten_when_it_is_dropped() {
     on_every_device(|device| {
         let engine = load_with(device, Limits::default());
-        let adapters = gauge::ADAPTERS.load(Relaxed);
+        let adapters = metrics::ADAPTERS.load(Relaxed);
         for _ in 0..3 {
             let mut request = ids_request(&PROMPT, 2);
             request.adapter = Some(adapter(ENDLESS, "all-layers"));
             generate(&engine, request).unwrap();
         }
-        soon(|| gauge::ADAPTERS.load(Relaxed) == adapters);
+        soon(|| metrics::ADAPTERS.load(Relaxed) == adapters);
     });
 }
 
@@ -222,7 +223,7 @@ fn a_request_is_cancelled_in_prefill_and_in_the_queue() {
         let request = || ids_request(&[7; 400], 100);
         let prefills = start(&engine, request()).unwrap();
         let queued = start(&engine, request()).unwrap();
-        soon(|| gauge::SEQUENCES.load(Relaxed) == 2);
+        soon(|| metrics::SEQUENCES.load(Relaxed) == 2);
         for running in [queued, prefills] {
             running.generation.cancel();
             let events: Vec<_> = running.events.iter().collect();
@@ -254,7 +255,7 @@ fn numbers_that_are_none_are_an_error() {
     on_every_device(|device| {
         let engine = load_with(device, Limits::default());
         let folder = parity(ENDLESS).join("adapters/all-layers");
-        let huge = Arc::new(bombus::adapter::Adapter::open(&folder, Some(1e38)).unwrap());
+        let huge = Arc::new(bombus::model::adapter::Adapter::open(&folder, Some(1e38)).unwrap());
         let scored = score(&engine, &PROMPT, Some(huge.clone())).unwrap_err();
         assert!(scored.to_string().contains("not a finite number"), "{scored}");
         let mut request = ids_request(&PROMPT, 5);
@@ -273,7 +274,7 @@ fn a_model_that_goes_takes_its_threads_along() {
             drop(generate(&load_with(device, Limits::default()), ids_request(&PROMPT, 2)).unwrap())
         };
         load();
-        soon(|| gauge::MODELS.load(Relaxed) == 0);
+        soon(|| metrics::MODELS.load(Relaxed) == 0);
         let before = threads();
         (0..10).for_each(|_| load());
         // The next engine may start a moment before the last one's thread is free, so a few more are
@@ -289,8 +290,8 @@ fn a_model_works_in_one_of_mlxs_streams() {
     use bombus::backend::mlx::{Device, Mlx};
     use bombus::backend::{Backend, Batch, Token};
     use bombus::config::Config;
-    use bombus::executor::Executor;
-    use bombus::{checkpoint, sampler::Draw};
+    use bombus::model::executor::Executor;
+    use bombus::{model::weights, sampler::Draw};
     const NAME: &str = "one-stream";
     let work = || {
         let backend = Mlx::new(Device::Cpu).unwrap();
@@ -300,7 +301,7 @@ fn a_model_works_in_one_of_mlxs_streams() {
             let before = threads_named(NAME);
             let folder = parity("f32-untied");
             let config = Config::open(&folder).unwrap();
-            let decoder = checkpoint::load(&folder, &config, None, backend).unwrap();
+            let decoder = weights::load(&folder, &config, None, backend).unwrap();
             let mut caches = [decoder.cache(), decoder.cache()];
             let tokens: Vec<Token> = (0..5).map(Token::Id).collect();
             let mut batch = Batch::default();
@@ -350,7 +351,7 @@ fn a_load_that_nobody_waits_for_ends() {
         assert!(matches!(abandoned.scope(|| load(layout)), Err(Error::Stopped)));
     }
     assert!(load(layout).is_ok());
-    soon(|| gauge::MODELS.load(Relaxed) == 0);
+    soon(|| metrics::MODELS.load(Relaxed) == 0);
 }
 
 /// In place of the file: shorter, longer, or with other bytes.

@@ -7,11 +7,12 @@
 
 mod common;
 
-use bombus::engine::{Device, Engine, Event, Fault, Group, Prompt, Request, Step};
+use bombus::backend::Device;
+use bombus::engine::scheduler::Limits;
+use bombus::engine::{Engine, Event, Fault, Group, Prompt, Request, Step};
 use bombus::error::{Error, Result};
-use bombus::gauge::{KV_BYTES, PREFIX_BYTES, SEQUENCES};
+use bombus::runtime::metrics::{KV_BYTES, PREFIX_BYTES, SEQUENCES};
 use bombus::sampler::Sampling;
-use bombus::scheduler::Limits;
 use bombus::tokenizer::Tokenizer;
 use common::*;
 use std::sync::Arc;

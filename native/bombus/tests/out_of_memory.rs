@@ -6,11 +6,12 @@
 
 mod common;
 
-use bombus::engine::{Device, Engine, Step};
+use bombus::backend::Device;
+use bombus::engine::scheduler::Limits;
+use bombus::engine::{Engine, Step};
 use bombus::error::Error;
-use bombus::gauge::{KV_BYTES, PREFIX_BYTES, SEQUENCES};
-use bombus::memory;
-use bombus::scheduler::Limits;
+use bombus::runtime::memory;
+use bombus::runtime::metrics::{KV_BYTES, PREFIX_BYTES, SEQUENCES};
 use common::*;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::channel;

@@ -11,10 +11,11 @@
 
 mod common;
 
-use bombus::adapter::Adapter;
+use bombus::backend::Device;
 use bombus::backend::cpu::Options;
-use bombus::engine::{Device, Engine};
-use bombus::scheduler::Limits;
+use bombus::engine::Engine;
+use bombus::engine::scheduler::Limits;
+use bombus::model::adapter::Adapter;
 use common::*;
 use serde_json::Value;
 use std::sync::Arc;

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use bombus::error::Error;
-use bombus::tensor_file::TensorFile;
+use bombus::files::safetensors::TensorFile;
 use proptest::prelude::*;
 use std::io::{Seek, Write};
 

@@ -6,11 +6,11 @@
 
 mod common;
 
+use bombus::engine::scheduler::Limits;
+use bombus::engine::sequence::FinishReason;
 use bombus::engine::{Engine, Event, Prompt, Request, Sink};
 use bombus::error::{Error, Result};
-use bombus::gauge::{ADAPTERS, KV_BYTES, MODELS, SEQUENCES};
-use bombus::scheduler::Limits;
-use bombus::sequence::FinishReason;
+use bombus::runtime::metrics::{ADAPTERS, KV_BYTES, MODELS, SEQUENCES};
 use bombus::tokenizer::Tokenizer;
 use common::*;
 use std::sync::Arc;
@@ -237,7 +237,7 @@ fn an_adapter_is_bound_beside_others_and_goes_with_its_last_request() {
         let adapters = ADAPTERS.load(Relaxed);
         let (sender, gone) = channel();
         one.on_drop(move || _ = sender.send(ADAPTERS.load(Relaxed)));
-        let request = |adapter: &Arc<bombus::adapter::Adapter>| Request {
+        let request = |adapter: &Arc<bombus::model::adapter::Adapter>| Request {
             adapter: Some(adapter.clone()),
             ..ids_request(&PROMPT, 20)
         };
@@ -262,7 +262,7 @@ fn requests_with_an_adapter_are_cancelled_with_it() {
         let [one, other] = ["all-layers", "last-qv"].map(|name| adapter(ENDLESS, name));
         let (sender, gone) = channel();
         one.on_drop(move || _ = sender.send(()));
-        let request = |adapter: &Arc<bombus::adapter::Adapter>, tokens| Request {
+        let request = |adapter: &Arc<bombus::model::adapter::Adapter>, tokens| Request {
             adapter: Some(adapter.clone()),
             ..ids_request(&PROMPT, tokens)
         };

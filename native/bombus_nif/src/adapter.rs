@@ -2,8 +2,8 @@
 
 use crate::answer::{Address, answer_later, result_term};
 use crate::held::Held;
-use bombus::adapter::Adapter;
 use bombus::error::catch_in;
+use bombus::model::adapter::Adapter;
 use rustler::{Env, Resource, ResourceArc, Term};
 use std::path::PathBuf;
 

@@ -5,10 +5,10 @@ use crate::answer::{Address, error_term, result_term};
 use crate::group::GroupHandle;
 use crate::model::ModelHandle;
 use crate::tokenizer::TokenizerHandle;
+use bombus::engine::sequence::FinishReason;
 use bombus::engine::{Chunk, Event, Generation, Prompt, Request, Sink, Usage};
 use bombus::error::Result;
 use bombus::sampler::{Logprobs, Sampling};
-use bombus::sequence::FinishReason;
 use rustler::{
     Encoder, Env, LocalPid, Monitor, NifMap, NifTaggedEnum, NifUntaggedEnum, Resource, ResourceArc,
     Term,

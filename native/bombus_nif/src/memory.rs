@@ -2,7 +2,7 @@
 
 use crate::answer::result_term;
 use bombus::error::Result;
-use bombus::gauge::{self, ADAPTERS, KV_BYTES, MODELS, PREFIX_BYTES, SEQUENCES};
+use bombus::runtime::metrics::{self, ADAPTERS, KV_BYTES, MODELS, PREFIX_BYTES, SEQUENCES};
 use rustler::{Env, NifMap, Term};
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -35,7 +35,7 @@ fn memory_info(env: Env) -> Term {
 /// what a prefix cache holds is cached, and not active.
 fn memory() -> Result<[usize; 3]> {
     let prefixes = PREFIX_BYTES.load(Relaxed);
-    let [active, peak] = gauge::cpu_bytes();
+    let [active, peak] = metrics::cpu_bytes();
     #[cfg(feature = "mlx")]
     let mlx = bombus::backend::mlx::memory()?;
     #[cfg(not(feature = "mlx"))]

@@ -1,16 +1,18 @@
 //! Models: loading, and what they are.
 
 use crate::answer::{Address, answer_later, result_term};
-use bombus::abandon::Abandoned;
+use bombus::backend::Device;
 use bombus::backend::cpu;
 #[cfg(feature = "mlx")]
 use bombus::backend::mlx;
-use bombus::config::{Config, Quantization};
-use bombus::engine::{Device, Engine, Fault, Step};
+use bombus::config::Config;
+use bombus::engine::scheduler::Limits;
+use bombus::engine::{Engine, Fault, Step};
 #[cfg(not(feature = "mlx"))]
 use bombus::error::Error;
 use bombus::error::{Result, catch_in};
-use bombus::scheduler::Limits;
+use bombus::runtime::abandon::Abandoned;
+use bombus::spec::Quantization;
 use rustler::{
     Atom, Encoder, Env, LocalPid, Monitor, NifMap, NifUnitEnum, Resource, ResourceArc, Term,
 };

@@ -2,10 +2,11 @@
 
 use crate::answer::answer_later;
 use crate::model::DeviceOption;
-use bombus::config::Quantization;
 use bombus::error::{Error, Result};
-use bombus::quantization::{Array, Mode, Quantized, Scheme, dequantize, matmul, quantize};
-use bombus::tensor_file::dtype;
+use bombus::files::safetensors::dtype;
+use bombus::quant::{Array, Mode, Quantized, Scheme};
+use bombus::quantization::{dequantize, matmul, quantize};
+use bombus::spec::Quantization;
 use rustler::{Binary, Env, NewBinary, NifMap, NifUnitEnum, OwnedEnv, Term};
 
 #[derive(NifUnitEnum)]

@@ -2,8 +2,8 @@
 
 use crate::answer::{answer_later, result_term};
 use bombus::error::{Error, Result};
-use bombus::mapped_file::Mapped;
-use bombus::tensor_file::{NewTensor, TensorFiles};
+use bombus::files::mapped::Mapped;
+use bombus::files::safetensors::{NewTensor, TensorFiles};
 use rustler::env::SavedTerm;
 use rustler::{Binary, Env, OwnedEnv, Resource, ResourceArc, Term};
 use std::collections::HashMap;
@@ -82,6 +82,6 @@ fn write(
     let tensors = entries
         .iter()
         .map(|(name, dtype, shape, binary)| NewTensor::new(name, dtype, shape, binary.as_slice()));
-    bombus::tensor_file::write(path, tensors.collect::<Result<Vec<_>>>()?, metadata)?;
+    bombus::files::safetensors::write(path, tensors.collect::<Result<Vec<_>>>()?, metadata)?;
     Ok(rustler::types::atom::ok())
 }

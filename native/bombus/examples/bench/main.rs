@@ -11,10 +11,10 @@ mod profile;
 mod report;
 
 use anyhow::{Context, Result, bail};
-#[cfg(feature = "mlx")]
-use bombus::adapter::Adapter;
+use bombus::backend::Device;
 use bombus::backend::cpu::{self, Level};
-use bombus::engine::Device;
+#[cfg(feature = "mlx")]
+use bombus::model::adapter::Adapter;
 use lexopt::{Parser, ValueExt};
 use measure::Sizes;
 use std::path::{Path, PathBuf};

@@ -2,10 +2,11 @@
 
 use crate::{Options, machine};
 use anyhow::{Context, Result, bail};
-use bombus::adapter::Adapter;
-use bombus::engine::{Device, Engine, Event, Generation, Prompt, Request, Sink};
-use bombus::gauge;
-use bombus::scheduler::Limits;
+use bombus::backend::Device;
+use bombus::engine::scheduler::Limits;
+use bombus::engine::{Engine, Event, Generation, Prompt, Request, Sink};
+use bombus::model::adapter::Adapter;
+use bombus::runtime::metrics;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -140,7 +141,7 @@ fn decode(
             counted += usize::from(at > start);
             end = end.max(at);
         }
-        kv = kv.max(gauge::KV_BYTES.load(Relaxed) as u64);
+        kv = kv.max(metrics::KV_BYTES.load(Relaxed) as u64);
     }
     Ok((counted as f64 / (end - start).as_secs_f64(), kv))
 }

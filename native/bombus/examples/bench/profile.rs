@@ -4,14 +4,14 @@
 use crate::Options;
 use crate::report::median;
 use anyhow::Result;
-use bombus::adapter::Adapter;
 use bombus::backend::mlx::{Device, Mlx};
 use bombus::backend::{Backend, Segment, Token};
 use bombus::backend::{Batch, BoundAdapter, KvCache};
-use bombus::checkpoint;
 use bombus::config::Config;
-use bombus::decoder::Decoder;
-use bombus::executor::{CudaExecutor, Executor};
+use bombus::model::adapter::Adapter;
+use bombus::model::decoder::Decoder;
+use bombus::model::executor::{CudaExecutor, Executor};
+use bombus::model::weights;
 use bombus::sampler::Draw;
 use mlx_rs::{Array, transforms};
 use serde_json::{Value, json};
@@ -39,7 +39,7 @@ pub fn profile(
     let backend = Mlx::new(device)?;
     backend.clone().scope(|| {
         let config = Config::open(folder)?;
-        let decoder = checkpoint::load(folder, &config, None, backend)?;
+        let decoder = weights::load(folder, &config, None, backend)?;
         let adapter = adapter.map(|adapter| adapter.bind(&decoder)).transpose()?;
         let executor = CudaExecutor::new(decoder)?;
         let bandwidth = bandwidth()?;

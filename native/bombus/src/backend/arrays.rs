@@ -1,7 +1,7 @@
 //! Between bytes, slices and MLX's arrays.
 
 use crate::error::{Error, Result};
-use crate::tensor_file::TensorView;
+use crate::files::safetensors::TensorView;
 use mlx_rs::ops::indexing::{TryIndexMutOp, TryIndexOp};
 use mlx_rs::{Array, Dtype, Stream};
 use safetensors::tensor::Dtype as FileDtype;

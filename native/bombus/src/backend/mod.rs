@@ -10,18 +10,20 @@ mod batch;
 pub mod cpu;
 #[cfg(feature = "mlx")]
 pub mod cuda;
+mod device;
 #[cfg(feature = "mlx")]
 pub mod mlx;
 #[cfg(test)]
 mod sample_tests;
 
 pub use batch::{Batch, BoundAdapter, Entry, KvCache, Loras};
+pub use device::Device;
 
-use crate::config::Quantization;
 use crate::error::Result;
+use crate::files::safetensors::TensorView;
 use crate::sampler::{Draw, Sample};
 use crate::spec::AttentionSpec;
-use crate::tensor_file::TensorView;
+use crate::spec::Quantization;
 use safetensors::tensor::Dtype;
 use std::ops::Range;
 

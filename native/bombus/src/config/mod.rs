@@ -3,12 +3,12 @@
 mod generation;
 mod quantization;
 
-pub use quantization::{QuantMethod, Quantization};
+pub use quantization::QuantMethod;
 
 use crate::arch;
 use crate::error::{Error, Result};
 use crate::files::{self, Fields};
-use crate::spec::ModelSpec;
+use crate::spec::{ModelSpec, Quantization};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -2,23 +2,9 @@
 
 use crate::error::{Error, Result};
 use crate::files::Fields;
+use crate::spec::Quantization;
 use serde_json::Value;
 use std::collections::BTreeMap;
-
-/// Affine group quantization: `w = scale * code + bias`, one pair for every `group_size`
-/// weights of a row, codes of `bits` packed from the low bits into u32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Quantization {
-    pub group_size: usize,
-    pub bits: usize,
-}
-
-impl Quantization {
-    /// Whether MLX has this layout.
-    pub fn is_affine(&self) -> bool {
-        matches!(self.bits, 2..=6 | 8) && matches!(self.group_size, 32 | 64 | 128)
-    }
-}
 
 /// The quantization of another format.
 #[derive(Clone, Debug, PartialEq)]

@@ -2,11 +2,11 @@
 //! others, since a large one takes seconds.
 
 use super::live::{InUse, adapter_key};
-use crate::adapter::Adapter;
 use crate::backend::Backend;
 use crate::backend::{BoundAdapter, Loras};
-use crate::decoder::Decoder;
 use crate::error::{Result, catch_in};
+use crate::model::adapter::Adapter;
+use crate::model::decoder::Decoder;
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;

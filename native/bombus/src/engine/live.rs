@@ -2,12 +2,12 @@
 
 use super::queue::Place;
 use super::sink::{Chunk, Event, Sink, Usage};
-use crate::adapter::Adapter;
 use crate::backend::{Backend, BoundAdapter, KvCache};
+use crate::engine::sequence::FinishReason;
 use crate::error::{Result, catch};
-use crate::gauge;
+use crate::model::adapter::Adapter;
+use crate::runtime::metrics;
 use crate::sampler::Sample;
-use crate::sequence::FinishReason;
 use crate::tokenizer::TextStream;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ pub struct Live<B: Backend> {
     pub places: Vec<Place>,
     pub usage: Usage,
     pub asked: Instant,
-    pub share: gauge::Share,
+    pub share: metrics::Share,
 }
 
 /// An adapter that a sequence keeps alive, and its pairs.

@@ -6,17 +6,17 @@
 
 mod bindings;
 mod deadlines;
-mod exit;
 mod live;
 mod monitor;
 mod pending;
-mod prefix;
+mod prefix_cache;
 mod queue;
 mod request;
+pub mod scheduler;
 mod score;
+pub mod sequence;
 mod sink;
 mod steps;
-mod threads;
 mod unload;
 mod worker;
 
@@ -24,25 +24,25 @@ pub use monitor::{Monitor, Step};
 pub use queue::Group;
 pub use request::{Prompt, Request, chat};
 pub use sink::{Chunk, Event, Sink, Usage};
-pub use threads::on_thread;
 
-use crate::abandon::Abandoned;
-use crate::adapter::Adapter;
-use crate::backend::Backend;
-use crate::backend::cpu::{self, Cpu};
+use crate::backend::cpu::Cpu;
 #[cfg(feature = "mlx")]
-use crate::backend::mlx::{self, Mlx};
-use crate::checkpoint;
-use crate::config::{Config, Quantization};
-use crate::convert;
-use crate::decoder::Decoder;
+use crate::backend::mlx::Mlx;
+use crate::backend::{Backend, Device};
+use crate::config::Config;
+use crate::engine::scheduler::Limits;
+use crate::engine::sequence::Task;
 use crate::error::{Error, Result, catch, catch_in};
+use crate::model::adapter::Adapter;
+use crate::model::convert;
+use crate::model::decoder::Decoder;
 #[cfg(feature = "mlx")]
-use crate::executor::CudaExecutor;
-use crate::executor::Executor;
-use crate::gauge;
-use crate::scheduler::Limits;
-use crate::sequence::Task;
+use crate::model::executor::CudaExecutor;
+use crate::model::executor::Executor;
+use crate::model::weights;
+use crate::runtime::abandon::Abandoned;
+use crate::runtime::{exit, metrics, threads};
+use crate::spec::Quantization;
 use crate::tokenizer::{TextStream, workers};
 use pending::Scoring;
 use queue::{Place, Queue};
@@ -53,29 +53,6 @@ use std::sync::{Arc, Once, Weak};
 use std::time::{Duration, Instant};
 use unload::Done;
 use worker::Worker;
-
-/// What a model runs on.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Device {
-    Cpu(cpu::Options),
-    #[cfg(feature = "mlx")]
-    Mlx(mlx::Device),
-}
-
-impl Device {
-    /// The prompt tokens of a step that make prefill about as fast as it gets: what is more only
-    /// holds up those who generate.
-    pub fn prefill_chunk(&self) -> usize {
-        match self {
-            // Measured: bench/README.md
-            Device::Cpu(_) => 64,
-            #[cfg(feature = "mlx")]
-            Device::Mlx(device) if device.is_cuda() => 2048,
-            #[cfg(feature = "mlx")]
-            Device::Mlx(_) => 512,
-        }
-    }
-}
 
 /// What a test can make of the next step.
 #[derive(Clone, Copy, Debug)]
@@ -198,7 +175,7 @@ impl Engine {
         if limits.max_batch_size == 0 || limits.prefill_chunk == 0 {
             return Err(Error::Request("expected a max_batch_size and a prefill_chunk".into()));
         }
-        let config = Arc::new(checkpoint::open(folder)?.0);
+        let config = Arc::new(weights::open(folder)?.0);
         let queue = Queue::new(&limits);
         let longest = config.spec.context;
         let context = limits.max_context.map_or(longest, |max| max.min(longest));
@@ -236,7 +213,7 @@ impl Engine {
     pub fn save(&self, to: &Path, overwrite: bool) -> Result<()> {
         self.check_loaded()?;
         let (from, layout) = &self.source;
-        let (config, tensors) = checkpoint::open(from)?;
+        let (config, tensors) = weights::open(from)?;
         convert::save(from, (&config, &tensors), *layout, to, overwrite)
     }
 
@@ -488,14 +465,14 @@ fn live<B: Backend + Clone, E: Executor<Backend = B>>(
     let (served, _busy, unloaded) = own.scope(|| {
         let loading_it = format!("loading `{}`", folder.display());
         let executor = catch_in(&loading_it, || {
-            checkpoint::load(folder, config, layout, backend).and_then(executor)
+            weights::load(folder, config, layout, backend).and_then(executor)
         });
         own.finish();
         let executor = executor?;
         let fallback = executor.fallback().map(str::to_owned);
         exit::register(at_exit);
         drop(loading);
-        let share = gauge::Share::one(&gauge::MODELS);
+        let share = metrics::Share::one(&metrics::MODELS);
         // Nobody may wait any more; then there are no commands either.
         _ = ready.send(Ok(fallback));
         let mut worker = Worker::new(executor, config.clone(), context, &limits, inbox);

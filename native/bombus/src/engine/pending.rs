@@ -4,9 +4,9 @@
 use super::Order;
 use super::queue::Place;
 use super::sink::{Event, Sink, Usage};
-use crate::adapter::Adapter;
+use crate::engine::sequence::{FinishReason, Task};
 use crate::error::Error;
-use crate::sequence::{FinishReason, Task};
+use crate::model::adapter::Adapter;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 

@@ -1,8 +1,8 @@
 //! Who may come in: as many as run together and as many as may wait, of a model and of a group.
 
+use crate::engine::scheduler::Limits;
+use crate::engine::sequence::Share;
 use crate::error::{Error, Result};
-use crate::scheduler::Limits;
-use crate::sequence::Share;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 

@@ -1,11 +1,11 @@
 //! What a request asks for, and all that can be wrong with it before it joins the others.
 
 use super::queue::Group;
-use crate::adapter::Adapter;
 use crate::config::Config;
+use crate::engine::sequence::Task;
 use crate::error::{Error, Result};
+use crate::model::adapter::Adapter;
 use crate::sampler::Sampling;
-use crate::sequence::Task;
 use crate::tokenizer::{Limit, TextStream, Tokenizer};
 use bombus_jinja::parse_json;
 use serde_json::{Map, Value};

@@ -6,8 +6,8 @@ use super::queue::Place;
 use super::sink::Sink;
 use crate::backend::{Backend, Batch, KvCache, Token};
 use crate::error::{Error, Result};
-use crate::executor::Executor;
-use crate::gauge;
+use crate::model::executor::Executor;
+use crate::runtime::metrics;
 use std::ops::Range;
 
 pub struct Score<B: Backend> {
@@ -17,14 +17,14 @@ pub struct Score<B: Backend> {
     pub cache: KvCache<B>,
     pub log_probs: Vec<f32>,
     pub sink: Sink,
-    pub share: gauge::Share,
+    pub share: metrics::Share,
     pub places: Vec<Place>,
 }
 
 impl<B: Backend> Score<B> {
     pub fn new(id: u64, scoring: Scoring, adapter: Option<InUse<B>>, cache: KvCache<B>) -> Self {
         let Scoring { ids, sink, places, .. } = scoring;
-        let share = gauge::Share::one(&gauge::SEQUENCES);
+        let share = metrics::Share::one(&metrics::SEQUENCES);
         Self { id, ids, adapter, cache, log_probs: vec![], sink, share, places }
     }
 

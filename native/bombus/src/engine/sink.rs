@@ -1,8 +1,8 @@
 //! Where the events of a request go, and how far its reader may lag behind.
 
+use crate::engine::sequence::FinishReason;
 use crate::error::{Error, catch};
 use crate::sampler::Logprobs;
-use crate::sequence::FinishReason;
 use std::time::Duration;
 
 #[derive(Clone, Debug, PartialEq)]

@@ -3,25 +3,25 @@
 
 use super::bindings::{Bindings, Bound};
 use super::deadlines::Deadlines;
-use super::exit::{self, Busy};
 use super::live::{Live, adapter_key};
 use super::monitor::Monitor;
 use super::pending::Pending;
-use super::prefix::Prefixes;
+use super::prefix_cache::Prefixes;
 use super::request::check_ids;
 use super::score::Score;
 use super::sink::{Event, Usage};
 use super::steps::InFlight;
 use super::unload::Unloading;
 use super::{Command, Fault, Inbox, Order};
-use crate::adapter::Adapter;
 use crate::backend::{Backend, KvCache};
 use crate::config::Config;
+use crate::engine::scheduler::{Limits, Scheduler};
+use crate::engine::sequence::{FinishReason, Sequence, Task};
 use crate::error::{Error, Result, catch};
-use crate::executor::Executor;
-use crate::gauge;
-use crate::scheduler::{Limits, Scheduler};
-use crate::sequence::{FinishReason, Sequence, Task};
+use crate::model::adapter::Adapter;
+use crate::model::executor::Executor;
+use crate::runtime::exit::{self, Busy};
+use crate::runtime::metrics;
 use crate::tokenizer::TextStream;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::mpsc::{RecvTimeoutError, Sender, TryRecvError};
@@ -44,8 +44,8 @@ pub struct Worker<E: Executor> {
     /// Adapters that will say when they go, by their keys.
     known: HashSet<usize>,
     pub(super) prefixes: Prefixes<KvCache<E::Backend>>,
-    pub(super) kv_bytes: gauge::Share,
-    pub(super) prefix_bytes: gauge::Share,
+    pub(super) kv_bytes: metrics::Share,
+    pub(super) prefix_bytes: metrics::Share,
     /// Steps since then.
     pub(super) uncounted: usize,
     pub(super) monitor: Option<Monitor>,
@@ -75,8 +75,8 @@ impl<E: Executor> Worker<E> {
             bindings: Bindings::new(),
             known: HashSet::new(),
             prefixes: Prefixes::new(limits.prefix_cache),
-            kv_bytes: gauge::Share::of(&gauge::KV_BYTES),
-            prefix_bytes: gauge::Share::of(&gauge::PREFIX_BYTES),
+            kv_bytes: metrics::Share::of(&metrics::KV_BYTES),
+            prefix_bytes: metrics::Share::of(&metrics::PREFIX_BYTES),
             uncounted: 0,
             monitor: None,
             fault: None,
@@ -273,7 +273,7 @@ impl<E: Executor> Worker<E> {
             Some(Pending::Generate(order, Some(task))) => {
                 let Order { text, sink, places, asked, .. } = *order;
                 let usage = Usage { prompt_tokens: task.prompt.len(), ..Usage::default() };
-                let share = gauge::Share::one(&gauge::SEQUENCES);
+                let share = metrics::Share::one(&metrics::SEQUENCES);
                 let cache = self.executor.cache();
                 let live = Live { cache, adapter, text, sink, places, usage, asked, share };
                 self.live.insert(id, live);

@@ -6,7 +6,9 @@
 mod content;
 mod fields;
 mod json;
+pub mod mapped;
 mod new_file;
+pub mod safetensors;
 
 use crate::error::{Error, Result};
 use rustix::fs::OFlags;

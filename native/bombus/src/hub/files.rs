@@ -6,8 +6,8 @@ use super::client::{Client, Found, Patience, Reply};
 use super::download;
 use super::is_commit;
 use crate::error::{Error, Result};
+use crate::files::safetensors::{self, INDEX, SINGLE};
 use crate::files::{MOST_TEMPLATES, TEMPLATES};
-use crate::tensor_file::{self, INDEX, SINGLE};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -68,7 +68,7 @@ fn model(files: &dyn Files) -> Result<()> {
     if !there[0] {
         return Err(files.missing("config.json"));
     }
-    let index = there[2].then(|| tensor_file::read_index(&files.folder().join(INDEX)));
+    let index = there[2].then(|| safetensors::read_index(&files.folder().join(INDEX)));
     match &index {
         Some(Ok(shards)) => {
             let shards: Vec<_> = shards.keys().map(String::as_str).collect();
@@ -84,7 +84,7 @@ fn model(files: &dyn Files) -> Result<()> {
     }
     let names = files.list()?;
     let shards: Vec<_> =
-        names.iter().map(String::as_str).filter(|name| tensor_file::is_shard(name)).collect();
+        names.iter().map(String::as_str).filter(|name| safetensors::is_shard(name)).collect();
     match shards.len() {
         0 => Err(index.and_then(Result::err).unwrap_or_else(|| files.missing(SINGLE))),
         many if many > MOST_SHARDS => Err(Error::Checkpoint(format!("it has {many} shards"))),
@@ -172,7 +172,7 @@ impl Files for Cached<'_> {
 
     fn list(&self) -> Result<Vec<String>> {
         // Without an index nobody says which shards are missing but their own names.
-        match tensor_file::shards_without_index(&self.folder()) {
+        match safetensors::shards_without_index(&self.folder()) {
             Ok(shards) => Ok(shards.iter().filter_map(|path| name(path)).collect()),
             Err(_) => Ok(vec![]),
         }

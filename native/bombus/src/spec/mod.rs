@@ -4,9 +4,11 @@
 //! are the checkpoint's: `model.layers.0.self_attn.q_proj`.
 
 mod modules;
+mod quantization;
 mod rope;
 
 pub use modules::{EMBED_TOKENS, LM_HEAD, Module, Projection};
+pub use quantization::Quantization;
 pub use rope::{Rope, Scaling};
 
 /// A decoder-only transformer.

@@ -1,13 +1,14 @@
 //! The fixtures, and an engine that a test can wait for.
 #![allow(dead_code)]
 
-use bombus::adapter::Adapter;
+use bombus::backend::Device;
 use bombus::backend::cpu::{Level, Options};
-use bombus::engine::{Device, Engine, Event, Generation, Prompt, Request, Sink, Usage};
+use bombus::engine::scheduler::Limits;
+use bombus::engine::sequence::FinishReason;
+use bombus::engine::{Engine, Event, Generation, Prompt, Request, Sink, Usage};
 use bombus::error::{Error, Result};
+use bombus::model::adapter::Adapter;
 use bombus::sampler::Logprobs;
-use bombus::scheduler::Limits;
-use bombus::sequence::FinishReason;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

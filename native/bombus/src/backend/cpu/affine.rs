@@ -11,9 +11,9 @@ use super::float::Float;
 use super::simd::{BYTES, Kernel, LANES, Level, Simd, prefetch};
 use super::tensor::Target;
 use crate::backend::{LinearWeights, QuantizedWeights};
-use crate::config::Quantization;
 use crate::error::Result;
-use crate::mapped_file::Mapped;
+use crate::files::mapped::Mapped;
+use crate::spec::Quantization;
 use std::cell::RefCell;
 use std::ops::Range;
 

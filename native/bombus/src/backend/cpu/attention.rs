@@ -11,8 +11,8 @@ use super::simd::{Kernel, LANES, Simd, prefetch};
 use super::tensor::{Shared, Tensor};
 use super::{AttentionWeights, Cpu, Page, Segment, lock};
 use crate::error::{Error, Result};
-use crate::gauge;
-use crate::memory;
+use crate::runtime::memory;
+use crate::runtime::metrics;
 use crate::spec::{AttentionSpec, NormSpec, Rope};
 use safetensors::tensor::Dtype;
 use std::borrow::Cow;
@@ -33,7 +33,7 @@ pub struct Cache {
 /// A page's.
 struct Memory {
     bytes: Vec<u8>,
-    share: gauge::Share,
+    share: metrics::Share,
 }
 
 impl Drop for Memory {
@@ -51,7 +51,7 @@ impl Memory {
         let mut bytes = vec![];
         bytes.try_reserve_exact(size).map_err(|_| no_memory(size))?;
         bytes.resize(size, 0);
-        let mut share = gauge::Share::of(&gauge::CPU_BYTES);
+        let mut share = metrics::Share::of(&metrics::CPU_BYTES);
         share.set(size);
         Ok(Self { bytes, share })
     }

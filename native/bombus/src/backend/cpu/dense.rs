@@ -5,7 +5,7 @@ use super::simd::{Kernel, LANES, Simd};
 use super::tensor::{Target, Tensor};
 use crate::backend::LinearWeights;
 use crate::error::Result;
-use crate::mapped_file::Mapped;
+use crate::files::mapped::Mapped;
 
 /// `[rows, columns]`, as it lies in the file.
 pub struct Dense {

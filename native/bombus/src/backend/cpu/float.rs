@@ -2,7 +2,7 @@
 
 use super::simd::{LANES, Simd};
 use crate::error::{Error, Result};
-use crate::tensor_file::TensorView;
+use crate::files::safetensors::TensorView;
 use safetensors::tensor::Dtype;
 
 #[derive(Clone, Copy, Debug, PartialEq)]

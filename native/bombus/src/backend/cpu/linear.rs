@@ -9,9 +9,9 @@ use super::simd::{Kernel, LANES, Level, Simd};
 use super::tensor::{Shared, Target, Tensor};
 use super::{Adapted, Cpu, LinearWeights, LoraRows, LoraWeights, lock};
 use crate::error::Result;
-use crate::gauge;
-use crate::mapped_file::{Mapped, MappedFile};
-use crate::tensor_file::TensorView;
+use crate::files::mapped::{Mapped, MappedFile};
+use crate::files::safetensors::TensorView;
+use crate::runtime::metrics;
 use std::sync::{Arc, Mutex};
 
 pub enum Weights {
@@ -26,7 +26,7 @@ pub struct Linear {
     biases: Vec<Option<Vec<f32>>>,
     /// The numbers of a row of x; of an embedding, those of a token.
     pub width: usize,
-    _share: gauge::Share,
+    _share: metrics::Share,
 }
 
 impl Weights {
@@ -87,7 +87,7 @@ impl Linear {
         let bias = |part: &LinearWeights| part.bias.as_ref().map(Float::read).transpose();
         let biases = parts.iter().map(bias).collect::<Result<Vec<_>>>()?;
         let parts = parts.iter().map(Weights::load).collect::<Result<Vec<_>>>()?;
-        let mut share = gauge::Share::of(&gauge::CPU_BYTES);
+        let mut share = metrics::Share::of(&metrics::CPU_BYTES);
         share.set(parts.iter().flat_map(Weights::tensors).map(Mapped::len).sum());
         Ok(Self { width: parts[0].in_features(), parts, biases, _share: share })
     }
@@ -219,7 +219,7 @@ pub struct Lora {
     scale: f32,
     /// DoRA: magnitude / norm
     factors: Option<Factors>,
-    share: gauge::Share,
+    share: metrics::Share,
 }
 
 /// What DoRA multiplies.
@@ -244,7 +244,7 @@ impl Lora {
         let ((down, down_unit), (up, up_unit)) = (packed(float, &down), packed(float, &up));
         // In f64: the units of very large and very small halves make up for each other.
         let scale = (f64::from(*scale) * f64::from(down_unit) * f64::from(up_unit)) as f32;
-        let share = gauge::Share::of(&gauge::CPU_BYTES);
+        let share = metrics::Share::of(&metrics::CPU_BYTES);
         let mut lora = Self { float, down, up, rank, scale, factors: None, share };
         let mut bytes = lora.down.len() + lora.up.len();
         if let Some(magnitude) = magnitude {

@@ -3,9 +3,9 @@
 
 use super::codes;
 use super::float::Float;
-use crate::config::Quantization;
 use crate::error::Result;
-use crate::quantization::{Array, Quantized, unpacked};
+use crate::quant::{Array, Quantized, unpacked};
+use crate::spec::Quantization;
 use safetensors::tensor::Dtype;
 
 /// No scale is smaller.

@@ -1,8 +1,8 @@
 //! Linear layers, quantized or dense, and the adapters' pairs.
 
 use super::{Adapted, Device, LinearWeights, LoraRows, LoraWeights, Mlx, arrays, cuda};
-use crate::config::Quantization;
 use crate::error::{Error, Result};
+use crate::spec::Quantization;
 use mlx_rs::ops::indexing::take_axis;
 use mlx_rs::{Array, Dtype, ops, transforms};
 use std::ops::Range;

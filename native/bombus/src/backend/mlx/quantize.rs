@@ -4,9 +4,9 @@
 
 use super::{Device, Mlx, arrays};
 use crate::backend::Backend;
-use crate::engine::on_thread;
 use crate::error::{Error, Result};
-use crate::quantization::{Array, Mode, Quantized, Scheme};
+use crate::quant::{Array, Mode, Quantized, Scheme};
+use crate::runtime::threads::on_thread;
 use mlx_rs::Stream;
 use mlx_sys::{mlx_array, mlx_optional_dtype, mlx_optional_int, mlx_vector_array};
 use std::ffi::CStr;

@@ -8,8 +8,8 @@ mod rows;
 
 use super::*;
 use crate::backend::QuantizedWeights;
-use crate::config::Quantization;
-use crate::tensor_file::TensorFiles;
+use crate::files::safetensors::TensorFiles;
+use crate::spec::Quantization;
 use proptest::prelude::*;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView as Data;

@@ -5,14 +5,15 @@ mod source;
 
 pub use source::open;
 
-use crate::abandon;
 use crate::backend::{AttentionWeights, Backend, LinearWeights, QuantizedWeights};
-use crate::config::{Config, Quantization};
-use crate::convert;
-use crate::decoder::{Decoder, Layer};
+use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::files::safetensors::{TensorFiles, TensorView};
+use crate::model::convert;
+use crate::model::decoder::{Decoder, Layer};
+use crate::runtime::abandon;
+use crate::spec::Quantization;
 use crate::spec::{HeadSpec, Module, Projection};
-use crate::tensor_file::{TensorFiles, TensorView};
 use safetensors::tensor::Dtype;
 use std::cell::RefCell;
 use std::collections::BTreeSet;

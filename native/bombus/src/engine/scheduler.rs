@@ -4,7 +4,7 @@
 //! prompts in chunks of at most `prefill_chunk` rows in all, so that a long prompt does not
 //! stall the others. A sequence whose reader lags behind is paused: it leaves its place to others.
 
-use crate::sequence::{Chunk, Sequence};
+use crate::engine::sequence::{Chunk, Sequence};
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
@@ -219,8 +219,8 @@ impl Waiting {
 mod tests {
     use super::*;
     use crate::backend::Token;
+    use crate::engine::sequence::{Share, Task};
     use crate::sampler::Sampling;
-    use crate::sequence::{Share, Task};
     use proptest::prelude::*;
     use std::collections::HashMap;
 

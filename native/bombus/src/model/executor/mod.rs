@@ -12,8 +12,8 @@ mod program;
 pub use cuda::CudaExecutor;
 
 use crate::backend::{Backend, Batch, KvCache};
-use crate::decoder::Decoder;
 use crate::error::Result;
+use crate::model::decoder::Decoder;
 use crate::sampler::Draw;
 
 pub trait Executor {

@@ -10,8 +10,8 @@ use crate::backend::cuda::{
 };
 use crate::backend::mlx::{Cache, Mlx, Samples, synchronize};
 use crate::backend::{Backend, Batch, Entry, Token, arrays};
-use crate::decoder::Decoder;
 use crate::error::{Error, Result};
+use crate::model::decoder::Decoder;
 use crate::sampler::Draw;
 use mlx_rs::{Array, Dtype, Stream, transforms};
 use std::cell::RefCell;

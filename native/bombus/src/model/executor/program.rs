@@ -2,7 +2,7 @@
 
 use crate::backend::cuda::{LayerArrays, MatrixArrays, ModelArrays, Shape};
 use crate::backend::mlx::{Linear, Mlx};
-use crate::decoder::{Decoder, Layer};
+use crate::model::decoder::{Decoder, Layer};
 use crate::spec::{AttentionSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec, Rope, Scaling};
 use mlx_rs::{Array, Dtype};
 

@@ -5,7 +5,7 @@ use super::targets::Chosen;
 use super::{mlx_lm, peft};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::tensor_file::{TensorFiles, TensorView};
+use crate::files::safetensors::{TensorFiles, TensorView};
 use safetensors::tensor::Dtype;
 use serde_json::Value;
 use std::collections::BTreeMap;

@@ -1,12 +1,13 @@
 //! A model's folder: its configuration and its tensors, held against each other before anything is
 //! allocated by a number of the one that the other does not have.
 
-use crate::config::{Config, Quantization};
-use crate::convert::is_packed;
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::files::safetensors::TensorFiles;
+use crate::model::convert::is_packed;
 use crate::spec::Module;
-use crate::tensor_file::TensorFiles;
+use crate::spec::Quantization;
 use safetensors::tensor::Dtype;
 use std::path::Path;
 

@@ -13,11 +13,11 @@ mod peft_kinds;
 mod targets;
 
 use crate::backend::{Adapted, Backend, BoundAdapter, LoraWeights, Loras};
-use crate::decoder::Decoder;
 use crate::error::{Error, Result};
-use crate::gauge;
+use crate::files::safetensors::TensorFiles;
+use crate::model::decoder::Decoder;
+use crate::runtime::metrics;
 use crate::spec::{EMBED_TOKENS, LM_HEAD, ModelSpec, Module, Projection};
-use crate::tensor_file::TensorFiles;
 use fields::short;
 use file::{File, Pair};
 use safetensors::tensor::Dtype;
@@ -43,7 +43,7 @@ pub struct Adapter {
     hooks: Mutex<Vec<Hook>>,
     /// What is to be done when requests with it are cancelled; `None` once they are.
     cancel_hooks: Mutex<Option<Vec<Hook>>>,
-    share: gauge::Share,
+    share: metrics::Share,
 }
 
 type Hook = Box<dyn FnOnce() + Send>;
@@ -75,7 +75,7 @@ impl Adapter {
             tensors,
             hooks: Mutex::default(),
             cancel_hooks: Mutex::new(Some(vec![])),
-            share: gauge::Share::one(&gauge::ADAPTERS),
+            share: metrics::Share::one(&metrics::ADAPTERS),
         })
     }
 

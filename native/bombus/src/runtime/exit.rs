@@ -3,7 +3,7 @@
 //! `exit` runs the destructors of MLX's globals. A thread that computes meanwhile would crash, so
 //! the process waits until every engine has come to a stop: for a moment, as a rule.
 
-use crate::abandon;
+use crate::runtime::abandon;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Once, OnceLock};
 use std::time::{Duration, Instant};

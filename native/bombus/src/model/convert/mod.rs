@@ -10,13 +10,14 @@ mod save;
 
 pub use save::save;
 
-use crate::abandon;
 use crate::backend::cpu::{default_threads, quantize};
-use crate::config::{Config, Quantization};
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::quantization::{Array, Quantized};
-use crate::tensor_file::{Entry, TensorFiles, TensorView, TensorWriter};
+use crate::files::safetensors::{Entry, TensorFiles, TensorView, TensorWriter};
+use crate::quant::{Array, Quantized};
+use crate::runtime::abandon;
+use crate::spec::Quantization;
 use packed::Packed;
 use safetensors::tensor::Dtype;
 use std::collections::{BTreeMap, HashMap};

@@ -1,10 +1,11 @@
 //! A model's checkpoint, written to another folder: all or nothing.
 
 use super::{Step, is_dense, is_packed, kept, steps, write};
-use crate::config::{Config, Quantization};
+use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::files::safetensors::{INDEX, SINGLE, TensorFiles, is_shard, read_index};
 use crate::files::{self, NewFile, TEMPLATES, kind, write_error};
-use crate::tensor_file::{INDEX, SINGLE, TensorFiles, is_shard, read_index};
+use crate::spec::Quantization;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
 use std::fs::{self, Permissions};

@@ -13,7 +13,7 @@ pub use write::{Entry, NewTensor, TensorWriter, write};
 
 use crate::error::{Error, Result};
 use crate::files;
-use crate::mapped_file::{Mapped, MappedFile};
+use crate::files::mapped::{Mapped, MappedFile};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata, SafeTensorError};
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};

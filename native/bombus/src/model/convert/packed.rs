@@ -9,11 +9,12 @@
 
 use super::{Step, affine_entries, cast, is_float, kept};
 use crate::backend::cpu::{default_threads, quantize};
-use crate::config::{Config, Quantization};
+use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::quantization::Array;
+use crate::files::safetensors::{Entry, TensorFiles, TensorView, TensorWriter};
+use crate::quant::Array;
 use crate::spec::Module;
-use crate::tensor_file::{Entry, TensorFiles, TensorView, TensorWriter};
+use crate::spec::Quantization;
 use safetensors::tensor::Dtype;
 use std::collections::BTreeMap;
 

@@ -180,7 +180,7 @@ impl Chosen {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adapter::file::File;
+    use crate::model::adapter::file::File;
     use serde_json::json;
 
     const MODULES: [&str; 6] = [
