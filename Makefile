@@ -1,5 +1,6 @@
 # make demo: the model that ships with Bombus writes posts, without and with an adapter.
-# make test: all tests. Both set up what they need in .toolchain first.
+# make demo MODEL=smollm2: a real one, which is fetched once (93 MB), answers and writes a story.
+# make test: all tests. All set up what they need in .toolchain first.
 # make soak: hundreds of callers for MINUTES (5), to see that nothing leaks.
 # make fuzz: mutated files for MINUTES (5), to see that nothing crashes or hangs; needs cargo alone.
 # make bench: the engine's speed on this machine; needs cargo alone. bench/README.md
@@ -11,7 +12,12 @@ mlx_c := native/target/mlx-c/config.toml
 .PHONY: demo test bench soak fuzz setup test-rust test-fuzz test-elixir lint format clean
 
 demo: setup
+ifdef MODEL
+	@sh scripts/real_model.sh $(MODEL)
+	@$(in_toolchain) mix run scripts/demo_$(MODEL).exs
+else
 	@$(in_toolchain) mix run scripts/demo.exs
+endif
 
 test: lint test-rust test-fuzz test-elixir
 
@@ -27,7 +33,9 @@ test-rust: compile
 test-fuzz: test-rust
 	native/target/release/examples/fuzz --minutes 1
 
+# Without a network the real model's tests are skipped, and say so.
 test-elixir: compile
+	@sh scripts/real_model.sh || echo 'make test: goes on without the real model'
 	$(in_toolchain) mix test
 
 .PHONY: compile

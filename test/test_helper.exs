@@ -17,4 +17,10 @@ excluded =
     [:nx]
   end
 
+unless File.dir?(Path.expand("../.toolchain/models/smollm2", __DIR__)) do
+  IO.puts(
+    "No real model in .toolchain/models: its tests are skipped (scripts/real_model.sh fetches it)"
+  )
+end
+
 ExUnit.start(exclude: excluded)
