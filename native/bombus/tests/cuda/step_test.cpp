@@ -193,7 +193,7 @@ struct Lora {
 };
 
 struct Adapter {
-  // `ranks` are those of the pairs in turn.
+  // `ranks` are those of the pairs, again and again.
   explicit Adapter(std::vector<int> ranks, float scale = 0.5f) : words((size_t)LAYERS * LORA_PAIRS * 3) {
     const int ins[] = {HIDDEN, HIDDEN, HIDDEN, Q_WIDTH, HIDDEN, HIDDEN, INNER};
     const int outs[] = {Q_WIDTH, KV_WIDTH, KV_WIDTH, HIDDEN, INNER, INNER, HIDDEN};
@@ -318,7 +318,7 @@ struct Reference {
   }
 
   // A head of queries or keys, normed and rotated.
-  Numbers turned(const double* x, const Array<bf16>& norm, int at) const {
+  Numbers rotated(const double* x, const Array<bf16>& norm, int at) const {
     const double own = factor(x, DIM), amplitude = SCALED ? (double)model.rotation[DIM / 2] : 1;
     const auto normed = [&](int i) { return amplitude * (QK_NORM ? x[i] * own * float_of(norm[i]) : x[i]); };
     Numbers y(DIM);
@@ -337,14 +337,14 @@ struct Reference {
     Numbers mixed;
     Numbers fresh[2];
     for (int head = 0; head < KV_HEADS; head++) {
-      for (double x : turned(&qkv[Q_WIDTH + head * DIM], own.k_norm, sequence.at)) fresh[0].push_back(x);
+      for (double x : rotated(&qkv[Q_WIDTH + head * DIM], own.k_norm, sequence.at)) fresh[0].push_back(x);
       for (int i = 0; i < DIM; i++) fresh[1].push_back(rounded(qkv[Q_WIDTH + KV_WIDTH + head * DIM + i]));
     }
     for (const Numbers& kind : fresh)
       keys_and_values[row].insert(keys_and_values[row].end(), kind.begin(), kind.end());
     for (int head = 0; head < HEADS; head++) {
       const int from = head / SHARED;
-      const Numbers q = turned(&qkv[head * DIM], own.q_norm, sequence.at);
+      const Numbers q = rotated(&qkv[head * DIM], own.q_norm, sequence.at);
       const auto number = [&](int kind, int position, int i) -> double {
         if (position == sequence.at) return fresh[kind][from * DIM + i];
         return float_of(sequence.number(layer, kind, from, position, i));

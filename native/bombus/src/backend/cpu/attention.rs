@@ -327,12 +327,12 @@ impl Prepare<'_> {
         let dim = self.step.layout.dim;
         let scale = self.step.spec.scale();
         let norm = self.step.norms.map(|[q, _]| &q[..]);
-        let mut turned = vec![0.0; dim];
+        let mut rotated = vec![0.0; dim];
         for head in 0..self.step.spec.heads {
             let q = self.step.q.at(row * self.step.stride + head * dim);
             let q = std::slice::from_raw_parts_mut(q, dim);
-            self.rotate::<S>(row, q, norm, scale, &mut turned);
-            q.copy_from_slice(&turned);
+            self.rotate::<S>(row, q, norm, scale, &mut rotated);
+            q.copy_from_slice(&rotated);
         }
     }
 
@@ -341,17 +341,17 @@ impl Prepare<'_> {
         let Layout { heads, dim, float } = self.step.layout;
         let wide = self.step.layout.value_dim();
         let norm = self.step.norms.map(|[_, k]| &k[..]);
-        let mut turned = vec![0.0; wide];
+        let mut rotated = vec![0.0; wide];
         for head in 0..heads {
             let k = &self.step.k.row(row)[head * dim..][..dim];
             let v = &self.step.v.row(row)[head * dim..][..dim];
-            self.rotate::<S>(row, k, norm, 1.0, &mut turned[..dim]);
+            self.rotate::<S>(row, k, norm, 1.0, &mut rotated[..dim]);
             let first = self.step.layout.keys(head) + place / LANES * LANES * dim + place % LANES;
-            put::<S>(float, page, first, LANES, &turned, dim);
-            turned[..dim].copy_from_slice(v);
-            turned[dim..].fill(0.0);
+            put::<S>(float, page, first, LANES, &rotated, dim);
+            rotated[..dim].copy_from_slice(v);
+            rotated[dim..].fill(0.0);
             let first = self.step.layout.values(head) + place * wide;
-            put::<S>(float, page, first, 1, &turned, dim);
+            put::<S>(float, page, first, 1, &rotated, dim);
         }
     }
 
@@ -378,10 +378,10 @@ impl Prepare<'_> {
             let low = S::mul(factor, weighted::<S>(x, norm, place, lanes));
             let high = S::mul(factor, weighted::<S>(x, norm, half + place, lanes));
             let (cos, sin) = (part::<S>(cos, place, lanes), part::<S>(sin, place, lanes));
-            let turned =
+            let rotated =
                 [S::sub(S::mul(low, cos), S::mul(high, sin)), S::fma(low, sin, S::mul(high, cos))];
-            S::store_part(out.as_mut_ptr().add(place), turned[0], lanes);
-            S::store_part(out.as_mut_ptr().add(half + place), turned[1], lanes);
+            S::store_part(out.as_mut_ptr().add(place), rotated[0], lanes);
+            S::store_part(out.as_mut_ptr().add(half + place), rotated[1], lanes);
         }
     }
 }
@@ -610,7 +610,7 @@ struct State<const Q: usize> {
 }
 
 impl<const Q: usize> State<Q> {
-    /// Turns the scores of a page into weights beside those of the pages before.
+    /// Makes of the scores of a page weights beside those of the pages before.
     #[inline(always)]
     unsafe fn soften<S: Simd>(&mut self, count: usize, wide: usize) {
         for query in 0..Q {

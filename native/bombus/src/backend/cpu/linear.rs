@@ -234,8 +234,8 @@ impl Lora {
     pub fn load(cpu: &Cpu, weights: &LoraWeights, adapted: Adapted<Cpu>) -> Result<Self> {
         let LoraWeights { a, b, transposed, scale, magnitude } = weights;
         let (down, up, rank) = match transposed {
-            true => (Float::read(a)?, turned(b)?, a.shape[0]),
-            false => (turned(a)?, Float::read(b)?, b.shape[0]),
+            true => (Float::read(a)?, transpose(b)?, a.shape[0]),
+            false => (transpose(a)?, Float::read(b)?, b.shape[0]),
         };
         let float = match adapted.weights().float() {
             Float::F32 => Float::F32,
@@ -374,15 +374,15 @@ fn packed(float: Float, numbers: &[f32]) -> (Vec<u8>, f32) {
 }
 
 /// `[rows, columns]` as `[columns, rows]`
-fn turned(matrix: &TensorView) -> Result<Vec<f32>> {
+fn transpose(matrix: &TensorView) -> Result<Vec<f32>> {
     let (values, rows, columns) = (Float::read(matrix)?, matrix.shape[0], matrix.shape[1]);
-    let mut turned = vec![0.0; values.len()];
+    let mut transposed = vec![0.0; values.len()];
     for row in 0..rows {
         for column in 0..columns {
-            turned[column * rows + row] = values[row * columns + column];
+            transposed[column * rows + row] = values[row * columns + column];
         }
     }
-    Ok(turned)
+    Ok(transposed)
 }
 
 /// What an adapter adds to some rows of output `part`: `inner` times `up`.

@@ -21,7 +21,7 @@ const PATIENCE: Duration = Duration::from_micros(300);
 const PIECES: usize = 8;
 /// Fewer numbers than this are done before a second thread has begun.
 const SERIAL: usize = 6 * 1024;
-/// Looks at the clock once in so many turns.
+/// The clock is read once in so many spins.
 const SPINS: u32 = 200;
 
 /// The number of threads where nobody says otherwise: physical cores, as far as this process may
@@ -47,12 +47,12 @@ struct Shared {
 /// Whoever holds it runs its steps; others wait in the order in which they came.
 #[derive(Default)]
 struct Tickets {
-    /// the next ticket, and the one whose turn it is
+    /// the next ticket to hand out, and the one that is served
     tickets: Mutex<(u64, u64)>,
     changed: Condvar,
 }
 
-/// A turn at the cores, given back when it is dropped.
+/// The right to use the cores, given back when it is dropped.
 pub struct PoolGuard(&'static Tickets);
 
 struct Worker {
@@ -90,7 +90,7 @@ impl Pool {
         Ok(Self { threads, shared })
     }
 
-    /// Waits until no other model has the cores. Without a turn, single regions take turns.
+    /// Waits until no other model has the cores. Without a guard, single regions of two models alternate.
     pub fn guard(&self) -> PoolGuard {
         self.shared.tickets.take()
     }
@@ -274,7 +274,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_thread_and_every_item_has_its_turn() {
+    fn every_thread_and_every_item_is_served() {
         let pool = Pool::new(3).unwrap();
         let _guard = pool.guard();
         for items in [0, 1, 2, 7, 100] {
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn turns_come_one_after_another() {
+    fn one_guard_is_held_at_a_time() {
         let holders = AtomicUsize::new(0);
         std::thread::scope(|scope| {
             for _ in 0..4 {

@@ -151,17 +151,17 @@ pub fn matmul(
     let count = xs.len().checked_div(inputs).unwrap_or(0);
     let mut y = vec![0.0; count * outputs];
     match transpose {
-        // Row n of the matrix makes column n of y: a row of this, turned afterwards.
+        // Row n of the matrix makes column n of y: a row of this, transposed afterwards.
         true => {
-            let mut turned = vec![0.0; count * outputs];
-            spread(&mut turned, count, threads, |n, out| {
+            let mut transposed = vec![0.0; count * outputs];
+            spread(&mut transposed, count, threads, |n, out| {
                 let mut row = vec![0.0; inputs];
                 rows.row(n, &mut row);
                 let dots = xs.chunks_exact(inputs).map(|x| dot(x, &row));
                 out.iter_mut().zip(dots).for_each(|(y, dot)| *y = dot);
             });
             for (place, y) in y.iter_mut().enumerate() {
-                *y = turned[place % outputs * count + place / outputs];
+                *y = transposed[place % outputs * count + place / outputs];
             }
         }
         false => {

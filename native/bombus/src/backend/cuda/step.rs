@@ -14,7 +14,7 @@ use std::ffi::CString;
 pub const MOST_ROWS: usize = 256;
 const MOST_SPLITS: usize = 32;
 pub const MOST_RANK: usize = 64;
-const TURNS: usize = 4;
+const LOW_RANK_BUFFERS: usize = 4;
 const SHARDS: usize = 2;
 
 /// All that a block may have: more than one on a multiprocessor is not wanted.
@@ -274,7 +274,7 @@ fn table(model: &ModelArrays, addresses: &Addresses) -> Result<(Array, Vec<Array
 }
 
 /// Scales and biases `[out, in / 64]` as `Matrix` of the kernel has them: 16 outputs by 4 groups, of a gate
-/// and what it lets through eight outputs each in turn; at the end there may be more outputs and groups.
+/// and of up eight outputs each, alternately; at the end there may be more outputs and groups.
 fn small(scales: &Array, biases: &Array, gated: bool) -> Result<Array> {
     let (outputs, groups) = (scales.dim(0), scales.dim(1));
     let words = |x: &Array| x.view::<u16>().and_then(|words| words.as_dtype(Dtype::Uint32));
@@ -330,7 +330,7 @@ impl Workspace {
             2 * MOST_ROWS * hidden,
             2 * MOST_ROWS * heads * dim,
             2 * MOST_ROWS * inner,
-            8 * TURNS * SHARDS * MOST_ROWS * 3 * MOST_RANK,
+            8 * LOW_RANK_BUFFERS * SHARDS * MOST_ROWS * 3 * MOST_RANK,
             4 * MOST_ROWS * dim,
             // splits
             4 * rows * MOST_SPLITS * heads * (dim + 2),

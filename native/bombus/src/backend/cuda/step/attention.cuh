@@ -135,9 +135,9 @@ __device__ inline void ready_heads(Team& memory, const HeadNorms& norms, const T
   const int team_warp = warp() % TEAM_WARPS;
   const bool last = task.end == pages_of(task.at);
   const float* from = qkv() + (size_t)task.row * QKV_WIDTH;
-  Angle turned[DIM / 64];
+  Angle own_angles[DIM / 64];
 #pragma unroll
-  for (int i = 0; i < DIM / 64; i++) turned[i] = angles()[task.row * (DIM / 2) + lane() + 32 * i];
+  for (int i = 0; i < DIM / 64; i++) own_angles[i] = angles()[task.row * (DIM / 2) + lane() + 32 * i];
   // Heads of queries, then the key and the value.
 #pragma unroll 1
   for (int i = team_warp; i < SHARED + (last ? 2 : 0); i += TEAM_WARPS) {
@@ -152,7 +152,7 @@ __device__ inline void ready_heads(Team& memory, const HeadNorms& norms, const T
       for (int j = 0; j < DIM / 32; j++) norm[j] = widen(kind < 0 ? norms.numbers[0][j] : norms.numbers[1][j]);
       norm_head<DIM>(x, norm, eps());
     }
-    if (kind < 1) rotate_head<DIM>(x, turned);
+    if (kind < 1) rotate_head<DIM>(x, own_angles);
     bf16* to = kind < 0 ? memory.q[i] : memory.fresh[kind];
 #pragma unroll
     for (int j = 0; j < DIM / 32; j++) to[lane() + 32 * j] = narrow(x[j]);

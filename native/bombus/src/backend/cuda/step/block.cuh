@@ -25,8 +25,8 @@ __device__ inline int* first_tasks() { return in_shared<int>(FIRST_TASKS); }
 __device__ inline int* positions() { return in_shared<int>(POSITIONS); }
 __device__ inline unsigned char* stage(int slot) { return in_shared<unsigned char>(FIRST_STAGE) + slot * STAGE_BYTES; }
 __device__ inline uint4* inputs(int slot) { return in_shared<uint4>(FIRST_INPUTS + slot * INPUT_BYTES); }
-__device__ inline float2* sums_of(int turn, int warp) {
-  return in_shared<float2>(ALL_SUMS) + (turn * WARPS + warp) * OWN_SUMS;
+__device__ inline float2* sums_of(int buffer, int warp) {
+  return in_shared<float2>(ALL_SUMS) + (buffer * WARPS + warp) * OWN_SUMS;
 }
 __device__ inline Team& team_memory(int team) { return in_shared<Team>(FIRST_INPUTS)[team]; }
 

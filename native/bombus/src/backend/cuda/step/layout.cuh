@@ -34,8 +34,8 @@ enum { HEAD = 0, NORM = 2, EMBEDDING = 3, HEAD_WORDS = 3, ROTATION = 6 };
 // Where a projection's pairs are in an adapter's table: 3 words each, 7 pairs for every layer.
 enum { LORA_QKV = 0, LORA_O = 3, LORA_GATE_UP = 4, LORA_DOWN = 6, LORA_PAIRS = 7 };
 constexpr int PRODUCTS = 4;  // of a layer
-// The sums of x a^T: products that take turns; places for each row, and for one row alone.
-constexpr int TURNS = 4, SHARDS = 2, SHARDS_OF_ONE = 8;  // powers of 2
+// The sums of x a^T: buffers that products rotate through; shards of each row, and of one row alone.
+constexpr int LOW_RANK_BUFFERS = 4, SHARDS = 2, SHARDS_OF_ONE = 8;  // powers of 2
 
 // `plan` has HEADER words: rows (and in the highest 16 bits its number), words for a row, the highest rank of an
 // adapter, where the workspace has room for a copy of it; and for every row: id and position, adapter, pages. The id is
@@ -88,7 +88,7 @@ template <int INPUTS, int OUTPUTS, Kind KIND> struct Division {
   static constexpr int SMALL = OWN_QUADS * 256;  // for 16 outputs
   static constexpr int STAGE = TALL * STRIDE + HIGH * SMALL;
 
-  // Output number `row` of a unit: of gate and up eight each in turn, else one after another.
+  // Output number `row` of a unit: of gate and up eight each, alternately, else one after another.
   __device__ static int output(int unit, int row) {
     const int tile = unit * HIGH + row / 16;
     if (KIND == GATED) return tile * 8 + row % 8 + (row % 16 < 8 ? 0 : N / 2);
@@ -176,5 +176,5 @@ constexpr size_t NORMED = QKV_AT + room((size_t)4 * MOST_ROWS * QKV_WIDTH);
 constexpr size_t MIXED = NORMED + room((size_t)2 * MOST_ROWS * HIDDEN);
 constexpr size_t ACTIVE = MIXED + room((size_t)2 * MOST_ROWS * Q_WIDTH);
 constexpr size_t LOW_RANK = ACTIVE + room((size_t)2 * MOST_ROWS * INNER);
-constexpr size_t ANGLES = LOW_RANK + room((size_t)8 * TURNS * SHARDS * MOST_ROWS * 3 * MOST_RANK);
+constexpr size_t ANGLES = LOW_RANK + room((size_t)8 * LOW_RANK_BUFFERS * SHARDS * MOST_ROWS * 3 * MOST_RANK);
 constexpr size_t SPLITS = ANGLES + room((size_t)4 * MOST_ROWS * DIM);

@@ -30,12 +30,12 @@ struct Product {
 __device__ inline bool adapted() { return state().most_rank > 0; }
 
 // x a^T of a product: [3, MOST_RANK] for a row, in shards that are added up where they are used: additions to one place
-// wait for each other (bench/README.md), and many blocks come at once. Products take turns: while one is computed, its
+// wait for each other (bench/README.md), and many blocks come at once. Products rotate through buffers: while one is computed, its
 // numbers are used, the next one's added up, and those of the one behind that set to zero; with several tiles by blocks
 // that are ahead, while others use those of the product before: hence four.
 __device__ inline int shards() { return rows() == 1 ? SHARDS_OF_ONE : SHARDS; }
 __device__ inline word* low_rank(int product, int shard, int row) {
-  const unsigned index = (unsigned)product % TURNS * SHARDS * MOST_ROWS + shard * rows() + row;
+  const unsigned index = (unsigned)product % LOW_RANK_BUFFERS * SHARDS * MOST_ROWS + shard * rows() + row;
   return in_workspace<word>(LOW_RANK) + index * 3 * MOST_RANK;
 }
 // Where this block adds.

@@ -136,11 +136,11 @@ __device__ __noinline__ Progress multiply_one_tile(Progress progress, const bf16
       __syncwarp();
       if (lane() == 0) arrive(&signals().empty[slot]);
     }
-    const int turn = progress.units % SUMS;
-    if (progress.units >= SUMS) wait(&signals().taken[turn], progress.units / SUMS - 1 & 1);
-    put_sums(sums_of(turn, warp()), sum);
+    const int buffer = progress.units % SUMS;
+    if (progress.units >= SUMS) wait(&signals().taken[buffer], progress.units / SUMS - 1 & 1);
+    put_sums(sums_of(buffer, warp()), sum);
     __syncwarp();
-    if (lane() == 0) arrive(&signals().summed[turn]);
+    if (lane() == 0) arrive(&signals().summed[buffer]);
   }
   return progress;
 }
@@ -152,8 +152,8 @@ template <class D> __device__ Outputs outputs_in(int unit, int from, int first) 
 }
 
 // What all warps have of a unit: of one row, by lanes of which four share the warps and all get the sums of the first.
-__device__ inline float2 add_up_row(int turn) {
-  float2 y = add_up<WARPS / 4, 4 * OWN_SUMS>(sums_of(turn, tile_column()) + 4 * tile_row());
+__device__ inline float2 add_up_row(int buffer) {
+  float2 y = add_up<WARPS / 4, 4 * OWN_SUMS>(sums_of(buffer, tile_column()) + 4 * tile_row());
 #pragma unroll
   for (int other = 1; other < 4; other *= 2) {
     y.x += __shfl_xor_sync(0xffffffff, y.x, other);
@@ -162,8 +162,8 @@ __device__ inline float2 add_up_row(int turn) {
   return y;
 }
 // Of several: b of them.
-__device__ inline float2 add_up_rows(int turn, int b) {
-  return add_up<WARPS, OWN_SUMS>(sums_of(turn, 0) + b * 32 + lane());
+__device__ inline float2 add_up_rows(int buffer, int b) {
+  return add_up<WARPS, OWN_SUMS>(sums_of(buffer, 0) + b * 32 + lane());
 }
 
 // If there is one row, each of the warps for every third unit, else two of them, each for half of the rows, add up what
@@ -191,11 +191,11 @@ __device__ __noinline__ Progress finish_one_tile(Progress progress, Finish finis
       if (i >= end) break;
     }
     ahead.ready(finish, out, receives);
-    const int turn = (progress.units + i) % SUMS;
-    wait(&signals().summed[turn], (progress.units + i) / SUMS & 1);
-    const float2 y = alone ? add_up_row(turn) : add_up_rows(turn, b);
+    const int buffer = (progress.units + i) % SUMS;
+    wait(&signals().summed[buffer], (progress.units + i) / SUMS & 1);
+    const float2 y = alone ? add_up_row(buffer) : add_up_rows(buffer, b);
     __syncwarp();
-    if (lane() < (alone ? 2 : 1)) arrive(&signals().taken[turn]);
+    if (lane() < (alone ? 2 : 1)) arrive(&signals().taken[buffer]);
     finish(out, y, ahead);
   }
   // Of three that follow each other, one can be divided by three.
