@@ -96,7 +96,7 @@ pub enum Token {
     Sampled(usize),
 }
 
-/// An adapter's share in some rows of a linear layer's output number `part` (0 for embeddings).
+/// An adapter's LoRA for some rows of a linear layer's output number `part` (0 for embeddings).
 pub struct LoraRows<'a, B: Backend + ?Sized> {
     pub part: usize,
     pub rows: Range<usize>,

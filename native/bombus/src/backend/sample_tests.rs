@@ -86,9 +86,9 @@ fn tokens_come_as_often_as_their_probability(sample: Sample) {
     let ids = sample_rows(sample, &vec![LOGITS.to_vec(); count], &draws);
     let weights = LOGITS.map(|logit| (f64::from(logit) / 0.7).exp());
     for (id, weight) in weights.iter().enumerate() {
-        let share = ids.iter().filter(|&&drawn| drawn as usize == id).count() as f64;
+        let frequency = ids.iter().filter(|&&drawn| drawn as usize == id).count() as f64;
         let expected = weight / weights.iter().sum::<f64>();
-        assert!((share / count as f64 - expected).abs() < 2e-3, "{id}");
+        assert!((frequency / count as f64 - expected).abs() < 2e-3, "{id}");
     }
 }
 

@@ -343,7 +343,7 @@ struct Reference {
     for (const Numbers& kind : fresh)
       keys_and_values[row].insert(keys_and_values[row].end(), kind.begin(), kind.end());
     for (int head = 0; head < HEADS; head++) {
-      const int from = head / SHARED;
+      const int from = head / GQA_GROUP;
       const Numbers q = rotated(&qkv[head * DIM], own.q_norm, sequence.at);
       const auto number = [&](int kind, int position, int i) -> double {
         if (position == sequence.at) return fresh[kind][from * DIM + i];
@@ -354,9 +354,9 @@ struct Reference {
       for (int position = 0; position <= sequence.at; position++) {
         double score = 0;
         for (int i = 0; i < DIM; i++) score += q[i] * number(0, position, i);
-        const double share = std::exp(score / std::sqrt(DIM));
-        total += share;
-        for (int i = 0; i < DIM; i++) sums[i] += share * number(1, position, i);
+        const double weight = std::exp(score / std::sqrt(DIM));
+        total += weight;
+        for (int i = 0; i < DIM; i++) sums[i] += weight * number(1, position, i);
       }
       for (double sum : sums) mixed.push_back(rounded(sum / total));
     }

@@ -8,7 +8,7 @@
 use super::float::Float;
 use super::rows::{norm_factor, part};
 use super::simd::{Kernel, LANES, Simd, prefetch};
-use super::tensor::{Shared, Tensor};
+use super::tensor::{SendPtr, Tensor};
 use super::{AttentionWeights, Cpu, Page, Segment, lock};
 use crate::error::{Error, Result};
 use crate::gauge;
@@ -33,12 +33,12 @@ pub struct Cache {
 /// A page's.
 struct Memory {
     bytes: Vec<u8>,
-    share: gauge::Share,
+    gauge: gauge::Share,
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        memory::give_back(self.share.amount());
+        memory::give_back(self.gauge.amount());
     }
 }
 
@@ -51,9 +51,9 @@ impl Memory {
         let mut bytes = vec![];
         bytes.try_reserve_exact(size).map_err(|_| no_memory(size))?;
         bytes.resize(size, 0);
-        let mut share = gauge::Share::of(&gauge::CPU_BYTES);
-        share.set(size);
-        Ok(Self { bytes, share })
+        let mut gauge = gauge::Share::of(&gauge::CPU_BYTES);
+        gauge.set(size);
+        Ok(Self { bytes, gauge })
     }
 }
 
@@ -232,7 +232,7 @@ pub fn attend(
         layout,
         rotation: &rotation,
         norms: attention.norms.as_ref(),
-        q: Shared(q.data_mut().as_mut_ptr()),
+        q: SendPtr(q.data_mut().as_mut_ptr()),
         stride: q.stride,
         k: &k,
         v: &v,
@@ -244,7 +244,7 @@ pub fn attend(
         unsafe { cpu.level.run(Prepare { step: &step, rows }) };
     });
     let mut out = cpu.spare.tensor(q.rows, q.width);
-    let target = Shared(out.data_mut().as_mut_ptr());
+    let target = SendPtr(out.data_mut().as_mut_ptr());
     let pieces = step.pieces();
     cpu.pool.each(pieces.len(), |piece| {
         // SAFETY: a piece's heads and rows are its own.
@@ -260,7 +260,7 @@ struct Step<'a> {
     rotation: &'a Rotation,
     norms: Option<&'a [Vec<f32>; 2]>,
     /// Normed and rotated in place; what comes out has rows as far apart.
-    q: Shared,
+    q: SendPtr,
     stride: usize,
     k: &'a Tensor,
     v: &'a Tensor,
@@ -268,7 +268,7 @@ struct Step<'a> {
     pages: &'a [Pages],
 }
 
-/// One key head's share in some rows of a segment.
+/// One head of keys, and some rows of a segment.
 struct Piece {
     segment: usize,
     head: usize,
@@ -433,7 +433,7 @@ unsafe fn put<S: Simd>(
 struct Attend<'a> {
     step: &'a Step<'a>,
     piece: &'a Piece,
-    out: Shared,
+    out: SendPtr,
 }
 
 impl Kernel for Attend<'_> {

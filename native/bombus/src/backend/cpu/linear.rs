@@ -6,7 +6,7 @@ use super::digits::{Digits, Format};
 use super::float::Float;
 use super::rows::part;
 use super::simd::{Kernel, LANES, Level, Simd};
-use super::tensor::{Shared, Target, Tensor};
+use super::tensor::{SendPtr, Target, Tensor};
 use super::{Adapted, Cpu, LinearWeights, LoraRows, LoraWeights, lock};
 use crate::error::Result;
 use crate::gauge;
@@ -26,7 +26,7 @@ pub struct Linear {
     biases: Vec<Option<Vec<f32>>>,
     /// The numbers of a row of x; of an embedding, those of a token.
     pub width: usize,
-    _share: gauge::Share,
+    _gauge: gauge::Share,
 }
 
 impl Weights {
@@ -87,9 +87,9 @@ impl Linear {
         let bias = |part: &LinearWeights| part.bias.as_ref().map(Float::read).transpose();
         let biases = parts.iter().map(bias).collect::<Result<Vec<_>>>()?;
         let parts = parts.iter().map(Weights::load).collect::<Result<Vec<_>>>()?;
-        let mut share = gauge::Share::of(&gauge::CPU_BYTES);
-        share.set(parts.iter().flat_map(Weights::tensors).map(Mapped::len).sum());
-        Ok(Self { width: parts[0].in_features(), parts, biases, _share: share })
+        let mut gauge = gauge::Share::of(&gauge::CPU_BYTES);
+        gauge.set(parts.iter().flat_map(Weights::tensors).map(Mapped::len).sum());
+        Ok(Self { width: parts[0].in_features(), parts, biases, _gauge: gauge })
     }
 
     /// Where the weights are.
@@ -107,15 +107,15 @@ impl Linear {
         self.parts[0].row(id, out);
     }
 
-    /// x: `[rows, in]` -> one `[rows, out]` for each layer, with the adapters' shares
+    /// x: `[rows, in]` -> one `[rows, out]` for each layer, and what the adapters add
     pub fn apply(&self, cpu: &Cpu, x: &Tensor, deltas: &[Delta]) -> Vec<Tensor> {
         let mut digits = lock(&cpu.digits);
         let formats = self.write_digits(cpu, x, &mut digits);
         let mut outputs: Vec<Tensor> =
             self.parts.iter().map(|part| cpu.spare.tensor(x.rows, part.out_features())).collect();
-        let targets: Vec<(Shared, usize)> = outputs
+        let targets: Vec<(SendPtr, usize)> = outputs
             .iter_mut()
-            .map(|output| (Shared(output.data_mut().as_mut_ptr()), output.stride))
+            .map(|output| (SendPtr(output.data_mut().as_mut_ptr()), output.stride))
             .collect();
         let total = self.parts.iter().map(Weights::out_features).sum();
         cpu.pool.split(total, GRAIN, |range| {
@@ -219,7 +219,7 @@ pub struct Lora {
     scale: f32,
     /// DoRA: magnitude / norm
     factors: Option<Factors>,
-    share: gauge::Share,
+    gauge: gauge::Share,
 }
 
 /// What DoRA multiplies.
@@ -244,8 +244,8 @@ impl Lora {
         let ((down, down_unit), (up, up_unit)) = (packed(float, &down), packed(float, &up));
         // In f64: the units of very large and very small halves make up for each other.
         let scale = (f64::from(*scale) * f64::from(down_unit) * f64::from(up_unit)) as f32;
-        let share = gauge::Share::of(&gauge::CPU_BYTES);
-        let mut lora = Self { float, down, up, rank, scale, factors: None, share };
+        let gauge = gauge::Share::of(&gauge::CPU_BYTES);
+        let mut lora = Self { float, down, up, rank, scale, factors: None, gauge };
         let mut bytes = lora.down.len() + lora.up.len();
         if let Some(magnitude) = magnitude {
             let rows = lora.adapted_rows(&adapted);
@@ -259,7 +259,7 @@ impl Lora {
             lora.factors =
                 Some(if by_token { Factors::Tokens(factors) } else { Factors::Outputs(factors) });
         }
-        lora.share.set(bytes);
+        lora.gauge.set(bytes);
         Ok(lora)
     }
 
@@ -274,7 +274,7 @@ impl Lora {
         AdaptedRows { weights, left, right: self.float.to_f32(right), rank: self.rank }
     }
 
-    /// Adds an embedding's share to the row of token `id`.
+    /// Adds an embedding's LoRA to the row of token `id`.
     pub fn embed(&self, id: usize, row: &mut [f32]) {
         let bytes = self.float.bytes();
         let (down, up) = (self.down.len() / self.rank, self.up.len() / self.rank);
@@ -324,7 +324,7 @@ impl AdaptedRows<'_> {
 
     fn norms(&self, cpu: &Cpu) -> Vec<f32> {
         let mut norms = vec![0.0; self.count()];
-        let out = Shared(norms.as_mut_ptr());
+        let out = SendPtr(norms.as_mut_ptr());
         cpu.pool.split(self.count(), GRAIN, |rows| {
             let mut row = vec![0.0; self.width()];
             for n in rows {
@@ -410,7 +410,7 @@ impl<'a> Delta<'a> {
         let mut jobs = vec![];
         for delta in &mut deltas {
             delta.inner.resize(delta.rows.len() * delta.lora.rank, 0.0);
-            let out = Shared(delta.inner.as_mut_ptr());
+            let out = SendPtr(delta.inner.as_mut_ptr());
             jobs.extend(
                 delta.rows.iter().enumerate().map(|(place, &row)| (delta.lora, out, place, row)),
             );

@@ -45,7 +45,7 @@ use rows::{Gated, Norm, RmsNorm, Sum};
 use sample::Samples;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tensor::{Shared, Spare, Tensor};
+use tensor::{SendPtr, Spare, Tensor};
 
 /// How to use the CPU.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -116,7 +116,7 @@ impl Cpu {
     /// `[rows, width]` from what `work` writes into each row.
     fn map(&self, rows: usize, width: usize, work: impl Fn(usize, &mut [f32]) + Sync) -> Tensor {
         let mut out = self.spare.tensor(rows, width);
-        let (target, stride) = (Shared(out.data_mut().as_mut_ptr()), out.stride);
+        let (target, stride) = (SendPtr(out.data_mut().as_mut_ptr()), out.stride);
         self.pool.rows(rows, width, |range| {
             for row in range {
                 // SAFETY: each row is written by one thread.

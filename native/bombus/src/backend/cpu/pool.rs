@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 /// How long a thread without work waits for more before it sleeps: longer than it takes to hand
 /// out a token, shorter than anybody notices.
 const PATIENCE: Duration = Duration::from_micros(300);
-/// The pieces of a thread's share: enough for a thread that is slow for a while, and each large
+/// The chunks of a thread's range: enough for a thread that is slow for a while, and each large
 /// enough to be read at the memory's speed.
 const PIECES: usize = 8;
 /// Fewer numbers than this are done before a second thread has begun.
@@ -31,14 +31,14 @@ pub fn default_threads() -> usize {
     num_cpus::get_physical().clamp(1, allowed)
 }
 
-/// A share of the process's pool.
+/// Some threads of the process's pool.
 #[derive(Clone)]
 pub struct Pool {
     threads: usize,
-    shared: &'static Shared,
+    global: &'static Global,
 }
 
-struct Shared {
+struct Global {
     tickets: Tickets,
     /// Locked while a region runs.
     workers: Mutex<Vec<Arc<Worker>>>,
@@ -78,21 +78,21 @@ unsafe impl Send for Worker {}
 
 impl Pool {
     pub fn new(threads: usize) -> std::io::Result<Self> {
-        static SHARED: OnceLock<Shared> = OnceLock::new();
-        let shared = SHARED
-            .get_or_init(|| Shared { tickets: Tickets::default(), workers: Mutex::default() });
-        let mut workers = lock(&shared.workers);
+        static GLOBAL: OnceLock<Global> = OnceLock::new();
+        let global = GLOBAL
+            .get_or_init(|| Global { tickets: Tickets::default(), workers: Mutex::default() });
+        let mut workers = lock(&global.workers);
         while workers.len() + 1 < threads {
             let index = workers.len() + 1;
             workers.push(Worker::spawn(index)?);
         }
         drop(workers);
-        Ok(Self { threads, shared })
+        Ok(Self { threads, global })
     }
 
     /// Waits until no other model has the cores. Without a guard, single regions of two models alternate.
     pub fn guard(&self) -> PoolGuard {
-        self.shared.tickets.take()
+        self.global.tickets.take()
     }
 
     /// Calls `work` once for each thread number, at once, and returns when all are done.
@@ -101,7 +101,7 @@ impl Pool {
             return work(0);
         }
         let panicked = AtomicBool::new(false);
-        let workers = lock(&self.shared.workers);
+        let workers = lock(&self.global.workers);
         let workers = &workers[..self.threads - 1];
         // SAFETY: the lifetime is forgotten, but nothing returns from here before every worker
         // is done with it: `Wait` waits even where `work` panics on this thread.
@@ -116,7 +116,7 @@ impl Pool {
     }
 
     /// Calls `work` for ranges that make up `0..items`, multiples of `grain` but for the last. Each
-    /// thread has a share of its own, side by side in memory; one that is done helps the others.
+    /// thread has a range of its own, side by side in memory; one that is done helps the others.
     pub fn split(&self, items: usize, grain: usize, work: impl Fn(Range<usize>) + Sync) {
         let grains = items.div_ceil(grain);
         let piece = grains.div_ceil(self.threads * PIECES);

@@ -195,13 +195,13 @@ fn spread(out: &mut [f32], width: usize, threads: usize, work: impl Fn(usize, &m
     if rows == 0 {
         return;
     }
-    let share = rows.div_ceil(threads.max(1));
+    let each = rows.div_ceil(threads.max(1));
     let work = &work;
     std::thread::scope(|scope| {
-        for (part, out) in out.chunks_mut(share * width).enumerate() {
+        for (part, out) in out.chunks_mut(each * width).enumerate() {
             scope.spawn(move || {
                 for (row, out) in out.chunks_exact_mut(width).enumerate() {
-                    work(part * share + row, out);
+                    work(part * each + row, out);
                 }
             });
         }

@@ -2,7 +2,7 @@
 
 use super::rows::part;
 use super::simd::{Kernel, LANES, Simd};
-use super::tensor::{Shared, Tensor};
+use super::tensor::{SendPtr, Tensor};
 use super::{Cpu, Draw, Sample, lock};
 use crate::sampler::Logprobs;
 use std::cell::RefCell;
@@ -64,7 +64,7 @@ fn with_normalizer(cpu: &Cpu, logits: &[f32]) -> impl Fn(f32) -> f32 {
 /// ln p of one target for each row; not a number where a logit of the row is none
 pub fn log_probs(cpu: &Cpu, logits: &Tensor, targets: &[u32]) -> Vec<f32> {
     let mut log_probs = vec![0.0; logits.rows];
-    let out = Shared(log_probs.as_mut_ptr());
+    let out = SendPtr(log_probs.as_mut_ptr());
     cpu.pool.each(logits.rows, |row| {
         let (logits, target) = (logits.row(row), targets[row] as usize);
         let log_prob = with_normalizer(cpu, logits)(logits[target]);
@@ -118,14 +118,14 @@ fn position(mut found: impl Iterator<Item = bool>) -> Option<u32> {
     found.position(|found| found).map(|place| place as u32)
 }
 
-/// The first place where the cumulative sum passes the draw's share of the whole; the most
+/// The first place where the cumulative sum passes the draw's fraction of the whole; the most
 /// probable one where it never does, since sums in another order may fall short by a rounding.
 fn invert(weights: impl Iterator<Item = f64>, total: f64, uniform: f32) -> Option<u32> {
-    let share = f64::from(uniform) * total;
+    let passed = f64::from(uniform) * total;
     let (mut sum, mut best) = (0.0, (0.0, None));
     for (place, weight) in weights.enumerate() {
         sum += weight;
-        if sum > share {
+        if sum > passed {
             return Some(place as u32);
         }
         if weight > best.0 {

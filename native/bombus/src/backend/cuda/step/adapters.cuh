@@ -27,7 +27,7 @@ __device__ inline float dot(const float (&x)[8], uint4 b) {
 }
 
 // Sums over the eight lanes that share a column of the tile: the lane of row r gets number r.
-__device__ inline float share_sums(const float (&sums)[8]) {
+__device__ inline float reduce_column(const float (&sums)[8]) {
   float four[4], two[2];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -48,25 +48,25 @@ __device__ inline void add_fixed(bool own, word* to, float sum) {
 }
 
 // What comes behind the first eight of a rank. x: a lane's outputs, as bfloat16; n: the first.
-__device__ __noinline__ static void share_more(int product, int row, int n, unsigned x, bool second) {
+__device__ __noinline__ static void shrink_more(int product, int row, int n, unsigned x, bool second) {
   const Product at(product);
 #pragma unroll 1
   for (int part = 0; part < at.next.parts; part++) {
-    const Side side = shrinker(at, row, part);
+    const Side side = lora_a(at, row, part);
     word* to = own_low_rank(product + 1, row) + part * MOST_RANK + tile_row();
 #pragma unroll 1
     for (int rank = 8; rank < state().most_rank; rank += 8) {
       float sums[8] = {};
       add_times(sums, low(x), eight_of(side, n, rank));
       if (second) add_times(sums, high(x), eight_of(side, n + 8, rank));
-      const float sum = share_sums(sums);
+      const float sum = reduce_column(sums);
       add_fixed(side.rank > 0, to + rank, sum);
     }
   }
 }
 
 // What a warp's outputs, which are inputs of the next product, add to its x a^T: of a lane there are N.
-template <Form FORM, int N, int PARTS> struct Shares {
+template <Form FORM, int N, int PARTS> struct Shrink {
   uint4 a[PARTS][N];  // for the first eight of the rank
   word* to;
   bool more;
@@ -75,7 +75,7 @@ template <Form FORM, int N, int PARTS> struct Shares {
   __device__ void ask(const Product& at, int row, int n) {
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
-      const Side side = shrinker(at, row, part);
+      const Side side = lora_a(at, row, part);
 #pragma unroll
       for (int i = 0; i < N; i++) a[part][i] = eight_of(side, n + i * 8, 0);
     }
@@ -93,14 +93,14 @@ template <Form FORM, int N, int PARTS> struct Shares {
       float sums[8] = {};
       add_times(sums, low(x), a[part][0]);
       if (N == 2) add_times(sums, high(x), a[part][N - 1]);
-      const float sum = share_sums(sums);
+      const float sum = reduce_column(sums);
       add_fixed(row < rows(), to + part * MOST_RANK, sum);
     }
-    if (more) share_more(at.number, row, n, x, N == 2);
+    if (more) shrink_more(at.number, row, n, x, N == 2);
   }
 };
 
-template <int N, int PARTS> struct Shares<ONE_ROW, N, PARTS> {
+template <int N, int PARTS> struct Shrink<ONE_ROW, N, PARTS> {
   unsigned a[PARTS][N];
   word* to;
   bool adds, more;
@@ -108,7 +108,7 @@ template <int N, int PARTS> struct Shares<ONE_ROW, N, PARTS> {
   __device__ void ask(const Product& at, int, int n) {
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
-      const Side side = shrinker(at, 0, part);
+      const Side side = lora_a(at, 0, part);
 #pragma unroll
       for (int i = 0; i < N; i++) a[part][i] = own_two(side, n + i * 8, 0);
     }
@@ -140,25 +140,25 @@ template <int N, int PARTS> struct Shares<ONE_ROW, N, PARTS> {
     for (int part = 1; part < PARTS; part++)
       if (tile_row() / 2 == part) own[0] = sums[part][0], own[1] = sums[part][1];
     add_fixed(adds, to, tile_row() % 2 ? own[1] : own[0]);
-    if (more) share_more(at.number, row, n, x, N == 2);
+    if (more) shrink_more(at.number, row, n, x, N == 2);
   }
 };
 
-template <int N, int PARTS> struct Shares<NONE, N, PARTS> {
+template <int N, int PARTS> struct Shrink<NONE, N, PARTS> {
   __device__ void ask(const Product&, int, int) {}
   __device__ void ready(const Product&, int) {}
   __device__ void add(const Product&, int, int, unsigned) const {}
 };
 
 // What adapters add to a lane's two outputs: of one part, or of two parts, the first and the one behind it.
-template <Form FORM, int PARTS> struct Expansion {
+template <Form FORM, int PARTS> struct Expand {
   uint4 b[2];  // for the first eight of the rank
   float x[PARTS][8];
 
   // Asks for b, which is there before x is.
   __device__ void ask(const Product& at, int row, int part, const int (&n)[2]) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) b[i] = eight_of(expander(at.own, row, part + i * (PARTS - 1)), n[i], 0);
+    for (int i = 0; i < 2; i++) b[i] = eight_of(lora_b(at.own, row, part + i * (PARTS - 1)), n[i], 0);
   }
 
   __device__ static void read(float (&x)[8], const Product& at, int row, int part, int rank) {
@@ -192,7 +192,7 @@ template <Form FORM, int PARTS> struct Expansion {
   // What comes behind the first eight of a rank.
   __device__ __noinline__ static float more(int product, int row, int part, int n) {
     const Product at(product);
-    const Side side = expander(at.own, row, part);
+    const Side side = lora_b(at.own, row, part);
     float sum = 0.f;
 #pragma unroll 1
     for (int rank = 8; rank < side.rank; rank += 8) {
@@ -204,14 +204,14 @@ template <Form FORM, int PARTS> struct Expansion {
   }
 };
 
-template <int PARTS> struct Expansion<ONE_ROW, PARTS> {
+template <int PARTS> struct Expand<ONE_ROW, PARTS> {
   unsigned b[2];           // two of the rank each
   ulonglong2 from[PARTS];  // two numbers of a shard each
   unsigned x[PARTS];       // for the lanes of the tile's first row
 
   __device__ void ask(const Product& at, int, int part, const int (&n)[2]) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) b[i] = own_two(expander(at.own, 0, part + i * (PARTS - 1)), n[i], 0);
+    for (int i = 0; i < 2; i++) b[i] = own_two(lora_b(at.own, 0, part + i * (PARTS - 1)), n[i], 0);
   }
 
   // Each row of lanes has a shard.
@@ -257,7 +257,7 @@ template <int PARTS> struct Expansion<ONE_ROW, PARTS> {
 
   __device__ __noinline__ static float2 more(int product, int part, int n0, int n1) {
     const Product at(product);
-    const Side first = expander(at.own, 0, part), second = expander(at.own, 0, part + PARTS - 1);
+    const Side first = lora_b(at.own, 0, part), second = lora_b(at.own, 0, part + PARTS - 1);
     float all[4] = {};
 #pragma unroll 1
     for (int rank = 8; rank < state().most_rank; rank += 8) {
@@ -270,7 +270,7 @@ template <int PARTS> struct Expansion<ONE_ROW, PARTS> {
   }
 };
 
-template <int PARTS> struct Expansion<NONE, PARTS> {
+template <int PARTS> struct Expand<NONE, PARTS> {
   __device__ void ask(const Product&, int, int, const int (&)[2]) {}
   __device__ void receive(const Product&, int, int) {}
   __device__ void ready(const Product&, int) {}

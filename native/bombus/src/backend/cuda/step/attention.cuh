@@ -140,9 +140,9 @@ __device__ inline void ready_heads(Team& memory, const HeadNorms& norms, const T
   for (int i = 0; i < DIM / 64; i++) own_angles[i] = angles()[task.row * (DIM / 2) + lane() + 32 * i];
   // Heads of queries, then the key and the value.
 #pragma unroll 1
-  for (int i = team_warp; i < SHARED + (last ? 2 : 0); i += TEAM_WARPS) {
-    const int kind = i - SHARED;
-    const int column = kind < 0 ? (task.head * SHARED + i) * DIM : Q_WIDTH + kind * KV_WIDTH + task.head * DIM;
+  for (int i = team_warp; i < GQA_GROUP + (last ? 2 : 0); i += TEAM_WARPS) {
+    const int kind = i - GQA_GROUP;
+    const int column = kind < 0 ? (task.head * GQA_GROUP + i) * DIM : Q_WIDTH + kind * KV_WIDTH + task.head * DIM;
     float x[DIM / 32];
 #pragma unroll
     for (int j = 0; j < DIM / 32; j++) x[j] = from[column + lane() + 32 * j];
@@ -211,24 +211,24 @@ __device__ inline void mix_page(const Team& memory, int page, int seen, const Va
   for (int i = 0; i < OWN_VALUES; i++) found.values[i][0] *= fade, found.values[i][1] *= fade;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    unsigned shares[4];
+    unsigned weights[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const float one = exp2f(scores[half][2 * i] - largest), other = exp2f(scores[half][2 * i + 1] - largest);
       found.sum += one + other;
-      shares[i] = pack_bf16(one, other);
+      weights[i] = pack_bf16(one, other);
     }
 #pragma unroll
     for (int i = 0; i < OWN_VALUES; i++) {
       const uint4 v = values.numbers[i][half];
-      multiply_upper(found.values[i], shares[0], shares[1], v.x, v.y);
-      multiply_upper(found.values[i], shares[2], shares[3], v.z, v.w);
+      multiply_upper(found.values[i], weights[0], weights[1], v.x, v.y);
+      multiply_upper(found.values[i], weights[2], weights[3], v.z, v.w);
     }
   }
 }
 
 // Of a row's head of keys, what a thread has of the output.
-constexpr int OWN_OUTPUTS = (SHARED * DIM + TEAM - 1) / TEAM;
+constexpr int OWN_OUTPUTS = (GQA_GROUP * DIM + TEAM - 1) / TEAM;
 __device__ inline int own_output(int i) { return threadIdx.x % TEAM + i * TEAM; }
 
 // a of the next product for them, for eight of the rank.
@@ -238,7 +238,7 @@ struct MixedSide {
   uint4 a[OWN_OUTPUTS];
 
   __device__ void ask(const Task& task, int i, int rank) {
-    a[i] = eight_of(side, task.head * SHARED * DIM + min(own_output(i), SHARED * DIM - 1), rank);
+    a[i] = eight_of(side, task.head * GQA_GROUP * DIM + min(own_output(i), GQA_GROUP * DIM - 1), rank);
   }
 };
 
@@ -250,8 +250,8 @@ __device__ inline void set_mixed(Team& memory, const Task& task, MixedSide& next
 #pragma unroll
   for (int i = 0; i < OWN_OUTPUTS; i++) {
     const int k = own_output(i);
-    const bf16 own = k < SHARED * DIM ? narrow(memory.output[k]) : 0;
-    if (k < SHARED * DIM) mixed()[placed(task.row, task.head * SHARED * DIM + k, Q_WIDTH)] = own;
+    const bf16 own = k < GQA_GROUP * DIM ? narrow(memory.output[k]) : 0;
+    if (k < GQA_GROUP * DIM) mixed()[placed(task.row, task.head * GQA_GROUP * DIM + k, Q_WIDTH)] = own;
     x[i] = widen(own);
   }
 #pragma unroll 1
@@ -262,7 +262,7 @@ __device__ inline void set_mixed(Team& memory, const Task& task, MixedSide& next
       add_times(sums, x[i], next.a[i]);
       next.ask(task, i, rank + 8);
     }
-    float sum = share_sums(sums);
+    float sum = reduce_column(sums);
     sum += __shfl_xor_sync(0xffffffff, sum, 1);
     sum += __shfl_xor_sync(0xffffffff, sum, 2);
     add_fixed(tile_column() == 0, next.to + rank, sum);
@@ -274,7 +274,7 @@ __device__ inline void put_down(Team& memory, const Task& task, Found& found) {
   found.sum += __shfl_xor_sync(0xffffffff, found.sum, 1);
   found.sum += __shfl_xor_sync(0xffffffff, found.sum, 2);
   team_sync(warp() / TEAM_WARPS, TEAM);  // scores have been used
-  if (tile_row() >= SHARED) return;
+  if (tile_row() >= GQA_GROUP) return;
   const int team_warp = warp() % TEAM_WARPS;
   float* to = task.splits > 1 ? split_at(task.row, task.head, task.split, tile_row()) : memory.output + tile_row() * DIM;
   const float factor = task.splits > 1 ? 1.f : 1.f / found.sum;
@@ -299,21 +299,21 @@ __device__ inline bool join(Team& memory, const Task& task) {
   __threadfence();
   // How much each split counts.
 #pragma unroll 1
-  for (int h = thread / 32; h < SHARED; h += TEAM_WARPS) {
+  for (int h = thread / 32; h < GQA_GROUP; h += TEAM_WARPS) {
     const float* own = split_at(task.row, task.head, min(lane(), task.splits - 1), h) + DIM;
     const float largest = lane() < task.splits ? own[0] : LEAST;
-    const float share = exp2f(largest - warp_max(largest));
-    const float total = warp_sum(lane() < task.splits ? share * own[1] : 0.f);
-    memory.shares[h][lane()] = share / total;
+    const float weight_of_split = exp2f(largest - warp_max(largest));
+    const float total = warp_sum(lane() < task.splits ? weight_of_split * own[1] : 0.f);
+    memory.weights[h][lane()] = weight_of_split / total;
   }
   team_sync(team, TEAM);
 #pragma unroll 1
-  for (int i = thread; i < SHARED * DIM; i += TEAM) {
+  for (int i = thread; i < GQA_GROUP * DIM; i += TEAM) {
     const int h = i / DIM, d = i % DIM;
     float sum = 0.f;
 #pragma unroll 4
     for (int split = 0; split < task.splits; split++)
-      sum += memory.shares[h][split] * split_at(task.row, task.head, split, h)[d];
+      sum += memory.weights[h][split] * split_at(task.row, task.head, split, h)[d];
     memory.output[i] = sum;
   }
   return true;
@@ -354,7 +354,7 @@ __device__ __noinline__ void attend(int layer) {
       mix_page(memory, page, min(older + 1, PAGE), values, found);
     }
     // Not by blocks: whichever joins the splits, the numbers must be the same.
-    MixedSide next = {adapted() ? shrinker(at, task.row, 0) : Side{},
+    MixedSide next = {adapted() ? lora_a(at, task.row, 0) : Side{},
                       low_rank(at.number + 1, task.head & (shards() - 1), task.row) + tile_row()};
 #pragma unroll
     for (int i = 0; i < OWN_OUTPUTS; i++) next.ask(task, i, 0);

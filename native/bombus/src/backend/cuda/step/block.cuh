@@ -68,8 +68,8 @@ __device__ inline bf16* active() { return in_workspace<bf16>(ACTIVE); }
 // [rows, DIM / 2]
 __device__ inline Angle* angles() { return in_workspace<Angle>(ANGLES); }
 // [rows, kv heads, splits, heads, PARTIAL]
-__device__ inline float* split_at(int row, int head, int split, int shared) {
-  const size_t index = (((size_t)row * KV_HEADS + head) * MOST_SPLITS + split) * SHARED + shared;
+__device__ inline float* split_at(int row, int head, int split, int query) {
+  const size_t index = (((size_t)row * KV_HEADS + head) * MOST_SPLITS + split) * GQA_GROUP + query;
   return in_workspace<float>(SPLITS) + index * PARTIAL;
 }
 

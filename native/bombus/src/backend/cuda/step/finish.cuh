@@ -26,11 +26,11 @@ struct HiddenPlace {
 };
 
 // The input of the next product is normed but for a factor of the row, which needs all of it.
-template <class Shares>
+template <class Shrink>
 __device__ inline void set_hidden(const Product& at, const Outputs& out, const HiddenPlace& to, float x0, float x1,
-                                  bf16 norm0, bf16 norm1, const Shares& shares) {
+                                  bf16 norm0, bf16 norm1, const Shrink& shrink) {
   const unsigned both = pack_bf16(x0 * widen(norm0), x1 * widen(norm1));
-  shares.add(at, out.row, out.n[0], both);
+  shrink.add(at, out.row, out.n[0], both);
   float square = x0 * x0 + x1 * x1;
   for (int other = 4; other < 32; other *= 2) square += __shfl_xor_sync(0xffffffff, square, other);
   if (!to.there) return;
@@ -49,7 +49,7 @@ template <Form OWN> struct FinishQkv {
   int number;
 
   struct Ahead {
-    Expansion<FORM, 1> expansion;
+    Expand<FORM, 1> expand;
     float2 added;
     float factor;
     bool there;
@@ -62,15 +62,15 @@ template <Form OWN> struct FinishQkv {
         for (int i = 0; i < 2; i++) bias[i * QKV_BIAS] = from[out.n[i]];
       }
       const int part = part_of(out.n[0]), start = start_of(part);
-      expansion.ask(Product(finish.number), out.row, part, {out.n[0] - start, out.n[1] - start});
+      expand.ask(Product(finish.number), out.row, part, {out.n[0] - start, out.n[1] - start});
     }
     __device__ void receive(const FinishQkv& finish, const Outputs& out) {
-      expansion.receive(Product(finish.number), out.row, part_of(out.n[0]));
+      expand.receive(Product(finish.number), out.row, part_of(out.n[0]));
     }
     __device__ void ready(const FinishQkv& finish, const Outputs& out, bool received) {
       const int part = part_of(out.n[0]), start = start_of(part);
-      if (received) expansion.ready(Product(finish.number), part);
-      added = expansion.added(Product(finish.number), out.row, part, {out.n[0] - start, out.n[1] - start});
+      if (received) expand.ready(Product(finish.number), part);
+      added = expand.added(Product(finish.number), out.row, part, {out.n[0] - start, out.n[1] - start});
       there = out.there(), factor = factor_of(out), to = qkv() + (size_t)out.row * QKV_WIDTH + out.n[0];
     }
   };
@@ -90,33 +90,33 @@ template <Form OWN> struct FinishHidden {
   const bf16* norm;  // of the next phase
 
   struct Ahead {
-    Expansion<FORM, 1> expansion;
-    Shares<FORM, 2, 3> shares;
+    Expand<FORM, 1> expand;
+    Shrink<FORM, 2, 3> shrink;
     float x0, x1;
     bf16 norm0, norm1;
     HiddenPlace to;
 
     __device__ void ask(const FinishHidden& finish, const Outputs& out) {
-      expansion.ask(Product(finish.number), out.row, 0, out.n);
-      shares.ask(Product(finish.number), out.row, out.n[0]);
+      expand.ask(Product(finish.number), out.row, 0, out.n);
+      shrink.ask(Product(finish.number), out.row, out.n[0]);
       const float* x = hidden() + (size_t)min(out.row, rows() - 1) * HIDDEN;
       x0 = x[out.n[0]], x1 = x[out.n[1]];
       norm0 = finish.norm[out.n[0]], norm1 = finish.norm[out.n[1]];
     }
     __device__ void receive(const FinishHidden& finish, const Outputs& out) {
-      expansion.receive(Product(finish.number), out.row, 0);
+      expand.receive(Product(finish.number), out.row, 0);
     }
     __device__ void ready(const FinishHidden& finish, const Outputs& out, bool received) {
-      if (received) expansion.ready(Product(finish.number), 0);
-      const float2 added = expansion.added(Product(finish.number), out.row, 0, out.n);
+      if (received) expand.ready(Product(finish.number), 0);
+      const float2 added = expand.added(Product(finish.number), out.row, 0, out.n);
       x0 += added.x, x1 += added.y;
-      shares.ready(Product(finish.number), out.row);
+      shrink.ready(Product(finish.number), out.row);
       to = HiddenPlace::of(out);
     }
   };
 
   __device__ void operator()(const Outputs& out, float2 y, const Ahead& own) const {
-    set_hidden(Product(number), out, own.to, own.x0 + y.x, own.x1 + y.y, own.norm0, own.norm1, own.shares);
+    set_hidden(Product(number), out, own.to, own.x0 + y.x, own.x1 + y.y, own.norm0, own.norm1, own.shrink);
   }
 };
 
@@ -127,24 +127,24 @@ template <Form OWN> struct FinishGateUp {
   int number;
 
   struct Ahead {
-    Expansion<FORM, 2> expansion;
-    Shares<FORM, 1, 1> shares;
+    Expand<FORM, 2> expand;
+    Shrink<FORM, 1, 1> shrink;
     float2 added;
     float factor;
     bool there;
     bf16* to;
 
     __device__ void ask(const FinishGateUp& finish, const Outputs& out) {
-      expansion.ask(Product(finish.number), out.row, 0, {out.n[0], out.n[0]});
-      shares.ask(Product(finish.number), out.row, out.n[0]);
+      expand.ask(Product(finish.number), out.row, 0, {out.n[0], out.n[0]});
+      shrink.ask(Product(finish.number), out.row, out.n[0]);
     }
     __device__ void receive(const FinishGateUp& finish, const Outputs& out) {
-      expansion.receive(Product(finish.number), out.row, 0);
+      expand.receive(Product(finish.number), out.row, 0);
     }
     __device__ void ready(const FinishGateUp& finish, const Outputs& out, bool received) {
-      if (received) expansion.ready(Product(finish.number), 0);
-      added = expansion.added(Product(finish.number), out.row, 0, {out.n[0], out.n[0]});
-      shares.ready(Product(finish.number), out.row);
+      if (received) expand.ready(Product(finish.number), 0);
+      added = expand.added(Product(finish.number), out.row, 0, {out.n[0], out.n[0]});
+      shrink.ready(Product(finish.number), out.row);
       there = out.there(), factor = factor_of(out), to = active() + placed(out.row, out.n[0], INNER);
     }
   };
@@ -152,7 +152,7 @@ template <Form OWN> struct FinishGateUp {
   __device__ void operator()(const Outputs& out, float2 y, const Ahead& own) const {
     const float gate = own.factor * (y.x + own.added.x), up = own.factor * (y.y + own.added.y);
     const bf16 x = narrow(gate / (1.f + __expf(-gate)) * up);
-    own.shares.add(Product(number), out.row, out.n[0], x);
+    own.shrink.add(Product(number), out.row, out.n[0], x);
     if (own.there) *own.to = x;
   }
 };

@@ -16,7 +16,7 @@ constexpr int MOST_ROWS = 256;
 constexpr int MOST_RANK = 64;
 
 constexpr int Q_WIDTH = HEADS * DIM, KV_WIDTH = KV_HEADS * DIM, QKV_WIDTH = Q_WIDTH + 2 * KV_WIDTH;
-constexpr int SHARED = HEADS / KV_HEADS;  // query heads that share keys
+constexpr int GQA_GROUP = HEADS / KV_HEADS;  // query heads of a head of keys and values
 constexpr int ROWS = TILES * 8;           // at once
 constexpr int INPUT_GROUPS = 8;           // come at once, at most
 
@@ -111,7 +111,7 @@ constexpr size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 constexpr size_t rounded(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
 // A team's memory for attention: queries, key and value of the row itself; scores of a page, and of the next, then the
-// output; how much splits count.
+// output; the weights of splits.
 struct alignas(16) Team {
   bf16 q[8][DIM + 8];  // eight rows must fall into different banks
   bf16 fresh[2][DIM];
@@ -119,7 +119,7 @@ struct alignas(16) Team {
     float scores[2][8][PAGE + 4];
     float output[8 * DIM];  // of the query heads one after another
   };
-  float shares[8][MOST_SPLITS];
+  float weights[8][MOST_SPLITS];
   unsigned last[4];
 };
 

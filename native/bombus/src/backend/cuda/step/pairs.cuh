@@ -1,6 +1,6 @@
 // Adapters' pairs, and where what they make of a product's inputs is added up: y += scale * (x a^T) b^T.
 //
-// x a^T is added up where x is made: whoever has made an input of the next product adds its share, for the adapter of
+// x a^T is added up where x is made: whoever has made an input of the next product adds what it makes of it, for the adapter of
 // its row, to numbers of 64 bits that all blocks share. So it is there when x is, behind the same barrier; and integers
 // have the same sum in any order.
 
@@ -98,7 +98,7 @@ __device__ inline void keep_sides(const Product& at) {
 }
 
 // b of a product's part for a row, and what its numbers of x a^T must be multiplied with.
-__device__ inline Side expander(const Place& own, int row, int part) {
+__device__ inline Side lora_b(const Place& own, int row, int part) {
   if (row >= rows()) return {};
   if (TILES > 1) return Side::of(kept_sides(part)[row]);
   const Pair& pair = kept_pair(row, own.layer, own.first + part);
@@ -109,7 +109,7 @@ __device__ inline float scale_of(const Place& own, int row, int part) {
   return TILES > 1 ? kept_scales(part)[row] : kept_pair(row, own.layer, own.first + part).scale;
 }
 // a of a part of the next product.
-__device__ inline Side shrinker(const Product& at, int row, int part) {
+__device__ inline Side lora_a(const Product& at, int row, int part) {
   if (row >= rows() || part >= at.next.parts) return {};
   if (TILES > 1) return Side::of(kept_sides(at.own.parts + part)[row]);
   const Pair& pair = kept_pair(row, at.next.layer, at.next.first + part);

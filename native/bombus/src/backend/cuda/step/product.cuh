@@ -228,7 +228,7 @@ struct Dense {
 // Once all have put theirs down, adds up what the warps have of a unit for a batch of rows, and finishes it. Apart from
 // the rest, whose registers it would take.
 template <class D, class Finish> __device__ __noinline__ void finish_tiles(int unit, int batch, Finish finish) {
-  constexpr int SHARES = WARPS / D::HIGH;
+  constexpr int SLICES = WARPS / D::HIGH;
   const int tasks = 2 * min((rows() - batch * ROWS + 7) / 8, TILES) * D::HIGH;
   bool met = false;
 #pragma unroll 1
@@ -243,14 +243,14 @@ template <class D, class Finish> __device__ __noinline__ void finish_tiles(int u
     ahead.receive(finish, out);
     ahead.ready(finish, out, true);
     const float2* from = sums_of(0, high) + (tile * 2 + b) * 32 + lane();
-    finish(out, add_up<SHARES, D::HIGH * OWN_SUMS>(from), ahead);
+    finish(out, add_up<SLICES, D::HIGH * OWN_SUMS>(from), ahead);
   }
 }
 
 // More rows: a block takes TALL outputs and ROWS rows at once; of 16 outputs, several warps share the inputs.
 template <class D, class Finish>
 __device__ __noinline__ Progress multiply_tiles(Progress progress, Finish finish) {
-  constexpr int SHARES = WARPS / D::HIGH, AT_ONCE = D::INPUTS_AT_ONCE;
+  constexpr int SLICES = WARPS / D::HIGH, AT_ONCE = D::INPUTS_AT_ONCE;
   const int tall = warp() % D::HIGH, part = warp() / D::HIGH;
   bool begun = false;
   if (Finish::FORM != NONE && batches() == 1) keep_low_rank(Product(finish.number), 0);
@@ -269,7 +269,7 @@ __device__ __noinline__ Progress multiply_tiles(Progress progress, Finish finish
           wait(&signals().inputs_full[input], progress.inputs_used / INPUT_STAGES & 1);
           const uint4* x = inputs(input) + lane();
 #pragma unroll 1
-          for (int group = part; group < AT_ONCE; group += SHARES) {
+          for (int group = part; group < AT_ONCE; group += SLICES) {
             Dense weight;
             weight.read<D>(stage(slot), tall, first + group);
 #pragma unroll

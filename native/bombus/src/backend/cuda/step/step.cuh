@@ -29,16 +29,16 @@ template <Form FORM> __device__ __noinline__ void embed() {
     for (int tile = warp() / 2; tile * 8 < rows(); tile += WARPS / 2) {
       const int n = unit * 16 + tile_row();
       const Outputs out = {{n, n + 8}, tile * 8 + 2 * tile_column() + warp() % 2};
-      Shares<FORM, 2, 3> shares;
-      shares.ask(at, out.row, n);
+      Shrink<FORM, 2, 3> shrink;
+      shrink.ask(at, out.row, n);
       float x0 = 0.f, x1 = 0.f;
       if (out.row < rows()) {
         int id = state().steps ? -1 - out.row : (int)(unsigned)planned(out.row)[0];
         if (id < 0) id = (int)state().sampled[-1 - id];
         x0 = embedded(weight, id, n), x1 = embedded(weight, id, n + 8);
       }
-      shares.ready(at, out.row);
-      set_hidden(at, out, HiddenPlace::of(out), x0, x1, norm[n], norm[n + 8], shares);
+      shrink.ready(at, out.row);
+      set_hidden(at, out, HiddenPlace::of(out), x0, x1, norm[n], norm[n + 8], shrink);
     }
 }
 
