@@ -150,7 +150,7 @@ fn loras<'a, B: Backend>(
     let share = |(span, adapter): &Span<'a, B>| {
         let rows = rows(span);
         let lora = lora(adapter).filter(|_| !rows.is_empty())?;
-        Some(LoraRows { part, rows, lora })
+        Some(LoraRows { index: part, rows, lora })
     };
     spans.iter().filter_map(share).collect()
 }

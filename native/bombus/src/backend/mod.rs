@@ -82,7 +82,7 @@ pub struct Segment {
     pub start: usize,
 }
 
-/// A piece of a cache's memory: the same id is the same memory.
+/// A block of a cache's memory: the same id is the same memory.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Page {
     pub id: usize,
@@ -96,9 +96,9 @@ pub enum Token {
     Sampled(usize),
 }
 
-/// An adapter's LoRA for some rows of a linear layer's output number `part` (0 for embeddings).
+/// An adapter's LoRA for some rows, of number `index` of fused linear layers (0 for embeddings).
 pub struct LoraRows<'a, B: Backend + ?Sized> {
-    pub part: usize,
+    pub index: usize,
     pub rows: Range<usize>,
     pub lora: &'a B::Lora,
 }
@@ -134,7 +134,7 @@ pub trait Backend {
     fn guard(&self) -> Self::Guard;
 
     fn norm(&self, weight: &TensorView) -> Result<Self::Norm>;
-    fn linear(&self, parts: &[LinearWeights]) -> Result<Self::Linear>;
+    fn linear(&self, fused: &[LinearWeights]) -> Result<Self::Linear>;
     fn embedding(&self, weights: &LinearWeights) -> Result<Self::Embedding>;
     fn attention_layer(
         &self,
@@ -145,7 +145,7 @@ pub trait Backend {
     fn cache(&self, layers: usize) -> Self::Cache;
     /// A cache that begins as this one, up to so many positions: what is the same is shared.
     fn fork(&self, cache: &Self::Cache, positions: usize) -> Result<Self::Cache>;
-    /// The memory of a cache, in pieces that forks may share.
+    /// The memory of a cache, in blocks that forks may share.
     fn pages(&self, cache: &Self::Cache) -> Vec<Page>;
     /// Makes room for these positions in a layer: an error where there is no memory for them.
     fn reserve(

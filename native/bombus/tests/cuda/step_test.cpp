@@ -23,7 +23,7 @@ using emulator::float_of;
 
 typedef std::vector<double> Numbers;
 
-constexpr double MOST_MEAN = 1e-2, MOST_SINGLE = 0.15;  // differences, in parts of the mean magnitude
+constexpr double MOST_MEAN = 1e-2, MOST_SINGLE = 0.15;  // differences, as fractions of the mean magnitude
 constexpr size_t PAGE_NUMBERS = (size_t)LAYERS * 2 * KV_HEADS * PAGE * DIM;
 
 // Memory of the card, at the end of which there is none: whoever reads on is caught. It begins as no numbers.
@@ -364,7 +364,7 @@ struct Reference {
   }
 };
 
-// In parts of the mean magnitude.
+// As fractions of the mean magnitude.
 struct Difference {
   double sum = 0, largest = 0, magnitude = 0;
   size_t count = 0;

@@ -255,7 +255,7 @@ impl Product<'_> {
                 row.block::<S, P, M, NIBBLES>(codes, start + local, local, &tables, &mut acc);
             }
             if here < step && !bytes.is_multiple_of(BYTES) && start + here == whole {
-                let codes = S::bytes_part(codes.add(whole * BYTES), bytes % BYTES);
+                let codes = S::bytes_partial(codes.add(whole * BYTES), bytes % BYTES);
                 row.block::<S, P, M, NIBBLES>(codes, whole, here, &tables, &mut acc);
             }
         }

@@ -6,7 +6,7 @@
 //! way, page by page (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
 
 use super::float::Float;
-use super::rows::{norm_factor, part};
+use super::rows::{load_partial, norm_factor};
 use super::simd::{Kernel, LANES, Simd, prefetch};
 use super::tensor::{SendPtr, Tensor};
 use super::{AttentionWeights, Cpu, Page, Segment, lock};
@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 /// The positions of a page.
 const PAGE: usize = 64;
-/// The rows of a prefill that are one piece of work.
+/// The rows of a prefill that are one tile.
 const ROWS: usize = 16;
 
 /// Keys and values of one sequence in one layer. Forks share pages until one of them writes there.
@@ -245,15 +245,15 @@ pub fn attend(
     });
     let mut out = cpu.spare.tensor(q.rows, q.width);
     let target = SendPtr(out.data_mut().as_mut_ptr());
-    let pieces = step.pieces();
-    cpu.pool.each(pieces.len(), |piece| {
-        // SAFETY: a piece's heads and rows are its own.
-        unsafe { cpu.level.run(Attend { step: &step, piece: &pieces[piece], out: target }) };
+    let tiles = step.tiles();
+    cpu.pool.each(tiles.len(), |tile| {
+        // SAFETY: a tile's heads and rows are its own.
+        unsafe { cpu.level.run(Attend { step: &step, tile: &tiles[tile], out: target }) };
     });
     Ok(out)
 }
 
-/// What all pieces of a step share.
+/// What all tiles of a step share.
 struct Step<'a> {
     spec: &'a AttentionSpec,
     layout: Layout,
@@ -269,7 +269,7 @@ struct Step<'a> {
 }
 
 /// One head of keys, and some rows of a segment.
-struct Piece {
+struct Tile {
     segment: usize,
     head: usize,
     /// counted from the segment's first
@@ -277,23 +277,23 @@ struct Piece {
 }
 
 impl Step<'_> {
-    fn pieces(&self) -> Vec<Piece> {
-        let mut pieces = vec![];
+    fn tiles(&self) -> Vec<Tile> {
+        let mut tiles = vec![];
         for (segment, Segment { rows, .. }) in self.segments.iter().enumerate() {
             for first in (0..rows.len()).step_by(ROWS) {
                 for head in 0..self.layout.heads {
                     let rows = first..rows.len().min(first + ROWS);
-                    pieces.push(Piece { segment, head, rows });
+                    tiles.push(Tile { segment, head, rows });
                 }
             }
         }
         // The longest first: what is left at the end is short.
-        pieces.sort_by_key(|piece| std::cmp::Reverse(self.reach(piece)));
-        pieces
+        tiles.sort_by_key(|tile| std::cmp::Reverse(self.reach(tile)));
+        tiles
     }
 
-    fn reach(&self, piece: &Piece) -> usize {
-        self.segments[piece.segment].start + piece.rows.end
+    fn reach(&self, tile: &Tile) -> usize {
+        self.segments[tile.segment].start + tile.rows.end
     }
 }
 
@@ -377,11 +377,12 @@ impl Prepare<'_> {
             let lanes = LANES.min(half - place);
             let low = S::mul(factor, weighted::<S>(x, norm, place, lanes));
             let high = S::mul(factor, weighted::<S>(x, norm, half + place, lanes));
-            let (cos, sin) = (part::<S>(cos, place, lanes), part::<S>(sin, place, lanes));
+            let (cos, sin) =
+                (load_partial::<S>(cos, place, lanes), load_partial::<S>(sin, place, lanes));
             let rotated =
                 [S::sub(S::mul(low, cos), S::mul(high, sin)), S::fma(low, sin, S::mul(high, cos))];
-            S::store_part(out.as_mut_ptr().add(place), rotated[0], lanes);
-            S::store_part(out.as_mut_ptr().add(half + place), rotated[1], lanes);
+            S::store_partial(out.as_mut_ptr().add(place), rotated[0], lanes);
+            S::store_partial(out.as_mut_ptr().add(half + place), rotated[1], lanes);
         }
     }
 }
@@ -389,9 +390,9 @@ impl Prepare<'_> {
 /// Lanes of x, times the norm's weight where there is one.
 #[inline(always)]
 unsafe fn weighted<S: Simd>(x: &[f32], norm: Option<&[f32]>, place: usize, lanes: usize) -> S::F {
-    let x = part::<S>(x, place, lanes);
+    let x = load_partial::<S>(x, place, lanes);
     match norm {
-        Some(norm) => S::mul(x, part::<S>(norm, place, lanes)),
+        Some(norm) => S::mul(x, load_partial::<S>(norm, place, lanes)),
         None => x,
     }
 }
@@ -408,7 +409,7 @@ unsafe fn put<S: Simd>(
 ) {
     for start in (0..count).step_by(LANES) {
         let lanes = LANES.min(count - start);
-        let x = part::<S>(x, start, lanes);
+        let x = load_partial::<S>(x, start, lanes);
         let mut halves = [0u16; LANES];
         let mut floats = [0f32; LANES];
         match float {
@@ -432,7 +433,7 @@ unsafe fn put<S: Simd>(
 
 struct Attend<'a> {
     step: &'a Step<'a>,
-    piece: &'a Piece,
+    tile: &'a Tile,
     out: SendPtr,
 }
 
@@ -449,11 +450,11 @@ impl Kernel for Attend<'_> {
 }
 
 impl Attend<'_> {
-    /// Some queries at a time: each has a row, and a head that reads the piece's key head.
+    /// Some queries at a time: each has a row, and a head that reads the tile's key head.
     #[inline(always)]
     unsafe fn queries<S: Simd, const HALF: bool>(&self) {
         let shared_by = self.step.spec.group();
-        let Piece { head, ref rows, .. } = *self.piece;
+        let Tile { head, ref rows, .. } = *self.tile;
         let query =
             |index: usize| (rows.start + index / shared_by, head * shared_by + index % shared_by);
         let count = rows.len() * shared_by;
@@ -475,7 +476,7 @@ impl Attend<'_> {
         queries: [(usize, usize); Q],
     ) -> usize {
         let step = self.step;
-        let segment = &step.segments[self.piece.segment];
+        let segment = &step.segments[self.tile.segment];
         let Layout { dim, .. } = step.layout;
         let mut q = [std::ptr::null::<f32>(); Q];
         let mut limits = [0; Q];
@@ -492,7 +493,7 @@ impl Attend<'_> {
             scores: [[0.0; PAGE]; Q],
         };
         for page in 0..end.div_ceil(PAGE) {
-            let base = step.pages[self.piece.segment].0[page];
+            let base = step.pages[self.tile.segment].0[page];
             let first = page * PAGE;
             let count = PAGE.min(end - first);
             self.score::<S, HALF, Q>(base, count, &q, &mut state);
@@ -501,7 +502,7 @@ impl Attend<'_> {
                 scores[seen..count.next_multiple_of(LANES)].fill(f32::NEG_INFINITY);
             }
             state.soften::<S>(count, step.layout.value_dim());
-            let next = step.pages[self.piece.segment].0.get(page + 1).copied();
+            let next = step.pages[self.tile.segment].0.get(page + 1).copied();
             self.mix::<S, HALF, Q>(base, next.unwrap_or(base), count, &mut state);
         }
         for (place, (row, head)) in queries.into_iter().enumerate() {
@@ -525,9 +526,9 @@ impl Attend<'_> {
         state: &mut State<Q>,
     ) {
         let dim = self.step.layout.dim;
-        let keys = self.step.layout.keys(self.piece.head);
+        let keys = self.step.layout.keys(self.tile.head);
         let float = self.step.layout.float.bytes();
-        let ahead = page.wrapping_add(self.step.layout.values(self.piece.head) * float);
+        let ahead = page.wrapping_add(self.step.layout.values(self.tile.head) * float);
         for block in 0..count.div_ceil(LANES) {
             // Two sums a query: the next addition need not wait for the last.
             let mut acc = [[S::splat(0.0); 2]; Q];
@@ -560,9 +561,9 @@ impl Attend<'_> {
         state: &mut State<Q>,
     ) {
         let wide = self.step.layout.value_dim();
-        let values = self.step.layout.values(self.piece.head);
+        let values = self.step.layout.values(self.tile.head);
         let float = self.step.layout.float.bytes();
-        let ahead = next.wrapping_add(self.step.layout.keys(self.piece.head) * float);
+        let ahead = next.wrapping_add(self.step.layout.keys(self.tile.head) * float);
         for d in (0..wide).step_by(2 * LANES) {
             let both = d + LANES < wide;
             let second = if both { d + LANES } else { d };

@@ -29,7 +29,7 @@ pub unsafe fn unpack_nibbles<S: Simd>(packed: &[u8], codes: &mut [u8]) {
         codes = codes.add(2 * BYTES);
     }
     if !rest.is_empty() {
-        spread::<S>(S::bytes_part(rest.as_ptr(), rest.len()), codes);
+        spread::<S>(S::bytes_partial(rest.as_ptr(), rest.len()), codes);
     }
 }
 

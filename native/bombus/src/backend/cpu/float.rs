@@ -32,11 +32,11 @@ impl Float {
         let p = p.add(place * self.bytes());
         match (self, count) {
             (Float::F32, LANES) => S::load(p.cast()),
-            (Float::F32, _) => S::load_part(p.cast(), count),
+            (Float::F32, _) => S::load_partial(p.cast(), count),
             (Float::F16, LANES) => S::load_f16(p.cast()),
             (Float::Bf16, LANES) => S::load_bf16(p.cast()),
-            (Float::F16, _) => S::load_half_part::<false>(p.cast(), count),
-            (Float::Bf16, _) => S::load_half_part::<true>(p.cast(), count),
+            (Float::F16, _) => S::load_half_partial::<false>(p.cast(), count),
+            (Float::Bf16, _) => S::load_half_partial::<true>(p.cast(), count),
         }
     }
 

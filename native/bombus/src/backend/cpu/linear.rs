@@ -4,7 +4,7 @@ use super::affine::{self, Affine};
 use super::dense::{self, Dense};
 use super::digits::{Digits, Format};
 use super::float::Float;
-use super::rows::part;
+use super::rows::load_partial;
 use super::simd::{Kernel, LANES, Level, Simd};
 use super::tensor::{SendPtr, Target, Tensor};
 use super::{Adapted, Cpu, LinearWeights, LoraRows, LoraWeights, lock};
@@ -21,8 +21,8 @@ pub enum Weights {
 
 /// One or several layers with the same input: one pass over the threads serves them all.
 pub struct Linear {
-    parts: Vec<Weights>,
-    /// of each part
+    layers: Vec<Weights>,
+    /// of each layer
     biases: Vec<Option<Vec<f32>>>,
     /// The numbers of a row of x; of an embedding, those of a token.
     pub width: usize,
@@ -83,44 +83,47 @@ impl Weights {
 }
 
 impl Linear {
-    pub fn load(parts: &[LinearWeights]) -> Result<Self> {
-        let bias = |part: &LinearWeights| part.bias.as_ref().map(Float::read).transpose();
-        let biases = parts.iter().map(bias).collect::<Result<Vec<_>>>()?;
-        let parts = parts.iter().map(Weights::load).collect::<Result<Vec<_>>>()?;
+    pub fn load(layers: &[LinearWeights]) -> Result<Self> {
+        let bias = |layer: &LinearWeights| layer.bias.as_ref().map(Float::read).transpose();
+        let biases = layers.iter().map(bias).collect::<Result<Vec<_>>>()?;
+        let layers = layers.iter().map(Weights::load).collect::<Result<Vec<_>>>()?;
         let mut gauge = gauge::Share::of(&gauge::CPU_BYTES);
-        gauge.set(parts.iter().flat_map(Weights::tensors).map(Mapped::len).sum());
-        Ok(Self { width: parts[0].in_features(), parts, biases, _gauge: gauge })
+        gauge.set(layers.iter().flat_map(Weights::tensors).map(Mapped::len).sum());
+        Ok(Self { width: layers[0].in_features(), layers, biases, _gauge: gauge })
     }
 
     /// Where the weights are.
     pub fn files(&self) -> impl Iterator<Item = &Arc<MappedFile>> {
-        self.parts.iter().flat_map(Weights::tensors).map(|tensor| &tensor.file)
+        self.layers.iter().flat_map(Weights::tensors).map(|tensor| &tensor.file)
     }
 
     /// The numbers of a row of y; of an embedding, its tokens.
     pub fn out_features(&self) -> usize {
-        self.parts.iter().map(Weights::out_features).sum()
+        self.layers.iter().map(Weights::out_features).sum()
     }
 
     /// Row `id` of an embedding.
     pub fn row(&self, id: usize, out: &mut [f32]) {
-        self.parts[0].row(id, out);
+        self.layers[0].row(id, out);
     }
 
     /// x: `[rows, in]` -> one `[rows, out]` for each layer, and what the adapters add
     pub fn apply(&self, cpu: &Cpu, x: &Tensor, deltas: &[Delta]) -> Vec<Tensor> {
         let mut digits = lock(&cpu.digits);
         let formats = self.write_digits(cpu, x, &mut digits);
-        let mut outputs: Vec<Tensor> =
-            self.parts.iter().map(|part| cpu.spare.tensor(x.rows, part.out_features())).collect();
+        let mut outputs: Vec<Tensor> = self
+            .layers
+            .iter()
+            .map(|layer| cpu.spare.tensor(x.rows, layer.out_features()))
+            .collect();
         let targets: Vec<(SendPtr, usize)> = outputs
             .iter_mut()
             .map(|output| (SendPtr(output.data_mut().as_mut_ptr()), output.stride))
             .collect();
-        let total = self.parts.iter().map(Weights::out_features).sum();
+        let total = self.layers.iter().map(Weights::out_features).sum();
         cpu.pool.split(total, GRAIN, |range| {
             let mut start = 0;
-            for (part, weights) in self.parts.iter().enumerate() {
+            for (index, weights) in self.layers.iter().enumerate() {
                 let end = start + weights.out_features();
                 let own = range.start.max(start)..range.end.min(end);
                 if own.is_empty() {
@@ -128,16 +131,16 @@ impl Linear {
                     continue;
                 }
                 let own = own.start - start..own.end - start;
-                let format = formats[part].map(|place| (&digits[place].1, digits[place].0));
-                let (y, stride) = targets[part];
+                let format = formats[index].map(|place| (&digits[place].1, digits[place].0));
+                let (y, stride) = targets[index];
                 let target = Target { y, range: own, stride };
                 // SAFETY: the columns of this range are this thread's alone.
                 unsafe { weights.product(cpu, x, format, target.clone()) };
-                for delta in deltas.iter().filter(|delta| delta.part == part) {
+                for delta in deltas.iter().filter(|delta| delta.index == index) {
                     // SAFETY: as above.
                     unsafe { cpu.level.run(Add { delta, target: target.clone() }) };
                 }
-                if let Some(bias) = &self.biases[part] {
+                if let Some(bias) = &self.biases[index] {
                     // SAFETY: as above. DoRA scales what is before the bias.
                     unsafe {
                         cpu.level.run(AddBias { bias, rows: x.rows, target: target.clone() })
@@ -158,8 +161,8 @@ impl Linear {
     ) -> Vec<Option<usize>> {
         let mut used = 0;
         let mut places = vec![];
-        for part in &self.parts {
-            let place = part.format(x.rows, cpu.level).map(|format| {
+        for layer in &self.layers {
+            let place = layer.format(x.rows, cpu.level).map(|format| {
                 if let Some(place) = digits[..used].iter().position(|(other, _)| *other == format) {
                     return place;
                 }
@@ -356,8 +359,8 @@ impl AdaptedRows<'_> {
 impl<'a> Adapted<'a, Cpu> {
     fn weights(&self) -> &'a Weights {
         match self {
-            Adapted::Projection(linear, part) => &linear.parts[*part],
-            Adapted::Embedding(embedding) | Adapted::TiedHead(embedding) => &embedding.parts[0],
+            Adapted::Projection(linear, index) => &linear.layers[*index],
+            Adapted::Embedding(embedding) | Adapted::TiedHead(embedding) => &embedding.layers[0],
         }
     }
 }
@@ -385,9 +388,9 @@ fn transpose(matrix: &TensorView) -> Result<Vec<f32>> {
     Ok(transposed)
 }
 
-/// What an adapter adds to some rows of output `part`: `inner` times `up`.
+/// What an adapter adds to some rows of number `index` of fused layers: `inner` times `up`.
 pub struct Delta<'a> {
-    part: usize,
+    index: usize,
     rows: Vec<usize>,
     /// `scale * x A`: `[rows, rank]`
     inner: Vec<f32>,
@@ -398,12 +401,12 @@ impl<'a> Delta<'a> {
     /// One for each pair, with all its rows: so it is read once.
     pub fn all(cpu: &Cpu, x: &Tensor, loras: &[LoraRows<'a, Cpu>]) -> Vec<Self> {
         let mut deltas: Vec<Self> = vec![];
-        for &LoraRows { part, ref rows, lora } in loras {
-            let same = |delta: &&mut Self| delta.part == part && std::ptr::eq(delta.lora, lora);
+        for &LoraRows { index, ref rows, lora } in loras {
+            let same = |delta: &&mut Self| delta.index == index && std::ptr::eq(delta.lora, lora);
             match deltas.iter_mut().find(same) {
                 Some(delta) => delta.rows.extend(rows.clone()),
                 None => {
-                    deltas.push(Self { part, rows: rows.clone().collect(), inner: vec![], lora })
+                    deltas.push(Self { index, rows: rows.clone().collect(), inner: vec![], lora })
                 }
             }
         }
@@ -514,7 +517,7 @@ impl Add<'_> {
                 if let Some(Factors::Outputs(factors)) = factors {
                     sum = S::mul(sum, number::<S, false>(factors.as_ptr().cast(), place, lanes));
                 }
-                S::store_part(y, sum, lanes);
+                S::store_partial(y, sum, lanes);
             }
         }
     }
@@ -534,11 +537,11 @@ impl Kernel for AddBias<'_> {
     unsafe fn run<S: Simd>(self) {
         for place in self.target.range.clone().step_by(LANES) {
             let lanes = LANES.min(self.target.range.end - place);
-            let bias = part::<S>(self.bias, place, lanes);
+            let bias = load_partial::<S>(self.bias, place, lanes);
             for row in 0..self.rows {
                 let y = self.target.at(row, place);
                 let sum = S::add(number::<S, false>(y.cast(), 0, lanes), bias);
-                S::store_part(y, sum, lanes);
+                S::store_partial(y, sum, lanes);
             }
         }
     }

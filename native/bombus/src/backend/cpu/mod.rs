@@ -97,8 +97,8 @@ impl Cpu {
         })
     }
 
-    fn load(&self, parts: &[LinearWeights]) -> Result<Linear> {
-        let linear = Linear::load(parts)?;
+    fn load(&self, fused: &[LinearWeights]) -> Result<Linear> {
+        let linear = Linear::load(fused)?;
         let mut files = lock(&self.files);
         for file in linear.files() {
             if !files.iter().any(|known| Arc::ptr_eq(known, file)) {
@@ -149,8 +149,8 @@ impl Backend for Cpu {
         Ok(Norm { weight: Float::read(weight)?, float: Float::of(weight.dtype)? })
     }
 
-    fn linear(&self, parts: &[LinearWeights]) -> Result<Linear> {
-        self.load(parts)
+    fn linear(&self, fused: &[LinearWeights]) -> Result<Linear> {
+        self.load(fused)
     }
 
     fn embedding(&self, weights: &LinearWeights) -> Result<Linear> {
@@ -267,7 +267,7 @@ impl Backend for Cpu {
 
     fn unembed(&self, embedding: &Linear, x: &Tensor, loras: &[LoraRows<Self>]) -> Result<Tensor> {
         let mut logits = self.project(embedding, x, loras)?;
-        logits.pop().ok_or_else(|| Error::Backend("an embedding is one part".into()))
+        logits.pop().ok_or_else(|| Error::Backend("an embedding is one layer".into()))
     }
 
     fn sample(&self, logits: &Tensor, draws: &[Draw]) -> Result<Samples> {

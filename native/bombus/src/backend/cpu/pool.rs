@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_micros(300);
 /// The chunks of a thread's range: enough for a thread that is slow for a while, and each large
 /// enough to be read at the memory's speed.
-const PIECES: usize = 8;
+const CHUNKS: usize = 8;
 /// Fewer numbers than this are done before a second thread has begun.
 const SERIAL: usize = 6 * 1024;
 /// The clock is read once in so many spins.
@@ -119,9 +119,9 @@ impl Pool {
     /// thread has a range of its own, side by side in memory; one that is done helps the others.
     pub fn split(&self, items: usize, grain: usize, work: impl Fn(Range<usize>) + Sync) {
         let grains = items.div_ceil(grain);
-        let piece = grains.div_ceil(self.threads * PIECES);
-        let pieces = grains.div_ceil(piece.max(1));
-        let first = |thread: usize| pieces * thread / self.threads;
+        let chunk = grains.div_ceil(self.threads * CHUNKS);
+        let chunks = grains.div_ceil(chunk.max(1));
+        let first = |thread: usize| chunks * thread / self.threads;
         let next: Vec<AtomicUsize> =
             (0..self.threads).map(|thread| AtomicUsize::new(first(thread))).collect();
         self.run(&|thread| {
@@ -131,8 +131,8 @@ impl Pool {
                     if place >= first(other + 1) {
                         break;
                     }
-                    let start = place * piece * grain;
-                    work(start..items.min(start + piece * grain));
+                    let start = place * chunk * grain;
+                    work(start..items.min(start + chunk * grain));
                 }
             }
         });

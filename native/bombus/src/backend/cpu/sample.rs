@@ -1,6 +1,6 @@
 //! Sampling, row by row. The filters are those of `sampler`, in its order.
 
-use super::rows::part;
+use super::rows::load_partial;
 use super::simd::{Kernel, LANES, Simd};
 use super::tensor::{SendPtr, Tensor};
 use super::{Cpu, Draw, Sample, lock};
@@ -242,11 +242,11 @@ impl Kernel for Weigh<'_> {
             let mut sum = S::splat(0.0);
             for place in (0..logits.len()).step_by(LANES) {
                 let lanes = LANES.min(logits.len() - place);
-                let x = S::sub(part::<S>(logits, place, lanes), S::splat(self.highest));
+                let x = S::sub(load_partial::<S>(logits, place, lanes), S::splat(self.highest));
                 let weight = S::exp(S::div(x, S::splat(self.temperature)));
-                S::store_part(weights.as_mut_ptr().add(place), weight, lanes);
+                S::store_partial(weights.as_mut_ptr().add(place), weight, lanes);
                 // The lanes behind the last are taken as they were stored: not at all.
-                sum = S::add(sum, part::<S>(weights, place, lanes));
+                sum = S::add(sum, load_partial::<S>(weights, place, lanes));
             }
             total += f64::from(S::sum(sum));
         }

@@ -27,10 +27,10 @@ fetch(shared, queries, 0, rows - first);
 commit_copies();
 wait_copies<0>();
 __syncthreads();
-unsigned q_parts[DIM / 16][4];
+unsigned q_fragments[DIM / 16][4];
 #pragma unroll
 for (int i = 0; i < DIM / 16; i++)
-  load_matrices(q_parts[i], shared + (warp * 16 + lane % 16) * STRIDE + i * 32 + lane / 16 * 16);
+  load_matrices(q_fragments[i], shared + (warp * 16 + lane % 16) * STRIDE + i * 32 + lane / 16 * 16);
 __syncthreads();
 
 const int seen = min(start + first + TILE, positions);  // by the last of these rows
@@ -57,8 +57,8 @@ for (int tile = 0; tile < key_tiles; tile++) {
       // Keys j * 8 .. + 16, numbers i * 16 .. + 16.
       unsigned b[4];
       load_matrices(b, own + (j * 8 + lane / 16 * 8 + lane % 8) * STRIDE + i * 32 + lane / 8 % 2 * 16);
-      multiply(scores[j], q_parts[i][0], q_parts[i][1], q_parts[i][2], q_parts[i][3], b[0], b[1]);
-      multiply(scores[j + 1], q_parts[i][0], q_parts[i][1], q_parts[i][2], q_parts[i][3], b[2], b[3]);
+      multiply(scores[j], q_fragments[i][0], q_fragments[i][1], q_fragments[i][2], q_fragments[i][3], b[0], b[1]);
+      multiply(scores[j + 1], q_fragments[i][0], q_fragments[i][1], q_fragments[i][2], q_fragments[i][3], b[2], b[3]);
     }
   constexpr float SCALE = 1.44269504f;
   const float scale = rsqrtf((float)DIM) * SCALE;

@@ -5,7 +5,7 @@
 
 use super::PagedAttention;
 use super::kernel::{Kernel, Launch, Source};
-use crate::backend::{Page as Piece, arrays};
+use crate::backend::{Page as Block, arrays};
 use crate::error::{Error, Result};
 use mlx_rs::{Array, Dtype, ops, transforms};
 use std::cell::RefCell;
@@ -153,9 +153,9 @@ impl Sequence {
         Self { pages: self.pages[..pages].to_vec(), ..Self::new(&self.attention, &self.pool) }
     }
 
-    pub fn pages(&self) -> Vec<Piece> {
+    pub fn pages(&self) -> Vec<Block> {
         let bytes = self.pool.page_bytes;
-        self.pages.iter().map(|page| Piece { id: page.address as usize, bytes }).collect()
+        self.pages.iter().map(|page| Block { id: page.address as usize, bytes }).collect()
     }
 
     /// Makes these positions its own to write to.

@@ -291,7 +291,7 @@ fn small(scales: &Array, biases: &Array, gated: bool) -> Result<Array> {
     on_card(&both.flatten(None, None)?)
 }
 
-/// A part of a step.
+/// A phase of a step.
 pub struct Phase {
     pub name: &'static str,
     pub seconds: f64,

@@ -48,17 +48,17 @@ impl Mlx {
     fn apply_dora(
         &self,
         linear: &Linear,
-        part: usize,
+        index: usize,
         x: &Array,
         lora: &Lora,
         y: Array,
     ) -> Result<Array> {
-        let bias = linear.bias(part)?;
+        let bias = linear.bias(index)?;
         let y = match (self.device, &bias) {
             // mlx-lm's DoRA multiplies with dense weights, whose products are added in float32
             // everywhere; those with quantized ones are so on a GPU only.
-            (Device::Cpu, _) => linear.product(&x.as_dtype(Dtype::Float32)?)?.swap_remove(part),
-            (Device::Gpu, Some(_)) => linear.product(x)?.swap_remove(part),
+            (Device::Cpu, _) => linear.product(&x.as_dtype(Dtype::Float32)?)?.swap_remove(index),
+            (Device::Gpu, Some(_)) => linear.product(x)?.swap_remove(index),
             (Device::Gpu, None) => y,
         };
         let y = lora.apply(x, y)?;
@@ -93,8 +93,8 @@ impl Backend for Mlx {
         arrays::load(weight)
     }
 
-    fn linear(&self, parts: &[LinearWeights]) -> Result<Linear> {
-        Linear::load(parts, self.device)
+    fn linear(&self, fused: &[LinearWeights]) -> Result<Linear> {
+        Linear::load(fused, self.device)
     }
 
     fn embedding(&self, weights: &LinearWeights) -> Result<Linear> {
@@ -164,11 +164,11 @@ impl Backend for Mlx {
 
     fn project(&self, linear: &Linear, x: &Array, loras: &[LoraRows<Self>]) -> Result<Vec<Array>> {
         let outputs = linear.apply(x)?.into_iter().enumerate();
-        let add = |(part, y)| {
-            linear::apply_loras(y, part, loras, |rows, lora, y| {
+        let add = |(index, y)| {
+            linear::apply_loras(y, index, loras, |rows, lora, y| {
                 let x = arrays::rows(x, rows)?;
                 match lora.is_dora() {
-                    true => self.apply_dora(linear, part, &x, lora, y),
+                    true => self.apply_dora(linear, index, &x, lora, y),
                     false => lora.apply(&x, y),
                 }
             })
@@ -227,7 +227,7 @@ impl Backend for Mlx {
 
     fn unembed(&self, embedding: &Linear, x: &Array, loras: &[LoraRows<Self>]) -> Result<Array> {
         let mut logits = self.project(embedding, x, loras)?;
-        logits.pop().ok_or_else(|| Error::Backend("an embedding is one part".into()))
+        logits.pop().ok_or_else(|| Error::Backend("an embedding is one layer".into()))
     }
 
     fn sample(&self, logits: &Array, draws: &[Draw]) -> Result<Samples> {

@@ -102,10 +102,10 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn load_part(p: *const f32, n: usize) -> F {
-        let mut part = [0.0; LANES];
-        copy_bytes(p.cast(), part.as_mut_ptr().cast(), n * size_of::<f32>());
-        Self::load(part.as_ptr())
+    unsafe fn load_partial(p: *const f32, n: usize) -> F {
+        let mut padded = [0.0; LANES];
+        copy_bytes(p.cast(), padded.as_mut_ptr().cast(), n * size_of::<f32>());
+        Self::load(padded.as_ptr())
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u16) -> F {
@@ -121,10 +121,10 @@ impl Simd for Avx2 {
         _mm256_storeu_ps(p.add(8), x[1]);
     }
     #[inline(always)]
-    unsafe fn store_part(p: *mut f32, x: F, n: usize) {
-        let mut part = [0.0; LANES];
-        Self::store(part.as_mut_ptr(), x);
-        std::ptr::copy_nonoverlapping(part.as_ptr(), p, n);
+    unsafe fn store_partial(p: *mut f32, x: F, n: usize) {
+        let mut padded = [0.0; LANES];
+        Self::store(padded.as_mut_ptr(), x);
+        std::ptr::copy_nonoverlapping(padded.as_ptr(), p, n);
     }
     #[inline(always)]
     unsafe fn store_f16(p: *mut u16, x: F) {
@@ -218,10 +218,10 @@ impl Simd for Avx2 {
         [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())]
     }
     #[inline(always)]
-    unsafe fn bytes_part(p: *const u8, n: usize) -> [__m256i; 2] {
-        let mut part = [0u8; 64];
-        std::ptr::copy_nonoverlapping(p, part.as_mut_ptr(), n);
-        Self::bytes(part.as_ptr())
+    unsafe fn bytes_partial(p: *const u8, n: usize) -> [__m256i; 2] {
+        let mut padded = [0u8; 64];
+        std::ptr::copy_nonoverlapping(p, padded.as_mut_ptr(), n);
+        Self::bytes(padded.as_ptr())
     }
     #[inline(always)]
     unsafe fn bytes_splat(p: *const u8) -> [__m256i; 2] {

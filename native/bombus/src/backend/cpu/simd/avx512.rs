@@ -60,7 +60,7 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
-    unsafe fn load_part(p: *const f32, n: usize) -> __m512 {
+    unsafe fn load_partial(p: *const f32, n: usize) -> __m512 {
         _mm512_maskz_loadu_ps(mask(n), p)
     }
     #[inline(always)]
@@ -77,7 +77,7 @@ impl Simd for Avx512 {
         _mm512_storeu_ps(p, x)
     }
     #[inline(always)]
-    unsafe fn store_part(p: *mut f32, x: __m512, n: usize) {
+    unsafe fn store_partial(p: *mut f32, x: __m512, n: usize) {
         _mm512_mask_storeu_ps(p, mask(n), x)
     }
     #[inline(always)]
@@ -173,7 +173,7 @@ impl Simd for Avx512 {
         _mm512_loadu_si512(p.cast())
     }
     #[inline(always)]
-    unsafe fn bytes_part(p: *const u8, n: usize) -> __m512i {
+    unsafe fn bytes_partial(p: *const u8, n: usize) -> __m512i {
         let mask = if n < 64 { (1u64 << n) - 1 } else { u64::MAX };
         _mm512_maskz_loadu_epi8(mask, p.cast())
     }

@@ -111,11 +111,11 @@ pub trait Simd: Copy + 'static {
     /// One or two numbers, again and again.
     unsafe fn splat_many(p: *const f32, count: usize) -> Self::F;
     /// The first `n` lanes, zeros behind them.
-    unsafe fn load_part(p: *const f32, n: usize) -> Self::F;
+    unsafe fn load_partial(p: *const f32, n: usize) -> Self::F;
     unsafe fn load_f16(p: *const u16) -> Self::F;
     unsafe fn load_bf16(p: *const u16) -> Self::F;
     unsafe fn store(p: *mut f32, x: Self::F);
-    unsafe fn store_part(p: *mut f32, x: Self::F, n: usize);
+    unsafe fn store_partial(p: *mut f32, x: Self::F, n: usize);
     unsafe fn store_f16(p: *mut u16, x: Self::F);
     /// Rounds to the nearest whole number, which must be in -128..=127.
     unsafe fn store_i8(p: *mut i8, x: Self::F);
@@ -149,7 +149,7 @@ pub trait Simd: Copy + 'static {
     unsafe fn iadd(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn bytes(p: *const u8) -> Self::B;
     /// The first `n` bytes, zeros behind them.
-    unsafe fn bytes_part(p: *const u8, n: usize) -> Self::B;
+    unsafe fn bytes_partial(p: *const u8, n: usize) -> Self::B;
     /// Four bytes, sixteen times.
     unsafe fn bytes_splat(p: *const u8) -> Self::B;
     unsafe fn bytes_store(p: *mut u8, x: Self::B);
@@ -164,12 +164,12 @@ pub trait Simd: Copy + 'static {
 
     /// `n` lanes of bf16 or f16, zeros behind them.
     #[inline(always)]
-    unsafe fn load_half_part<const BF16: bool>(p: *const u16, n: usize) -> Self::F {
-        let mut part = [0u16; LANES];
-        copy_bytes(p.cast(), part.as_mut_ptr().cast(), n * size_of::<u16>());
+    unsafe fn load_half_partial<const BF16: bool>(p: *const u16, n: usize) -> Self::F {
+        let mut padded = [0u16; LANES];
+        copy_bytes(p.cast(), padded.as_mut_ptr().cast(), n * size_of::<u16>());
         match BF16 {
-            true => Self::load_bf16(part.as_ptr()),
-            false => Self::load_f16(part.as_ptr()),
+            true => Self::load_bf16(padded.as_ptr()),
+            false => Self::load_f16(padded.as_ptr()),
         }
     }
 

@@ -52,10 +52,10 @@ impl Simd for Portable {
         std::array::from_fn(|lane| *p.add(lane % count))
     }
     #[inline(always)]
-    unsafe fn load_part(p: *const f32, n: usize) -> F {
-        let mut part = [0.0; LANES];
-        copy_bytes(p.cast(), part.as_mut_ptr().cast(), n * size_of::<f32>());
-        part
+    unsafe fn load_partial(p: *const f32, n: usize) -> F {
+        let mut padded = [0.0; LANES];
+        copy_bytes(p.cast(), padded.as_mut_ptr().cast(), n * size_of::<f32>());
+        padded
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u16) -> F {
@@ -71,7 +71,7 @@ impl Simd for Portable {
         p.cast::<F>().write_unaligned(x)
     }
     #[inline(always)]
-    unsafe fn store_part(p: *mut f32, x: F, n: usize) {
+    unsafe fn store_partial(p: *mut f32, x: F, n: usize) {
         std::ptr::copy_nonoverlapping(x.as_ptr(), p, n)
     }
     #[inline(always)]
@@ -172,10 +172,10 @@ impl Simd for Portable {
         p.cast::<[u8; BYTES]>().read_unaligned()
     }
     #[inline(always)]
-    unsafe fn bytes_part(p: *const u8, n: usize) -> [u8; BYTES] {
-        let mut part = [0; BYTES];
-        std::ptr::copy_nonoverlapping(p, part.as_mut_ptr(), n);
-        part
+    unsafe fn bytes_partial(p: *const u8, n: usize) -> [u8; BYTES] {
+        let mut padded = [0; BYTES];
+        std::ptr::copy_nonoverlapping(p, padded.as_mut_ptr(), n);
+        padded
     }
     #[inline(always)]
     unsafe fn bytes_splat(p: *const u8) -> [u8; BYTES] {

@@ -57,9 +57,9 @@ proptest! {
                     }
                     segments.push(Segment { rows: end..end + take, start: done[user] });
                     end += take;
-                    for (part, width) in widths.into_iter().enumerate() {
-                        let from = &sequences[user][part][done[user] * width..];
-                        rows[part].extend_from_slice(&from[..take * width]);
+                    for (kind, width) in widths.into_iter().enumerate() {
+                        let from = &sequences[user][kind][done[user] * width..];
+                        rows[kind].extend_from_slice(&from[..take * width]);
                     }
                     users.push(user);
                 }

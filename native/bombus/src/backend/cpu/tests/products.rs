@@ -3,7 +3,7 @@
 
 use super::*;
 
-/// A rounding of f32, as a part of the number.
+/// A rounding of f32, as a fraction of the number.
 const ROUNDING: f64 = 1.0 / (1u64 << 24) as f64;
 
 /// What x is like: its digits are those of a group's largest.
@@ -51,8 +51,8 @@ fn layers() -> impl Strategy<Value = Layer> {
     let group_size = prop::sample::select(vec![32usize, 64, 128]);
     let layout = prop::option::weighted(0.85, (bits, group_size));
     let out_features = prop_oneof![1usize..9, 1usize..64, 60usize..200];
-    let parts = (layout, floats(), out_features, any::<bool>());
-    parts.prop_map(|(layout, dtype, out_features, centred)| Layer {
+    let fields = (layout, floats(), out_features, any::<bool>());
+    fields.prop_map(|(layout, dtype, out_features, centred)| Layer {
         layout,
         dtype,
         out_features,
@@ -94,13 +94,13 @@ impl Layer {
             (format!("{name}.b"), dtype, shape, bytes(&biases, dtype)),
         ];
         let (scales, biases) = (rounded(&scales, dtype), rounded(&biases, dtype));
-        let parts = |(place, code): (usize, &u8)| {
+        let terms = |(place, code): (usize, &u8)| {
             let group = place / group_size;
             (scales[group] * f64::from(*code), biases[group])
         };
-        let parts: Vec<(f64, f64)> = codes.iter().enumerate().map(parts).collect();
-        let weights = parts.iter().map(|(product, bias)| product + bias).collect();
-        let sizes = parts.iter().map(|(product, bias)| product.abs() + bias.abs()).collect();
+        let terms: Vec<(f64, f64)> = codes.iter().enumerate().map(terms).collect();
+        let weights = terms.iter().map(|(product, bias)| product + bias).collect();
+        let sizes = terms.iter().map(|(product, bias)| product.abs() + bias.abs()).collect();
         Made { tensors, weights, sizes }
     }
 
@@ -113,7 +113,7 @@ impl Layer {
         Made { tensors, weights, sizes }
     }
 
-    /// Half the last digit's unit, as a part of the largest x of a group.
+    /// Half the last digit's unit, as a fraction of the largest x of a group.
     fn unit(&self, level: Level) -> f64 {
         match (self.layout, level, self.dtype) {
             (None, ..) => 0.0,

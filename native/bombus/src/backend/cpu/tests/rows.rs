@@ -18,7 +18,7 @@ proptest! {
         let norm = numbers.take(width);
         let (_folder, files) = write(&[("n", dtype, vec![width], bytes(&norm, dtype))]);
         let norm = rounded(&norm, dtype);
-        let of = |value: f64, parts: f64| Exact { value, error: parts * 2f64.powi(-24) };
+        let of = |value: f64, units: f64| Exact { value, error: units * 2f64.powi(-24) };
         for cpu in cpus() {
             let [a, b] = [&x, &y].map(|values| tensor(&cpu, rows, values));
             let normed = cpu.rms_norm(&a, &cpu.norm(&files.require("n").unwrap()).unwrap(), 1e-6);

@@ -51,9 +51,9 @@ __device__ inline void add_fixed(bool own, word* to, float sum) {
 __device__ __noinline__ static void shrink_more(int product, int row, int n, unsigned x, bool second) {
   const Product at(product);
 #pragma unroll 1
-  for (int part = 0; part < at.next.parts; part++) {
-    const Side side = lora_a(at, row, part);
-    word* to = own_low_rank(product + 1, row) + part * MOST_RANK + tile_row();
+  for (int index = 0; index < at.next.count; index++) {
+    const Side side = lora_a(at, row, index);
+    word* to = own_low_rank(product + 1, row) + index * MOST_RANK + tile_row();
 #pragma unroll 1
     for (int rank = 8; rank < state().most_rank; rank += 8) {
       float sums[8] = {};
@@ -66,18 +66,18 @@ __device__ __noinline__ static void shrink_more(int product, int row, int n, uns
 }
 
 // What a warp's outputs, which are inputs of the next product, add to its x a^T: of a lane there are N.
-template <Form FORM, int N, int PARTS> struct Shrink {
-  uint4 a[PARTS][N];  // for the first eight of the rank
+template <Form FORM, int N, int FUSED> struct Shrink {
+  uint4 a[FUSED][N];  // for the first eight of the rank
   word* to;
   bool more;
 
   // Asks for them, for outputs from n on: that is the lane's own first.
   __device__ void ask(const Product& at, int row, int n) {
 #pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-      const Side side = lora_a(at, row, part);
+    for (int index = 0; index < FUSED; index++) {
+      const Side side = lora_a(at, row, index);
 #pragma unroll
-      for (int i = 0; i < N; i++) a[part][i] = eight_of(side, n + i * 8, 0);
+      for (int i = 0; i < N; i++) a[index][i] = eight_of(side, n + i * 8, 0);
     }
   }
   __device__ void ready(const Product& at, int row) {
@@ -88,40 +88,40 @@ template <Form FORM, int N, int PARTS> struct Shrink {
   // x: the lane's outputs, as bfloat16. All lanes come here; those of absent rows have no a.
   __device__ void add(const Product& at, int row, int n, unsigned x) const {
 #pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-      if (part >= at.next.parts) break;
+    for (int index = 0; index < FUSED; index++) {
+      if (index >= at.next.count) break;
       float sums[8] = {};
-      add_times(sums, low(x), a[part][0]);
-      if (N == 2) add_times(sums, high(x), a[part][N - 1]);
+      add_times(sums, low(x), a[index][0]);
+      if (N == 2) add_times(sums, high(x), a[index][N - 1]);
       const float sum = reduce_column(sums);
-      add_fixed(row < rows(), to + part * MOST_RANK, sum);
+      add_fixed(row < rows(), to + index * MOST_RANK, sum);
     }
     if (more) shrink_more(at.number, row, n, x, N == 2);
   }
 };
 
-template <int N, int PARTS> struct Shrink<ONE_ROW, N, PARTS> {
-  unsigned a[PARTS][N];
+template <int N, int FUSED> struct Shrink<ONE_ROW, N, FUSED> {
+  unsigned a[FUSED][N];
   word* to;
   bool adds, more;
 
   __device__ void ask(const Product& at, int, int n) {
 #pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-      const Side side = lora_a(at, 0, part);
+    for (int index = 0; index < FUSED; index++) {
+      const Side side = lora_a(at, 0, index);
 #pragma unroll
-      for (int i = 0; i < N; i++) a[part][i] = own_two(side, n + i * 8, 0);
+      for (int i = 0; i < N; i++) a[index][i] = own_two(side, n + i * 8, 0);
     }
   }
   __device__ void ready(const Product& at, int) {
 #pragma unroll
-    for (int part = 0; part < PARTS; part++)
+    for (int index = 0; index < FUSED; index++)
 #pragma unroll
-      for (int i = 0; i < N; i++) a[part][i] = transpose(a[part][i]);
-    // All rows of lanes have the same two sums of each part: each row adds one.
-    const int part = tile_row() / 2;
-    to = own_low_rank(at.number + 1, 0) + part * MOST_RANK + 2 * tile_column() + tile_row() % 2;
-    adds = part < PARTS && part < at.next.parts;
+      for (int i = 0; i < N; i++) a[index][i] = transpose(a[index][i]);
+    // All rows of lanes have the same two sums of each layer: each row adds one.
+    const int index = tile_row() / 2;
+    to = own_low_rank(at.number + 1, 0) + index * MOST_RANK + 2 * tile_column() + tile_row() % 2;
+    adds = index < FUSED && index < at.next.count;
     more = state().most_rank > 8;
   }
 
@@ -130,40 +130,40 @@ template <int N, int PARTS> struct Shrink<ONE_ROW, N, PARTS> {
     const int from = tile_column() * 8;
     const unsigned one = __shfl_sync(0xffffffff, x, from), other = __shfl_sync(0xffffffff, x, from + 4);
     const unsigned x0 = __byte_perm(one, other, 0x5410), x1 = __byte_perm(one, other, 0x7632);
-    // Parts that are not there have an a of zeros, which is no number times what is none.
-    float sums[PARTS][2] = {};
+    // Layers that are not there have an a of zeros, which is no number times what is none.
+    float sums[FUSED][2] = {};
 #pragma unroll
-    for (int part = 0; part < PARTS; part++)
-      multiply_upper(sums[part], x0, N == 2 ? x1 : 0, a[part][0], N == 2 ? a[part][N - 1] : 0);
+    for (int index = 0; index < FUSED; index++)
+      multiply_upper(sums[index], x0, N == 2 ? x1 : 0, a[index][0], N == 2 ? a[index][N - 1] : 0);
     float own[2] = {sums[0][0], sums[0][1]};
 #pragma unroll
-    for (int part = 1; part < PARTS; part++)
-      if (tile_row() / 2 == part) own[0] = sums[part][0], own[1] = sums[part][1];
+    for (int index = 1; index < FUSED; index++)
+      if (tile_row() / 2 == index) own[0] = sums[index][0], own[1] = sums[index][1];
     add_fixed(adds, to, tile_row() % 2 ? own[1] : own[0]);
     if (more) shrink_more(at.number, row, n, x, N == 2);
   }
 };
 
-template <int N, int PARTS> struct Shrink<NONE, N, PARTS> {
+template <int N, int FUSED> struct Shrink<NONE, N, FUSED> {
   __device__ void ask(const Product&, int, int) {}
   __device__ void ready(const Product&, int) {}
   __device__ void add(const Product&, int, int, unsigned) const {}
 };
 
-// What adapters add to a lane's two outputs: of one part, or of two parts, the first and the one behind it.
-template <Form FORM, int PARTS> struct Expand {
+// What adapters add to a lane's two outputs: of one layer, or of two fused ones, the first and the one behind it.
+template <Form FORM, int FUSED> struct Expand {
   uint4 b[2];  // for the first eight of the rank
-  float x[PARTS][8];
+  float x[FUSED][8];
 
   // Asks for b, which is there before x is.
-  __device__ void ask(const Product& at, int row, int part, const int (&n)[2]) {
+  __device__ void ask(const Product& at, int row, int index, const int (&n)[2]) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) b[i] = eight_of(lora_b(at.own, row, part + i * (PARTS - 1)), n[i], 0);
+    for (int i = 0; i < 2; i++) b[i] = eight_of(lora_b(at.own, row, index + i * (FUSED - 1)), n[i], 0);
   }
 
-  __device__ static void read(float (&x)[8], const Product& at, int row, int part, int rank) {
-    const float scale = scale_of(at.own, row, part) / FIXED;
-    const int there = min(row, rows() - 1), from = part * MOST_RANK + rank;
+  __device__ static void read(float (&x)[8], const Product& at, int row, int index, int rank) {
+    const float scale = scale_of(at.own, row, index) / FIXED;
+    const int there = min(row, rows() - 1), from = index * MOST_RANK + rank;
     const ulonglong2* one = reinterpret_cast<const ulonglong2*>(low_rank(at.number, 0, there) + from);
     const ulonglong2* other = reinterpret_cast<const ulonglong2*>(low_rank(at.number, 1, there) + from);
 #pragma unroll
@@ -174,103 +174,103 @@ template <Form FORM, int PARTS> struct Expand {
   }
 
   // Behind the barrier that x comes with.
-  __device__ void receive(const Product& at, int row, int part) {
+  __device__ void receive(const Product& at, int row, int index) {
 #pragma unroll
-    for (int i = 0; i < PARTS; i++) {
-      if (TILES == 1) read(x[i], at, row, part + i, 0);
-      else kept_low_rank(part + i, row).to(x[i]);
+    for (int i = 0; i < FUSED; i++) {
+      if (TILES == 1) read(x[i], at, row, index + i, 0);
+      else kept_low_rank(index + i, row).to(x[i]);
     }
   }
   __device__ void ready(const Product&, int) {}
 
-  __device__ float2 added(const Product& at, int row, int part, const int (&n)[2]) const {
-    float2 y = make_float2(dot(x[0], b[0]), dot(x[PARTS - 1], b[1]));
-    if (state().most_rank > 8) y.x += more(at.number, row, part, n[0]), y.y += more(at.number, row, part + PARTS - 1, n[1]);
+  __device__ float2 added(const Product& at, int row, int index, const int (&n)[2]) const {
+    float2 y = make_float2(dot(x[0], b[0]), dot(x[FUSED - 1], b[1]));
+    if (state().most_rank > 8) y.x += more(at.number, row, index, n[0]), y.y += more(at.number, row, index + FUSED - 1, n[1]);
     return y;
   }
 
   // What comes behind the first eight of a rank.
-  __device__ __noinline__ static float more(int product, int row, int part, int n) {
+  __device__ __noinline__ static float more(int product, int row, int index, int n) {
     const Product at(product);
-    const Side side = lora_b(at.own, row, part);
+    const Side side = lora_b(at.own, row, index);
     float sum = 0.f;
 #pragma unroll 1
     for (int rank = 8; rank < side.rank; rank += 8) {
       float x[8];
-      read(x, at, row, part, rank);
+      read(x, at, row, index, rank);
       sum += dot(x, eight_of(side, n, rank));
     }
     return sum;
   }
 };
 
-template <int PARTS> struct Expand<ONE_ROW, PARTS> {
+template <int FUSED> struct Expand<ONE_ROW, FUSED> {
   unsigned b[2];           // two of the rank each
-  ulonglong2 from[PARTS];  // two numbers of a shard each
-  unsigned x[PARTS];       // for the lanes of the tile's first row
+  ulonglong2 from[FUSED];  // two numbers of a shard each
+  unsigned x[FUSED];       // for the lanes of the tile's first row
 
-  __device__ void ask(const Product& at, int, int part, const int (&n)[2]) {
+  __device__ void ask(const Product& at, int, int index, const int (&n)[2]) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) b[i] = own_two(lora_b(at.own, 0, part + i * (PARTS - 1)), n[i], 0);
+    for (int i = 0; i < 2; i++) b[i] = own_two(lora_b(at.own, 0, index + i * (FUSED - 1)), n[i], 0);
   }
 
   // Each row of lanes has a shard.
-  __device__ static ulonglong2 read(const Product& at, int part, int rank) {
-    const word* own = low_rank(at.number, tile_row(), 0) + part * MOST_RANK + rank + 2 * tile_column();
+  __device__ static ulonglong2 read(const Product& at, int index, int rank) {
+    const word* own = low_rank(at.number, tile_row(), 0) + index * MOST_RANK + rank + 2 * tile_column();
     return *reinterpret_cast<const ulonglong2*>(own);
   }
-  __device__ static unsigned join(const Product& at, int part, ulonglong2 two) {
+  __device__ static unsigned join(const Product& at, int index, ulonglong2 two) {
     float2 own = make_float2((float)(long long)two.x, (float)(long long)two.y);
 #pragma unroll
     for (int other = 4; other < 32; other *= 2) {
       own.x += __shfl_xor_sync(0xffffffff, own.x, other);
       own.y += __shfl_xor_sync(0xffffffff, own.y, other);
     }
-    const float scale = scale_of(at.own, 0, part) / FIXED;
+    const float scale = scale_of(at.own, 0, index) / FIXED;
     return tile_row() == 0 ? pack_bf16(own.x * scale, own.y * scale) : 0;
   }
 
-  __device__ void receive(const Product& at, int, int part) {
+  __device__ void receive(const Product& at, int, int index) {
 #pragma unroll
-    for (int i = 0; i < PARTS; i++) from[i] = read(at, part + i, 0);
+    for (int i = 0; i < FUSED; i++) from[i] = read(at, index + i, 0);
   }
-  __device__ void ready(const Product& at, int part) {
+  __device__ void ready(const Product& at, int index) {
 #pragma unroll
-    for (int i = 0; i < PARTS; i++) x[i] = join(at, part + i, from[i]);
+    for (int i = 0; i < FUSED; i++) x[i] = join(at, index + i, from[i]);
   }
 
-  __device__ static void add_eight(float (&all)[4], unsigned b0, unsigned b1, const unsigned (&x)[PARTS]) {
-    if (PARTS == 1) multiply(all, b0, b1, 0, 0, x[0], 0);
-    else multiply(all, b0, 0, 0, b1, x[0], x[PARTS - 1]);
+  __device__ static void add_eight(float (&all)[4], unsigned b0, unsigned b1, const unsigned (&x)[FUSED]) {
+    if (FUSED == 1) multiply(all, b0, b1, 0, 0, x[0], 0);
+    else multiply(all, b0, 0, 0, b1, x[0], x[FUSED - 1]);
   }
 
-  __device__ float2 added(const Product& at, int, int part, const int (&n)[2]) const {
+  __device__ float2 added(const Product& at, int, int index, const int (&n)[2]) const {
     float all[4] = {};
     add_eight(all, b[0], b[1], x);
     float2 y = make_float2(all[0], all[2]);
     if (state().most_rank > 8) {
-      const float2 rest = more(at.number, part, n[0], n[1]);
+      const float2 rest = more(at.number, index, n[0], n[1]);
       y.x += rest.x, y.y += rest.y;
     }
     return y;
   }
 
-  __device__ __noinline__ static float2 more(int product, int part, int n0, int n1) {
+  __device__ __noinline__ static float2 more(int product, int index, int n0, int n1) {
     const Product at(product);
-    const Side first = lora_b(at.own, 0, part), second = lora_b(at.own, 0, part + PARTS - 1);
+    const Side first = lora_b(at.own, 0, index), second = lora_b(at.own, 0, index + FUSED - 1);
     float all[4] = {};
 #pragma unroll 1
     for (int rank = 8; rank < state().most_rank; rank += 8) {
-      unsigned x[PARTS];
+      unsigned x[FUSED];
 #pragma unroll
-      for (int i = 0; i < PARTS; i++) x[i] = join(at, part + i, read(at, part + i, rank));
+      for (int i = 0; i < FUSED; i++) x[i] = join(at, index + i, read(at, index + i, rank));
       add_eight(all, own_two(first, n0, rank), own_two(second, n1, rank), x);
     }
     return make_float2(all[0], all[2]);
   }
 };
 
-template <int PARTS> struct Expand<NONE, PARTS> {
+template <int FUSED> struct Expand<NONE, FUSED> {
   __device__ void ask(const Product&, int, int, const int (&)[2]) {}
   __device__ void receive(const Product&, int, int) {}
   __device__ void ready(const Product&, int) {}

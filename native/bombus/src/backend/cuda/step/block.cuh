@@ -1,4 +1,4 @@
-// A block of the persistent kernel: its part of the plan, where its memory is, and how it waits for the others.
+// A block of the persistent kernel: its rows of the plan, where its memory is, and how it waits for the others.
 //
 // What all its threads share lies in shared memory, and phases are functions of their own: the compiler would else
 // keep registers for all phases at once, and most of them in memory.
@@ -134,7 +134,7 @@ __device__ inline void wait_for(const unsigned* counter, unsigned target) {
   }
 }
 
-// All blocks wait for each other: this one has done its part ...
+// All blocks wait for each other: this one has done its phase ...
 __device__ __noinline__ static void arrive_grid() {
   if (TILES > 1) fence_copies();
   sync();

@@ -40,8 +40,8 @@ __device__ inline void set_hidden(const Product& at, const Outputs& out, const H
 }
 
 // Which of q, k and v outputs are of, 16 of which are of one; and where that begins.
-__device__ inline int part_of(int n) { return n < Q_WIDTH ? 0 : n < Q_WIDTH + KV_WIDTH ? 1 : 2; }
-__device__ inline int start_of(int part) { return part == 0 ? 0 : part == 1 ? Q_WIDTH : Q_WIDTH + KV_WIDTH; }
+__device__ inline int fused_index(int n) { return n < Q_WIDTH ? 0 : n < Q_WIDTH + KV_WIDTH ? 1 : 2; }
+__device__ inline int fused_start(int index) { return index == 0 ? 0 : index == 1 ? Q_WIDTH : Q_WIDTH + KV_WIDTH; }
 
 template <Form OWN> struct FinishQkv {
   static constexpr Form FORM = OWN;
@@ -61,16 +61,16 @@ template <Form OWN> struct FinishQkv {
         const bf16* from = weight<bf16>(finish.number / PRODUCTS, BIAS);
         for (int i = 0; i < 2; i++) bias[i * QKV_BIAS] = from[out.n[i]];
       }
-      const int part = part_of(out.n[0]), start = start_of(part);
-      expand.ask(Product(finish.number), out.row, part, {out.n[0] - start, out.n[1] - start});
+      const int index = fused_index(out.n[0]), start = fused_start(index);
+      expand.ask(Product(finish.number), out.row, index, {out.n[0] - start, out.n[1] - start});
     }
     __device__ void receive(const FinishQkv& finish, const Outputs& out) {
-      expand.receive(Product(finish.number), out.row, part_of(out.n[0]));
+      expand.receive(Product(finish.number), out.row, fused_index(out.n[0]));
     }
     __device__ void ready(const FinishQkv& finish, const Outputs& out, bool received) {
-      const int part = part_of(out.n[0]), start = start_of(part);
-      if (received) expand.ready(Product(finish.number), part);
-      added = expand.added(Product(finish.number), out.row, part, {out.n[0] - start, out.n[1] - start});
+      const int index = fused_index(out.n[0]), start = fused_start(index);
+      if (received) expand.ready(Product(finish.number), index);
+      added = expand.added(Product(finish.number), out.row, index, {out.n[0] - start, out.n[1] - start});
       there = out.there(), factor = factor_of(out), to = qkv() + (size_t)out.row * QKV_WIDTH + out.n[0];
     }
   };

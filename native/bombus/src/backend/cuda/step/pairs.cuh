@@ -8,7 +8,7 @@ constexpr float FIXED = 268435456.f;  // 1 in those numbers, which go up to 2^35
 
 // Where a product's pairs are: q, k and v's, o's, gate's and up's, down's.
 struct Place {
-  int layer, first, parts;
+  int layer, first, count;  // fused linear layers
 };
 
 __device__ inline Place place_of(int product) {
@@ -80,39 +80,39 @@ struct Side {
 };
 
 // With more tiles, what a product and those that make the next one's inputs need is read by all threads before its
-// barrier: [parts, MOST_ROWS], b's, then the next one's a's.
-__device__ inline word* kept_sides(int part) { return in_shared<word>(PAIRS) + part * MOST_ROWS; }
-__device__ inline float* kept_scales(int part) { return in_shared<float>(SCALES) + part * MOST_ROWS; }
+// barrier: [fused, MOST_ROWS], b's, then the next one's a's.
+__device__ inline word* kept_sides(int index) { return in_shared<word>(PAIRS) + index * MOST_ROWS; }
+__device__ inline float* kept_scales(int index) { return in_shared<float>(SCALES) + index * MOST_ROWS; }
 
 __device__ inline void keep_sides(const Product& at) {
   const Place own = at.own, next = at.next;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < rows() * (own.parts + next.parts); i += THREADS) {
-    const int row = i % rows(), part = i / rows();
-    const bool expands = part < own.parts;
+  for (int i = threadIdx.x; i < rows() * (own.count + next.count); i += THREADS) {
+    const int row = i % rows(), index = i / rows();
+    const bool expands = index < own.count;
     const Place& place = expands ? own : next;
-    const Pair pair = read_pair(row, place.layer, place.first + part - (expands ? 0 : own.parts));
-    kept_sides(part)[row] = Side::packed(expands ? pair.b : pair.a, pair.rank);
-    if (expands) kept_scales(part)[row] = pair.scale;
+    const Pair pair = read_pair(row, place.layer, place.first + index - (expands ? 0 : own.count));
+    kept_sides(index)[row] = Side::packed(expands ? pair.b : pair.a, pair.rank);
+    if (expands) kept_scales(index)[row] = pair.scale;
   }
 }
 
-// b of a product's part for a row, and what its numbers of x a^T must be multiplied with.
-__device__ inline Side lora_b(const Place& own, int row, int part) {
+// b of a product's layer for a row, and what its numbers of x a^T must be multiplied with.
+__device__ inline Side lora_b(const Place& own, int row, int index) {
   if (row >= rows()) return {};
-  if (TILES > 1) return Side::of(kept_sides(part)[row]);
-  const Pair& pair = kept_pair(row, own.layer, own.first + part);
+  if (TILES > 1) return Side::of(kept_sides(index)[row]);
+  const Pair& pair = kept_pair(row, own.layer, own.first + index);
   return {pair.b, pair.rank};
 }
-__device__ inline float scale_of(const Place& own, int row, int part) {
+__device__ inline float scale_of(const Place& own, int row, int index) {
   if (row >= rows()) return 0.f;
-  return TILES > 1 ? kept_scales(part)[row] : kept_pair(row, own.layer, own.first + part).scale;
+  return TILES > 1 ? kept_scales(index)[row] : kept_pair(row, own.layer, own.first + index).scale;
 }
-// a of a part of the next product.
-__device__ inline Side lora_a(const Product& at, int row, int part) {
-  if (row >= rows() || part >= at.next.parts) return {};
-  if (TILES > 1) return Side::of(kept_sides(at.own.parts + part)[row]);
-  const Pair& pair = kept_pair(row, at.next.layer, at.next.first + part);
+// a of a layer of the next product.
+__device__ inline Side lora_a(const Product& at, int row, int index) {
+  if (row >= rows() || index >= at.next.count) return {};
+  if (TILES > 1) return Side::of(kept_sides(at.own.count + index)[row]);
+  const Pair& pair = kept_pair(row, at.next.layer, at.next.first + index);
   return {pair.a, pair.rank};
 }
 
@@ -126,17 +126,17 @@ struct alignas(16) Eight {
     for (int i = 0; i < 8; i++) x[i] = numbers[i];
   }
 };
-__device__ inline Eight& kept_low_rank(int part, int row) {
-  return in_shared<Eight>(LOW_RANK_OF_ROWS)[part * ROWS + row % ROWS];
+__device__ inline Eight& kept_low_rank(int index, int row) {
+  return in_shared<Eight>(LOW_RANK_OF_ROWS)[index * ROWS + row % ROWS];
 }
 
 __device__ inline void keep_low_rank(const Product& at, int batch) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < at.own.parts * ROWS * 8; i += THREADS) {
-    const int part = i / (ROWS * 8), row = batch * ROWS + i / 8 % ROWS, from = part * MOST_RANK + i % 8;
+  for (int i = threadIdx.x; i < at.own.count * ROWS * 8; i += THREADS) {
+    const int index = i / (ROWS * 8), row = batch * ROWS + i / 8 % ROWS, from = index * MOST_RANK + i % 8;
     word sum = 0;
     if (row < rows())
       for (int shard = 0; shard < SHARDS; shard++) sum += low_rank(at.number, shard, row)[from];
-    kept_low_rank(part, row).numbers[i % 8] = (float)(long long)sum * (scale_of(at.own, row, part) / FIXED);
+    kept_low_rank(index, row).numbers[i % 8] = (float)(long long)sum * (scale_of(at.own, row, index) / FIXED);
   }
 }

@@ -207,7 +207,7 @@ __device__ __noinline__ Progress finish_one_tile(Progress progress, Finish finis
 
 // 16 outputs and a group of 64 inputs as bfloat16, as MLX has them in products of many rows.
 struct Dense {
-  unsigned parts[4][4];
+  unsigned fragments[4][4];
 
   template <class D> __device__ void read(const unsigned char* stage, int tall, int group) {
 #pragma unroll
@@ -219,7 +219,7 @@ struct Dense {
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const unsigned two = widened(i < 4 ? codes.x : codes.y, i % 4 * 4);
-        parts[i / 2][i % 2 * 2 + r] = multiply_add(subtract(two, OFFSET), scale, bias);
+        fragments[i / 2][i % 2 * 2 + r] = multiply_add(subtract(two, OFFSET), scale, bias);
       }
     }
   }
@@ -251,7 +251,7 @@ template <class D, class Finish> __device__ __noinline__ void finish_tiles(int u
 template <class D, class Finish>
 __device__ __noinline__ Progress multiply_tiles(Progress progress, Finish finish) {
   constexpr int SLICES = WARPS / D::HIGH, AT_ONCE = D::INPUTS_AT_ONCE;
-  const int tall = warp() % D::HIGH, part = warp() / D::HIGH;
+  const int tall = warp() % D::HIGH, slice = warp() / D::HIGH;
   bool begun = false;
   if (Finish::FORM != NONE && batches() == 1) keep_low_rank(Product(finish.number), 0);
 #pragma unroll 1
@@ -269,7 +269,7 @@ __device__ __noinline__ Progress multiply_tiles(Progress progress, Finish finish
           wait(&signals().inputs_full[input], progress.inputs_used / INPUT_STAGES & 1);
           const uint4* x = inputs(input) + lane();
 #pragma unroll 1
-          for (int group = part; group < AT_ONCE; group += SLICES) {
+          for (int group = slice; group < AT_ONCE; group += SLICES) {
             Dense weight;
             weight.read<D>(stage(slot), tall, first + group);
 #pragma unroll
@@ -277,8 +277,8 @@ __device__ __noinline__ Progress multiply_tiles(Progress progress, Finish finish
 #pragma unroll
               for (int half = 0; half < 2; half++) {
                 const uint4 own = x[(tile * AT_ONCE + group) * 64 + half * 32];  // of absent rows, anything
-                const auto& a = weight.parts[half * 2];
-                const auto& b = weight.parts[half * 2 + 1];
+                const auto& a = weight.fragments[half * 2];
+                const auto& b = weight.fragments[half * 2 + 1];
                 multiply(sum[tile], a[0], a[1], a[2], a[3], own.x, own.y);
                 multiply(sum[tile], b[0], b[1], b[2], b[3], own.z, own.w);
               }
