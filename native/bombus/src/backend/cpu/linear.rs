@@ -2,8 +2,8 @@
 
 use super::affine::{self, Affine};
 use super::dense::{self, Dense};
-use super::digits::{Digits, Format};
 use super::float::Float;
+use super::limbs::{Format, Limbs};
 use super::rows::load_partial;
 use super::simd::{Kernel, LANES, Level, Simd};
 use super::tensor::{SendPtr, Target, Tensor};
@@ -109,8 +109,8 @@ impl Linear {
 
     /// x: `[rows, in]` -> one `[rows, out]` for each layer, and what the adapters add
     pub fn apply(&self, cpu: &Cpu, x: &Tensor, deltas: &[Delta]) -> Vec<Tensor> {
-        let mut digits = lock(&cpu.digits);
-        let formats = self.write_digits(cpu, x, &mut digits);
+        let mut limbs = lock(&cpu.limbs);
+        let formats = self.write_limbs(cpu, x, &mut limbs);
         let mut outputs: Vec<Tensor> = self
             .layers
             .iter()
@@ -131,7 +131,7 @@ impl Linear {
                     continue;
                 }
                 let own = own.start - start..own.end - start;
-                let format = formats[index].map(|place| (&digits[place].1, digits[place].0));
+                let format = formats[index].map(|place| (&limbs[place].1, limbs[place].0));
                 let (y, stride) = targets[index];
                 let target = Target { y, range: own, stride };
                 // SAFETY: the columns of this range are this thread's alone.
@@ -152,25 +152,25 @@ impl Linear {
         outputs
     }
 
-    /// The digits of x in every format that a layer asks for; -> which is whose
-    fn write_digits(
+    /// The limbs of x in every format that a layer asks for; -> which is whose
+    fn write_limbs(
         &self,
         cpu: &Cpu,
         x: &Tensor,
-        digits: &mut Vec<(Format, Digits)>,
+        limbs: &mut Vec<(Format, Limbs)>,
     ) -> Vec<Option<usize>> {
         let mut used = 0;
         let mut places = vec![];
         for layer in &self.layers {
             let place = layer.format(x.rows, cpu.level).map(|format| {
-                if let Some(place) = digits[..used].iter().position(|(other, _)| *other == format) {
+                if let Some(place) = limbs[..used].iter().position(|(other, _)| *other == format) {
                     return place;
                 }
-                if used == digits.len() {
-                    digits.push((format, Digits::default()));
+                if used == limbs.len() {
+                    limbs.push((format, Limbs::default()));
                 }
-                digits[used].0 = format;
-                digits[used].1.fill(cpu.level, &cpu.pool, x, format);
+                limbs[used].0 = format;
+                limbs[used].1.fill(cpu.level, &cpu.pool, x, format);
                 used += 1;
                 used - 1
             });
@@ -188,10 +188,10 @@ impl Weights {
         &self,
         cpu: &Cpu,
         x: &Tensor,
-        digits: Option<(&Digits, Format)>,
+        limbs: Option<(&Limbs, Format)>,
         target: Target,
     ) {
-        match (self, digits) {
+        match (self, limbs) {
             (Weights::Affine(affine), Some((x, format))) => {
                 let product = affine::Product { affine, x, format, target };
                 // SAFETY: the caller's.
@@ -202,7 +202,7 @@ impl Weights {
                 // SAFETY: the caller's.
                 unsafe { cpu.level.run(product) };
             }
-            (Weights::Affine(_), None) => unreachable!("quantized weights without digits"),
+            (Weights::Affine(_), None) => unreachable!("quantized weights without limbs"),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The backend for plain CPUs, in Rust: kernels of our own on the mapped checkpoint.
 //!
 //! Every operation is done when it returns. Activations are f32 throughout; where they meet
-//! quantized weights they are written as whole numbers, more exact than bf16 (`digits`), so that
+//! quantized weights they are written as limbs of 8 bits, more exact than bf16 (`limbs`), so that
 //! the same row comes out alike in a prefill, alone and in a batch but for the order of sums.
 
 // The kernels are unsafe from end to end: what they ask of a caller stands at `simd::Kernel` and
@@ -14,8 +14,8 @@ mod affine;
 mod attention;
 mod codes;
 mod dense;
-mod digits;
 mod float;
+mod limbs;
 mod linear;
 mod pool;
 pub mod quantize;
@@ -37,8 +37,8 @@ use crate::sampler::{Draw, Sample};
 use crate::spec::AttentionSpec;
 use crate::tensor_file::TensorView;
 use attention::{Attention, Cache, Rotation};
-use digits::{Digits, Format};
 use float::Float;
+use limbs::{Format, Limbs};
 use linear::{Delta, Linear, Lora};
 use pool::Pool;
 use rows::{Gated, Norm, RmsNorm, Sum};
@@ -68,7 +68,7 @@ pub struct Cpu {
     pool: Pool,
     level: Level,
     spare: Spare,
-    digits: Arc<Mutex<Vec<(Format, Digits)>>>,
+    limbs: Arc<Mutex<Vec<(Format, Limbs)>>>,
     rotation: Arc<Mutex<Rotation>>,
     /// Where the weights are: an answer counts only if none of these has changed.
     files: Arc<Mutex<Vec<Arc<MappedFile>>>>,
@@ -91,7 +91,7 @@ impl Cpu {
             pool,
             level,
             spare: Spare::default(),
-            digits: Arc::default(),
+            limbs: Arc::default(),
             rotation: Arc::default(),
             files: Arc::default(),
         })

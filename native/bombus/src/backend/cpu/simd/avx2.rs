@@ -64,8 +64,8 @@ unsafe fn uninterleaved(x: F) -> F {
 }
 
 #[inline(always)]
-unsafe fn dot_half(acc: __m256i, codes: __m256i, digits: __m256i) -> __m256i {
-    let pairs = _mm256_maddubs_epi16(codes, digits);
+unsafe fn dot_half(acc: __m256i, codes: __m256i, limbs: __m256i) -> __m256i {
+    let pairs = _mm256_maddubs_epi16(codes, limbs);
     _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
 }
 
@@ -83,7 +83,7 @@ impl Simd for Avx2 {
     type Table = [f32; LANES];
 
     // vpmaddubsw adds two products in 16 bits: 2 * 255 * 64 fits.
-    const DIGIT_BITS: u32 = 7;
+    const LIMB_BITS: u32 = 7;
     const ACCUMULATORS: usize = 6;
 
     #[inline(always)]
@@ -233,7 +233,7 @@ impl Simd for Avx2 {
         _mm256_storeu_si256(p.add(32).cast(), x[1]);
     }
     #[inline(always)]
-    unsafe fn nibbles(a: [__m256i; 2]) -> [[__m256i; 2]; 2] {
+    unsafe fn unpack_int4(a: [__m256i; 2]) -> [[__m256i; 2]; 2] {
         let low = _mm256_set1_epi8(15);
         let shifted = [_mm256_srli_epi16::<4>(a[0]), _mm256_srli_epi16::<4>(a[1])];
         [
@@ -242,8 +242,8 @@ impl Simd for Avx2 {
         ]
     }
     #[inline(always)]
-    unsafe fn dot(acc: [__m256i; 2], codes: [__m256i; 2], digits: [__m256i; 2]) -> [__m256i; 2] {
-        [dot_half(acc[0], codes[0], digits[0]), dot_half(acc[1], codes[1], digits[1])]
+    unsafe fn dot(acc: [__m256i; 2], codes: [__m256i; 2], limbs: [__m256i; 2]) -> [__m256i; 2] {
+        [dot_half(acc[0], codes[0], limbs[0]), dot_half(acc[1], codes[1], limbs[1])]
     }
 
     #[inline(always)]

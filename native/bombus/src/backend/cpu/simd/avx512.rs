@@ -41,7 +41,7 @@ impl Simd for Avx512 {
     type B = __m512i;
     type Table = __m512;
 
-    const DIGIT_BITS: u32 = 8;
+    const LIMB_BITS: u32 = 8;
     const ACCUMULATORS: usize = 24;
 
     #[inline(always)]
@@ -186,13 +186,13 @@ impl Simd for Avx512 {
         _mm512_storeu_si512(p.cast(), x)
     }
     #[inline(always)]
-    unsafe fn nibbles(a: __m512i) -> [__m512i; 2] {
+    unsafe fn unpack_int4(a: __m512i) -> [__m512i; 2] {
         let low = _mm512_set1_epi8(15);
         [_mm512_and_si512(a, low), _mm512_and_si512(_mm512_srli_epi16::<4>(a), low)]
     }
     #[inline(always)]
-    unsafe fn dot(acc: __m512i, codes: __m512i, digits: __m512i) -> __m512i {
-        _mm512_dpbusd_epi32(acc, codes, digits)
+    unsafe fn dot(acc: __m512i, codes: __m512i, limbs: __m512i) -> __m512i {
+        _mm512_dpbusd_epi32(acc, codes, limbs)
     }
 
     #[inline(always)]

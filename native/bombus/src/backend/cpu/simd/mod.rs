@@ -101,8 +101,8 @@ pub trait Simd: Copy + 'static {
     /// 16 f32 to be picked from
     type Table: Copy;
 
-    /// The bits of a digit that `dot` may be given beside codes of 8 bits.
-    const DIGIT_BITS: u32;
+    /// The bits of a limb that `dot` may be given beside codes of 8 bits.
+    const LIMB_BITS: u32;
     /// How many accumulators of 16 i32 stay in registers.
     const ACCUMULATORS: usize;
 
@@ -154,9 +154,9 @@ pub trait Simd: Copy + 'static {
     unsafe fn bytes_splat(p: *const u8) -> Self::B;
     unsafe fn bytes_store(p: *mut u8, x: Self::B);
     /// The low and the high four bits of every byte.
-    unsafe fn nibbles(a: Self::B) -> [Self::B; 2];
-    /// Adds to each lane the products of its four codes (unsigned) and digits (signed).
-    unsafe fn dot(acc: Self::I, codes: Self::B, digits: Self::B) -> Self::I;
+    unsafe fn unpack_int4(a: Self::B) -> [Self::B; 2];
+    /// Adds to each lane the products of its four codes (unsigned) and limbs (signed).
+    unsafe fn dot(acc: Self::I, codes: Self::B, limbs: Self::B) -> Self::I;
 
     unsafe fn table(a: Self::F) -> Self::Table;
     /// Lane i of vector number `block` gets entry `(16 * block + i) >> shift`; shift is 2 to 5.

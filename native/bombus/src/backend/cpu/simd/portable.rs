@@ -36,7 +36,7 @@ impl Simd for Portable {
     type B = [u8; BYTES];
     type Table = F;
 
-    const DIGIT_BITS: u32 = 8;
+    const LIMB_BITS: u32 = 8;
     const ACCUMULATORS: usize = 4;
 
     #[inline(always)]
@@ -187,12 +187,12 @@ impl Simd for Portable {
         p.cast::<[u8; BYTES]>().write_unaligned(x)
     }
     #[inline(always)]
-    unsafe fn nibbles(a: [u8; BYTES]) -> [[u8; BYTES]; 2] {
+    unsafe fn unpack_int4(a: [u8; BYTES]) -> [[u8; BYTES]; 2] {
         [a.map(|a| a & 15), a.map(|a| a >> 4)]
     }
     #[inline(always)]
-    unsafe fn dot(acc: [i32; LANES], codes: [u8; BYTES], digits: [u8; BYTES]) -> [i32; LANES] {
-        let product = |place| i32::from(codes[place]) * i32::from(digits[place] as i8);
+    unsafe fn dot(acc: [i32; LANES], codes: [u8; BYTES], limbs: [u8; BYTES]) -> [i32; LANES] {
+        let product = |place| i32::from(codes[place]) * i32::from(limbs[place] as i8);
         std::array::from_fn(|lane| {
             let first = 4 * lane;
             acc[lane]

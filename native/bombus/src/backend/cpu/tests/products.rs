@@ -1,12 +1,12 @@
 //! Products with weights beside the exact ones. What they may be off by follows from the formats:
-//! the digits of x, and the roundings of sums in f32.
+//! the limbs of x, and the roundings of sums in f32.
 
 use super::*;
 
 /// A rounding of f32, as a fraction of the number.
 const ROUNDING: f64 = 1.0 / (1u64 << 24) as f64;
 
-/// What x is like: its digits are those of a group's largest.
+/// What x is like: its limbs are those of a group's largest.
 #[derive(Clone, Copy, Debug)]
 enum Kind {
     Plain,
@@ -60,9 +60,9 @@ fn layers() -> impl Strategy<Value = Layer> {
     })
 }
 
-/// How many units of the last digit the largest x has.
-fn units(bits: i32, digits: i32) -> f64 {
-    (2f64.powi(bits - 1) - 1.0) * 2f64.powi(bits * (digits - 1))
+/// How many units of the last limb the largest x has.
+fn units(bits: i32, limbs: i32) -> f64 {
+    (2f64.powi(bits - 1) - 1.0) * 2f64.powi(bits * (limbs - 1))
 }
 
 /// The tensors of a layer in the file, and its weights: `[out][in]` of number and the sizes of what
@@ -113,11 +113,11 @@ impl Layer {
         Made { tensors, weights, sizes }
     }
 
-    /// Half the last digit's unit, as a fraction of the largest x of a group.
+    /// Half the last limb's unit, as a fraction of the largest x of a group.
     fn unit(&self, level: Level) -> f64 {
         match (self.layout, level, self.dtype) {
             (None, ..) => 0.0,
-            // Digits of 7 bits, and one more of them.
+            // Limbs of 7 bits, and one more of them.
             (Some((bits, _)), Level::Avx2, dtype) if bits != 4 => {
                 0.5 / units(7, if dtype == Dtype::F32 { 4 } else { 3 })
             }
