@@ -42,7 +42,7 @@ pub struct QuantizedWeights<'a> {
     pub layout: Quantization,
 }
 
-/// An adapter's pair for one linear layer, as it lies in the file: `y = W x + scale * B A x`, and
+/// LoRA A and B of one linear layer, as it lies in the file: `y = W x + scale * B A x`, and
 /// with a magnitude (DoRA) `y * magnitude / norm`, where the norm is that of the row of
 /// `W + scale * B A`. Reference: mlx-lm's `tuner/{lora,dora}.py`,
 /// PEFT's `tuners/lora/dora.py`.
@@ -58,7 +58,7 @@ pub struct LoraWeights<'a> {
     pub magnitude: Option<TensorView<'a>>,
 }
 
-/// What a pair is for: DoRA needs its weights.
+/// What a LoRA is for: DoRA needs its weights.
 pub enum Adapted<'a, B: Backend + ?Sized> {
     /// one of the layers that share an input
     Projection(&'a B::Linear, usize),
@@ -113,7 +113,7 @@ pub trait Backend {
     type Embedding;
     /// An attention layer: its norms, its rotation, the form of its keys and values.
     type Attention;
-    /// One adapter's pair for one linear layer or embedding.
+    /// LoRA A and B of one linear layer or embedding.
     type Lora;
     /// Keys and values of one sequence.
     type Cache;

@@ -1,4 +1,4 @@
-// The kernel for steps, in the emulator: small models of random weights, compared with the model's definition.
+// The kernel for steps, in the emulator: scales_biases models of random weights, compared with the model's definition.
 //
 // One program is made for one shape (MODEL_HIDDEN, ... are macros), with the kernel for one tile and that for TILES.
 // `kernel.inc` joins the kernel's sources in the order in which the engine joins them.
@@ -77,26 +77,26 @@ Array<bf16> random_numbers(size_t count, double mean, double spread) {
 struct Weight {
   Weight(int n, int k, double spread, bool gated)
       : n(n), k(k), codes((size_t)n * k / 8), scales((size_t)n * k / 64), biases(scales.count),
-        small((size_t)(n + 63) / 64 * 64 * ((k / 64 + 3) / 4 * 4)) {
+        scales_biases((size_t)(n + 63) / 64 * 64 * ((k / 64 + 3) / 4 * 4)) {
     for (size_t i = 0; i < codes.count; i++) codes[i] = (unsigned)generator();
     for (size_t i = 0; i < scales.count; i++) {
       const double scale = spread / 4.6 * (1 + 0.3 * normal());
       scales[i] = narrowed(scale), biases[i] = narrowed(scale * (-7.5 + normal()));
     }
-    place_small(gated);
+    swizzle(gated);
   }
 
-  // As `small` of step.rs.
-  void place_small(bool gated) {
+  // As `scales_biases` of step.rs.
+  void swizzle(bool gated) {
     const int groups = k / 64, quads = (groups + 3) / 4;
-    memset(small.data, 0, small.bytes);
+    memset(scales_biases.data, 0, scales_biases.bytes);
     for (int output = 0; output < n; output++)
       for (int group = 0; group < groups; group++) {
         const int half = output % (n / 2);
         const int tile = gated ? half / 8 : output / 16;
         const int row = gated ? half % 8 + output / (n / 2) * 8 : output % 16;
         const size_t from = (size_t)output * groups + group;
-        small[(((size_t)tile * quads + group / 4) * 16 + row) * 4 + group % 4] =
+        scales_biases[(((size_t)tile * quads + group / 4) * 16 + row) * 4 + group % 4] =
             scales[from] | (unsigned)biases[from] << 16;
       }
   }
@@ -125,7 +125,7 @@ struct Weight {
   int n, k;
   Array<unsigned> codes;
   Array<bf16> scales, biases;
-  Array<unsigned> small;
+  Array<unsigned> scales_biases;
 };
 
 struct Layer {
@@ -159,12 +159,12 @@ struct Model {
     std::vector<word> words;
     for (const Layer& layer : layers) {
       for (const Weight* weight : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down})
-        words.insert(words.end(), {weight->codes.address(), weight->small.address()});
+        words.insert(words.end(), {weight->codes.address(), weight->scales_biases.address()});
       for (const Array<bf16>* norm : {&layer.input_norm, &layer.post_norm}) words.push_back(norm->address());
       for (const Array<bf16>* norm : {&layer.q_norm, &layer.k_norm}) words.push_back(QK_NORM ? norm->address() : 0);
       words.push_back(QKV_BIAS ? layer.bias.address() : 0);
     }
-    words.insert(words.end(), {head.codes.address(), head.small.address(), norm.address()});
+    words.insert(words.end(), {head.codes.address(), head.scales_biases.address(), norm.address()});
     words.insert(words.end(), {embedding.codes.address(), embedding.scales.address(), embedding.biases.address()});
     words.push_back(rotation.address());
     Array<word> table(words.size());
@@ -173,7 +173,7 @@ struct Model {
   }
 };
 
-// A pair for one linear layer; none if its rank is 0.
+// LoRA A and B of one linear layer; none if its rank is 0.
 struct Lora {
   Lora(int in, int out, int rank)
       : in(in), out(out), rank(rank), a(random_numbers((size_t)in * rank, 0, 1 / std::sqrt(in))),
@@ -193,14 +193,14 @@ struct Lora {
 };
 
 struct Adapter {
-  // `ranks` are those of the pairs, again and again.
-  explicit Adapter(std::vector<int> ranks, float scale = 0.5f) : words((size_t)LAYERS * LORA_PAIRS * 3) {
+  // `ranks` are those of the loras, again and again.
+  explicit Adapter(std::vector<int> ranks, float scale = 0.5f) : words((size_t)LAYERS * LORA_LAYERS * 3) {
     const int ins[] = {HIDDEN, HIDDEN, HIDDEN, Q_WIDTH, HIDDEN, HIDDEN, INNER};
     const int outs[] = {Q_WIDTH, KV_WIDTH, KV_WIDTH, HIDDEN, INNER, INNER, HIDDEN};
-    for (int i = 0; i < LAYERS * LORA_PAIRS; i++) {
+    for (int i = 0; i < LAYERS * LORA_LAYERS; i++) {
       const int rank = ranks[i % ranks.size()];
       most_rank = std::max(most_rank, rank);
-      Lora& own = pairs.emplace_back(ins[i % LORA_PAIRS], outs[i % LORA_PAIRS], rank);
+      Lora& own = loras.emplace_back(ins[i % LORA_LAYERS], outs[i % LORA_LAYERS], rank);
       own.scale = scale;
       words[i * 3] = rank ? own.a.address() : 0, words[i * 3 + 1] = rank ? own.b.address() : 0;
       words[i * 3 + 2] = rank ? rank | (word)std::bit_cast<unsigned>(own.scale) << 32 : 0;
@@ -208,7 +208,7 @@ struct Adapter {
   }
 
   int most_rank = 0;
-  std::vector<Lora> pairs;
+  std::vector<Lora> loras;
   Array<word> words;
 };
 
@@ -282,7 +282,7 @@ struct Reference {
       for (int i = 0; i < HIDDEN; i++) hidden[row][i] += y[row][i];
   }
 
-  // With what the adapters' pairs at these places add, one after another.
+  // With what the adapters' loras at these places add, one after another.
   std::vector<Numbers> product(const Weight& weight, const std::vector<Numbers>& x, int layer,
                                std::vector<int> places) const {
     auto y = weight.times(x, rows.size() > 8);
@@ -290,7 +290,7 @@ struct Reference {
       double* to = y[row].data();
       for (int place : places) {
         if (!rows[row].adapter) continue;
-        const Lora& own = rows[row].adapter->pairs[layer * LORA_PAIRS + place];
+        const Lora& own = rows[row].adapter->loras[layer * LORA_LAYERS + place];
         own.add(x[row], to);
         to += own.out;
       }
@@ -446,7 +446,7 @@ class Engine {
 
   // What no launch may need from before.
   void poison(bool goes_on) const {
-    const std::pair<size_t, size_t> areas[] = {
+    const std::lora<size_t, size_t> areas[] = {
         {HIDDEN_AT, 4 * HIDDEN},  {SQUARES, 4 * (HIDDEN / 16)}, {QKV_AT, 4 * QKV_WIDTH}, {NORMED, 2 * HIDDEN},
         {MIXED, 2 * Q_WIDTH},     {ACTIVE, 2 * INNER},          {ANGLES, 4 * DIM},
     };
@@ -517,7 +517,7 @@ struct Test {
 
   // But for the rows' own keys and values, pages are as they were.
   void check_untouched(const std::vector<Row>& rows, const std::vector<bf16>& before) {
-    std::vector<std::pair<bf16*, bf16>> own;
+    std::vector<std::lora<bf16*, bf16>> own;
     for (const Row& row : rows)
       for (int i = 0; i < LAYERS * 2 * KV_HEADS * DIM; i++) own.push_back({&fresh(row, i), fresh(row, i)});
     poison_fresh(rows);

@@ -207,7 +207,7 @@ impl Weights {
     }
 }
 
-/// One adapter's pair for one layer, both halves `[rank, features]`.
+/// LoRA A and B of one layer, both halves `[rank, features]`.
 pub struct Lora {
     /// Of the numbers in both halves: f16 beside 16-bit weights, since they are read for every
     /// token. Each half's largest is then about 1, so that f16 rounds to 2^-11 of a number, or
@@ -398,7 +398,7 @@ pub struct Delta<'a> {
 }
 
 impl<'a> Delta<'a> {
-    /// One for each pair, with all its rows: so it is read once.
+    /// One for each LoRA, with all its rows: so it is read once.
     pub fn all(cpu: &Cpu, x: &Tensor, loras: &[LoraRows<'a, Cpu>]) -> Vec<Self> {
         let mut deltas: Vec<Self> = vec![];
         for &LoraRows { index, ref rows, lora } in loras {

@@ -24,8 +24,8 @@ const SOURCES: [&str; 9] = [
     include_str!("step/layout.cuh"),
     include_str!("step/block.cuh"),
     include_str!("step/fetch.cuh"),
-    include_str!("step/pairs.cuh"),
-    include_str!("step/adapters.cuh"),
+    include_str!("step/lora.cuh"),
+    include_str!("step/shrink_expand.cuh"),
     include_str!("step/finish.cuh"),
     include_str!("step/product.cuh"),
     include_str!("step/attention.cuh"),
@@ -37,13 +37,13 @@ const BLOCK: &str = "\n#undef __global__\n\
      #define __global__ __attribute__((global)) __launch_bounds__(ALL_THREADS, 1)\n";
 
 /// The kernel, compiled for so many tiles of eight rows at once.
-struct Form {
+struct Specialization {
     kernel: Kernel,
     /// `ALL_THREADS`
     threads: usize,
 }
 
-impl Form {
+impl Specialization {
     fn new(shape: &Shape, tiles: usize) -> Result<Self> {
         let Shape { hidden, inner, heads, kv_heads, dim, layers, vocab, eps, theta, .. } = *shape;
         let numbers = [
@@ -91,11 +91,11 @@ const TILES: usize = 4;
 
 pub struct Step {
     pub shape: Shape,
-    one_tile: Form,
-    tiles: Form,
+    one_tile: Specialization,
+    tiles: Specialization,
     blocks: usize,
     /// Scales and biases as the kernel wants them.
-    _small: Vec<Array>,
+    _scales_biases: Vec<Array>,
     /// Addresses of all weights, and of the adapters'.
     table: Array,
     workspace: RefCell<Workspace>,
@@ -116,12 +116,12 @@ pub struct Row<'a> {
 
 impl Step {
     pub fn new(model: &ModelArrays, shape: Shape, addresses: &Addresses) -> Result<Self> {
-        let (table, small) = table(model, addresses)?;
+        let (table, scales_biases) = table(model, addresses)?;
         Ok(Self {
-            one_tile: Form::new(&shape, 1)?,
-            tiles: Form::new(&shape, TILES)?,
+            one_tile: Specialization::new(&shape, 1)?,
+            tiles: Specialization::new(&shape, TILES)?,
             blocks: multiprocessors()?,
-            _small: small,
+            _scales_biases: scales_biases,
             table,
             workspace: RefCell::new(Workspace::new(&shape, 32, 1024)?),
             told: RefCell::default(),
@@ -152,12 +152,12 @@ impl Step {
         plan[3] = workspace.bytes as u64;
         let plan = self.told.borrow_mut().tell(plan, previous.is_some());
         let plan = Array::from_slice(&plan, &[plan.len() as i32]);
-        let form = if count <= MOST_IN_A_TILE { &self.one_tile } else { &self.tiles };
-        let mut outputs = form.kernel.run(&Launch {
+        let specialized = if count <= MOST_IN_A_TILE { &self.one_tile } else { &self.tiles };
+        let mut outputs = specialized.kernel.run(&Launch {
             inputs: &[&self.table, &plan, previous.unwrap_or(&self.no_samples), &workspace.array],
             outputs: &[(&[count as i32, self.shape.vocab as i32], Dtype::Float32)],
             blocks: self.blocks as i32,
-            threads: form.threads as i32,
+            threads: specialized.threads as i32,
             constants: &[],
         })?;
         Ok(outputs.swap_remove(0))
@@ -245,9 +245,9 @@ fn table(model: &ModelArrays, addresses: &Addresses) -> Result<(Array, Vec<Array
     let (mut words, mut made) = (vec![], vec![]);
     let mut matrix = |matrix: MatrixArrays, gated: bool, words: &mut Vec<Array>| -> Result<()> {
         let [codes, scales, biases] = matrix;
-        let small = small(scales, biases, gated)?;
-        words.extend([addresses.of(codes)?, addresses.of(&small)?]);
-        made.push(small);
+        let swizzled = swizzled(scales, biases, gated)?;
+        words.extend([addresses.of(codes)?, addresses.of(&swizzled)?]);
+        made.push(swizzled);
         Ok(())
     };
     for layer in &model.layers {
@@ -275,7 +275,7 @@ fn table(model: &ModelArrays, addresses: &Addresses) -> Result<(Array, Vec<Array
 
 /// Scales and biases `[out, in / 64]` as `Matrix` of the kernel has them: 16 outputs by 4 groups, of a gate
 /// and of up eight outputs each, alternately; at the end there may be more outputs and groups.
-fn small(scales: &Array, biases: &Array, gated: bool) -> Result<Array> {
+fn swizzled(scales: &Array, biases: &Array, gated: bool) -> Result<Array> {
     let (outputs, groups) = (scales.dim(0), scales.dim(1));
     let words = |x: &Array| x.view::<u16>().and_then(|words| words.as_dtype(Dtype::Uint32));
     let high = Array::from_slice(&[1u32 << 16], &[1]);
@@ -374,10 +374,10 @@ mod tests {
                     let numbers = Array::from_slice(&numbers, &[outputs as i32, groups as i32]);
                     numbers.view::<half::bf16>().unwrap()
                 };
-                let small = small(&numbers(0), &numbers(2000), gated).unwrap();
-                let small = arrays::values::<u32>(&small).unwrap();
+                let swizzled = swizzled(&numbers(0), &numbers(2000), gated).unwrap();
+                let swizzled = arrays::values::<u32>(&swizzled).unwrap();
                 let quads = groups.div_ceil(4);
-                assert_eq!(small.len(), outputs.next_multiple_of(64) * quads * 4);
+                assert_eq!(swizzled.len(), outputs.next_multiple_of(64) * quads * 4);
                 for (output, group) in all() {
                     // Of a gate's 16, eight are of what it lets through.
                     let half = outputs / 2;
@@ -386,7 +386,7 @@ mod tests {
                         (true, true) => (output / 8, output % 8),
                         (true, false) => ((output - half) / 8, 8 + (output - half) % 8),
                     };
-                    let word = small[((tile * quads + group / 4) * 16 + row) * 4 + group % 4];
+                    let word = swizzled[((tile * quads + group / 4) * 16 + row) * 4 + group % 4];
                     let number = u32::from(number(output, group));
                     assert_eq!(word, number | (number + 2000) << 16, "{output} {group} {gated}");
                 }

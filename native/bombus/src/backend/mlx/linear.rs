@@ -1,4 +1,4 @@
-//! Linear layers, quantized or dense, and the adapters' pairs.
+//! Linear layers, quantized or dense, and LoRA.
 
 use super::{Adapted, Device, LinearWeights, LoraRows, LoraWeights, Mlx, arrays, cuda};
 use crate::config::Quantization;
@@ -290,7 +290,7 @@ fn stack(layers: impl Iterator<Item = Result<Array>>) -> Result<Array> {
     Ok(stacked)
 }
 
-/// One adapter's pair for one layer: a `[in, rank]`, b `[rank, out]`.
+/// LoRA A and B of one layer: a `[in, rank]`, b `[rank, out]`.
 pub struct Lora {
     a: Array,
     b: Array,
@@ -299,7 +299,7 @@ pub struct Lora {
     factors: Option<Array>,
     /// or the whole of a token's embedding
     by_token: bool,
-    /// For the kernel that takes whole steps, where it serves this pair.
+    /// For the kernel that takes whole steps, where it serves this LoRA.
     pub packed: Option<Rc<cuda::Packed>>,
 }
 

@@ -233,12 +233,12 @@ __device__ inline int own_output(int i) { return threadIdx.x % TEAM + i * TEAM; 
 
 // a of the next product for them, for eight of the rank.
 struct MixedSide {
-  Side side;
+  LoraMatrix matrix;
   word* to;  // what of x a^T the lane adds to
   uint4 a[OWN_OUTPUTS];
 
   __device__ void ask(const Task& task, int i, int rank) {
-    a[i] = eight_of(side, task.head * GQA_GROUP * DIM + min(own_output(i), GQA_GROUP * DIM - 1), rank);
+    a[i] = eight_of(matrix, task.head * GQA_GROUP * DIM + min(own_output(i), GQA_GROUP * DIM - 1), rank);
   }
 };
 
@@ -251,11 +251,11 @@ __device__ inline void set_mixed(Team& memory, const Task& task, MixedSide& next
   for (int i = 0; i < OWN_OUTPUTS; i++) {
     const int k = own_output(i);
     const bf16 own = k < GQA_GROUP * DIM ? narrow(memory.output[k]) : 0;
-    if (k < GQA_GROUP * DIM) mixed()[placed(task.row, task.head * GQA_GROUP * DIM + k, Q_WIDTH)] = own;
+    if (k < GQA_GROUP * DIM) mixed()[swizzled(task.row, task.head * GQA_GROUP * DIM + k, Q_WIDTH)] = own;
     x[i] = widen(own);
   }
 #pragma unroll 1
-  for (int rank = 0; rank < next.side.rank; rank += 8) {
+  for (int rank = 0; rank < next.matrix.rank; rank += 8) {
     float sums[8] = {};
 #pragma unroll
     for (int i = 0; i < OWN_OUTPUTS; i++) {
@@ -354,7 +354,7 @@ __device__ __noinline__ void attend(int layer) {
       mix_page(memory, page, min(older + 1, PAGE), values, found);
     }
     // Not by blocks: whichever joins the splits, the numbers must be the same.
-    MixedSide next = {adapted() ? lora_a(at, task.row, 0) : Side{},
+    MixedSide next = {adapted() ? lora_a(at, task.row, 0) : LoraMatrix{},
                       low_rank(at.number + 1, task.head & (shards() - 1), task.row) + tile_row()};
 #pragma unroll
     for (int i = 0; i < OWN_OUTPUTS; i++) next.ask(task, i, 0);

@@ -61,7 +61,7 @@ __device__ inline unsigned* attended() { return in_workspace<unsigned>(ATTENDED)
 __device__ inline float* hidden() { return in_workspace<float>(HIDDEN_AT); }
 __device__ inline float* squares() { return in_workspace<float>(SQUARES); }
 __device__ inline float* qkv() { return in_workspace<float>(QKV_AT); }
-// inputs of products, as `placed`
+// inputs of products, as `swizzled`
 __device__ inline bf16* normed() { return in_workspace<bf16>(NORMED); }
 __device__ inline bf16* mixed() { return in_workspace<bf16>(MIXED); }
 __device__ inline bf16* active() { return in_workspace<bf16>(ACTIVE); }

@@ -20,7 +20,7 @@ template <class D> __device__ __noinline__ int fetch_stages(Fetched weight, int 
         const int slot = used % STAGES;
         Barrier* full = &signals().full[slot];
         if (used >= STAGES) wait(&signals().empty[slot], used / STAGES - 1 & 1);
-        if (lane() == 0) arrive_expecting(full, D::TALL * D::ROW + D::HIGH * D::SMALL);
+        if (lane() == 0) arrive_expecting(full, D::TALL * D::ROW + D::HIGH * D::SCALE_BIAS_BYTES);
         __syncwarp();
         unsigned char* to = stage(slot);
 #pragma unroll 1
@@ -33,7 +33,7 @@ template <class D> __device__ __noinline__ int fetch_stages(Fetched weight, int 
         const int tile = 31 - lane();
         if (tile < D::HIGH) {
           const size_t quad = ((size_t)unit * D::HIGH + tile) * quads + chunk * (D::AT_ONCE / 4);
-          copy_bulk_once(to + D::TALL * D::STRIDE + tile * D::SMALL, w.small + quad * 64, D::SMALL, full);
+          copy_bulk_once(to + D::TALL * D::STRIDE + tile * D::SCALE_BIAS_BYTES, w.scales_biases + quad * 64, D::SCALE_BIAS_BYTES, full);
         }
       }
   return used;

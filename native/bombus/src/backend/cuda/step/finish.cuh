@@ -21,7 +21,7 @@ struct HiddenPlace {
   __device__ static HiddenPlace of(const Outputs& out) {
     return {out.there(), hidden() + (size_t)out.row * HIDDEN + out.n[0],
             squares() + (size_t)out.row * (HIDDEN / 16) + (unsigned)out.n[0] / 16,
-            normed() + placed(out.row, out.n[0], HIDDEN)};
+            normed() + swizzled(out.row, out.n[0], HIDDEN)};
   }
 };
 
@@ -43,13 +43,13 @@ __device__ inline void set_hidden(const Product& at, const Outputs& out, const H
 __device__ inline int fused_index(int n) { return n < Q_WIDTH ? 0 : n < Q_WIDTH + KV_WIDTH ? 1 : 2; }
 __device__ inline int fused_start(int index) { return index == 0 ? 0 : index == 1 ? Q_WIDTH : Q_WIDTH + KV_WIDTH; }
 
-template <Form OWN> struct FinishQkv {
-  static constexpr Form FORM = OWN;
+template <Specialization OWN> struct FinishQkv {
+  static constexpr Specialization SPECIAL = OWN;
   static constexpr int KINDS = 3;
   int number;
 
   struct Ahead {
-    Expand<FORM, 1> expand;
+    Expand<SPECIAL, 1> expand;
     float2 added;
     float factor;
     bool there;
@@ -83,15 +83,15 @@ template <Form OWN> struct FinishQkv {
 };
 
 // Of attention's output, and of the inner layer: they are added to what is hidden.
-template <Form OWN> struct FinishHidden {
-  static constexpr Form FORM = OWN;
+template <Specialization OWN> struct FinishHidden {
+  static constexpr Specialization SPECIAL = OWN;
   static constexpr int KINDS = 1;
   int number;
   const bf16* norm;  // of the next phase
 
   struct Ahead {
-    Expand<FORM, 1> expand;
-    Shrink<FORM, 2, 3> shrink;
+    Expand<SPECIAL, 1> expand;
+    Shrink<SPECIAL, 2, 3> shrink;
     float x0, x1;
     bf16 norm0, norm1;
     HiddenPlace to;
@@ -121,14 +121,14 @@ template <Form OWN> struct FinishHidden {
 };
 
 // A unit's second outputs are of up, with the same numbers as the gate's.
-template <Form OWN> struct FinishGateUp {
-  static constexpr Form FORM = OWN;
+template <Specialization OWN> struct FinishGateUp {
+  static constexpr Specialization SPECIAL = OWN;
   static constexpr int KINDS = 1;
   int number;
 
   struct Ahead {
-    Expand<FORM, 2> expand;
-    Shrink<FORM, 1, 1> shrink;
+    Expand<SPECIAL, 2> expand;
+    Shrink<SPECIAL, 1, 1> shrink;
     float2 added;
     float factor;
     bool there;
@@ -145,7 +145,7 @@ template <Form OWN> struct FinishGateUp {
       if (received) expand.ready(Product(finish.number), 0);
       added = expand.added(Product(finish.number), out.row, 0, {out.n[0], out.n[0]});
       shrink.ready(Product(finish.number), out.row);
-      there = out.there(), factor = factor_of(out), to = active() + placed(out.row, out.n[0], INNER);
+      there = out.there(), factor = factor_of(out), to = active() + swizzled(out.row, out.n[0], INNER);
     }
   };
 
@@ -158,7 +158,7 @@ template <Form OWN> struct FinishGateUp {
 };
 
 struct FinishHead {
-  static constexpr Form FORM = NONE;
+  static constexpr Specialization SPECIAL = NONE;
   static constexpr int KINDS = 1;
   int number;
 

@@ -20,19 +20,19 @@ constexpr int GQA_GROUP = HEADS / KV_HEADS;  // query heads of a head of keys an
 constexpr int ROWS = TILES * 8;           // at once
 constexpr int INPUT_GROUPS = 8;           // come at once, at most
 
-// A weight of 4 bits in groups of 64: codes [N, K / 8]; small: for every 16 outputs (as `Division::output`
+// A weight of 4 bits in groups of 64: codes [N, K / 8]; scales_biases: for every 16 outputs (as `TileShape::output`
 // takes them), every 4 groups, every of those outputs and groups: scale and bias.
 struct Matrix {
   const unsigned* codes;
-  const unsigned* small;
+  const unsigned* scales_biases;
 };
 
 // In the table of a model, for every layer (what it has not is 0); then come the head and its norm, the embedding: codes
 // [VOCAB, HIDDEN / 8], scales and biases [VOCAB, HIDDEN / 64]; and `rotation` of `angle_of`.
 enum { QKV = 0, O = 2, GATE_UP = 4, DOWN = 6, INPUT_NORM = 8, POST_NORM, Q_NORM, K_NORM, BIAS, LAYER_WORDS };
 enum { HEAD = 0, NORM = 2, EMBEDDING = 3, HEAD_WORDS = 3, ROTATION = 6 };
-// Where a projection's pairs are in an adapter's table: 3 words each, 7 pairs for every layer.
-enum { LORA_QKV = 0, LORA_O = 3, LORA_GATE_UP = 4, LORA_DOWN = 6, LORA_PAIRS = 7 };
+// Where a projection's LoRA is in an adapter's table: 3 words each, 7 of them for every layer.
+enum { LORA_QKV = 0, LORA_O = 3, LORA_GATE_UP = 4, LORA_DOWN = 6, LORA_LAYERS = 7 };
 constexpr int PRODUCTS = 4;  // of a layer
 // The sums of x a^T: buffers that products rotate through; shards of each row, and of one row alone.
 constexpr int LOW_RANK_BUFFERS = 4, SHARDS = 2, SHARDS_OF_ONE = 8;  // powers of 2
@@ -54,7 +54,7 @@ __device__ inline bf16* in_page(word page, int layer, int kind, int head) {
 // rows, groups of 64, halves, lanes, and 8 numbers in the order 0 4 1 5 2 6 3 7, which is that of the codes
 // that `widened` takes out of a word. The first half of a group's 16 numbers is HALF before the other.
 constexpr unsigned HALF = 32 * 8;
-__device__ inline unsigned placed(unsigned row, unsigned k, unsigned width) {
+__device__ inline unsigned swizzled(unsigned row, unsigned k, unsigned width) {
   const unsigned lane = row % 8 * 4 + k % 64 / 16, i = k % 8;
   const unsigned half = (row / 8 * (width / 64) + k / 64) * 2 + k % 16 / 8;
   return half * HALF + lane * 8 + i % 4 * 2 + i / 4;
@@ -70,7 +70,7 @@ enum Kind { SINGLE, GATED, WHOLE };
 
 // How a weight [N, K] is divided: units of TALL outputs, whose groups of inputs come in chunks, each a stage
 // in shared memory.
-template <int INPUTS, int OUTPUTS, Kind KIND> struct Division {
+template <int INPUTS, int OUTPUTS, Kind KIND> struct TileShape {
   static constexpr int K = INPUTS, N = OUTPUTS;
   static constexpr Kind kind = KIND;
   static constexpr bool NORMED = KIND != WHOLE;  // but for a factor of each row
@@ -85,8 +85,8 @@ template <int INPUTS, int OUTPUTS, Kind KIND> struct Division {
   static constexpr int QUADS = (GROUPS + 3) / 4, OWN_QUADS = (AT_ONCE + 3) / 4;
   // Bytes of a row of codes, and from one to the next: eight must fall into different banks.
   static constexpr int ROW = AT_ONCE * 32, STRIDE = ROW + (AT_ONCE % 2 ? 0 : 32);
-  static constexpr int SMALL = OWN_QUADS * 256;  // for 16 outputs
-  static constexpr int STAGE = TALL * STRIDE + HIGH * SMALL;
+  static constexpr int SCALE_BIAS_BYTES = OWN_QUADS * 256;  // for 16 outputs
+  static constexpr int STAGE = TALL * STRIDE + HIGH * SCALE_BIAS_BYTES;
 
   // Output number `row` of a unit: of gate and up eight each, alternately, else one after another.
   __device__ static int output(int unit, int row) {
@@ -97,15 +97,15 @@ template <int INPUTS, int OUTPUTS, Kind KIND> struct Division {
 };
 
 // What of it says how a stage lies in shared memory: code that needs no more is made once for all that agree.
-template <class D> using Staged = Division<D::AT_ONCE * GROUP, D::TALL, D::HIGH == 2 ? WHOLE : SINGLE>;
+template <class D> using Staged = TileShape<D::AT_ONCE * GROUP, D::TALL, D::HIGH == 2 ? WHOLE : SINGLE>;
 // The same for outputs.
-template <class D> using Finished = Division<GROUP, D::N, D::kind>;
+template <class D> using Finished = TileShape<GROUP, D::N, D::kind>;
 
-using Qkv = Division<HIDDEN, QKV_WIDTH, SINGLE>;
-using Output = Division<Q_WIDTH, HIDDEN, WHOLE>;
-using GateUp = Division<HIDDEN, 2 * INNER, GATED>;
-using Down = Division<INNER, HIDDEN, WHOLE>;
-using Head = Division<HIDDEN, VOCAB, SINGLE>;
+using Qkv = TileShape<HIDDEN, QKV_WIDTH, SINGLE>;
+using Output = TileShape<Q_WIDTH, HIDDEN, WHOLE>;
+using GateUp = TileShape<HIDDEN, 2 * INNER, GATED>;
+using Down = TileShape<INNER, HIDDEN, WHOLE>;
+using Head = TileShape<HIDDEN, VOCAB, SINGLE>;
 
 constexpr size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 constexpr size_t rounded(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
@@ -123,8 +123,8 @@ struct alignas(16) Team {
   unsigned last[4];
 };
 
-// An adapter's pair for one linear layer: a [in, rank], b [out, rank]. Ranks are multiples of 8.
-struct Pair {
+// An adapter's lora for one linear layer: a [in, rank], b [out, rank]. Ranks are multiples of 8.
+struct LoraLayer {
   const bf16* a;
   const bf16* b;
   int rank;
@@ -151,10 +151,10 @@ constexpr size_t POSITIONS = FIRST_TASKS + 4 * (MOST_ROWS + 4);  // [MOST_ROWS]
 constexpr size_t SIGNALS = POSITIONS + 4 * MOST_ROWS;
 constexpr size_t STATE = rounded(SIGNALS + sizeof(Signals), 16);  // 128 bytes
 constexpr size_t WORDS = STATE + 128;  // of the table, for a layer and the next
-// With one tile, pairs for a layer and the next [2][ROWS][LORA_PAIRS], else those of their sides that a product and its
+// With one tile, LoRA of a layer and the next [2][ROWS][LORA_LAYERS], else those matrices that a product and its
 // followers need [4][MOST_ROWS], and scales [3][MOST_ROWS].
-constexpr size_t PAIRS = rounded(WORDS + 2 * 8 * LAYER_WORDS, 16);
-constexpr size_t SCALES = PAIRS + (TILES == 1 ? 2 * ROWS * LORA_PAIRS * sizeof(Pair) : 4 * 8 * MOST_ROWS);
+constexpr size_t LORAS = rounded(WORDS + 2 * 8 * LAYER_WORDS, 16);
+constexpr size_t SCALES = LORAS + (TILES == 1 ? 2 * ROWS * LORA_LAYERS * sizeof(LoraLayer) : 4 * 8 * MOST_ROWS);
 // With more tiles, x a^T of the rows that are multiplied at once, for the first eight of the rank [3][ROWS][8].
 constexpr size_t LOW_RANK_OF_ROWS = rounded(SCALES + (TILES == 1 ? 0 : 3 * 4 * MOST_ROWS), 16);
 constexpr size_t FIRST_STAGE = rounded(LOW_RANK_OF_ROWS + (TILES == 1 ? 0 : 3 * ROWS * 8 * 4), 128);

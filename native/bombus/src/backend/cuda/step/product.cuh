@@ -1,17 +1,17 @@
 // y = x w^T with a weight of 4 bits, on tensor cores: outputs are the rows of a tile, rows of x its columns. Inputs were
-// written by the phase before, as `placed`. What becomes of y, `finish.cuh` says.
+// written by the phase before, as `swizzled`. What becomes of y, `finish.cuh` says.
 
 constexpr unsigned ONES = 0x3f803f80;  // as bfloat16
 
 // Scale and bias of an output in a group.
-struct Small {
+struct ScaleBias {
   unsigned both;
   __device__ float scale() const { return low(both); }
   __device__ float bias() const { return high(both); }
 };
 
-template <class D> __device__ Small small_of(const unsigned char* smalls, int row, int group) {
-  const unsigned char* tile = smalls + row / 16 * D::SMALL + (group / 4 * 16 + row % 16) * 16;
+template <class D> __device__ ScaleBias scale_bias_at(const unsigned char* scales_biases, int row, int group) {
+  const unsigned char* tile = scales_biases + row / 16 * D::SCALE_BIAS_BYTES + (group / 4 * 16 + row % 16) * 16;
   return {reinterpret_cast<const unsigned*>(tile)[group % 4]};
 }
 
@@ -48,23 +48,23 @@ template <class D> struct Inputs {
 
 template <class D>
 __device__ void multiply_stage(float (&sums)[4], const Inputs<D>& inputs, const unsigned char* stage) {
-  const unsigned char* smalls = stage + D::TALL * D::STRIDE;
+  const unsigned char* scales_biases = stage + D::TALL * D::STRIDE;
   constexpr int OWN = Inputs<D>::OWN;
   uint4 four[2];
   if (OWN == 4)
-    for (int r = 0; r < 2; r++) four[r] = reinterpret_cast<const uint4*>(smalls)[warp() * 16 + r * 8 + tile_row()];
+    for (int r = 0; r < 2; r++) four[r] = reinterpret_cast<const uint4*>(scales_biases)[warp() * 16 + r * 8 + tile_row()];
 #pragma unroll
   for (int i = 0; i < OWN; i++) {
     const int group = warp() * OWN + i;
     if (D::AT_ONCE % WARPS && group >= D::AT_ONCE) break;
     uint2 codes[2];
-    Small small[2];
+    ScaleBias scales_biases[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int row = r * 8 + tile_row();
       codes[r] = reinterpret_cast<const uint2*>(stage + row * D::STRIDE)[group * 4 + tile_column()];
-      if (OWN != 4) small[r] = small_of<D>(smalls, row, group);
-      else small[r].both = i == 0 ? four[r].x : i == 1 ? four[r].y : i == 2 ? four[r].z : four[r].w;
+      if (OWN != 4) scales_biases[r] = scale_bias_at<D>(scales_biases, row, group);
+      else scales_biases[r].both = i == 0 ? four[r].x : i == 1 ? four[r].y : i == 2 ? four[r].z : four[r].w;
     }
     float dots[4] = {};
 #pragma unroll
@@ -76,8 +76,8 @@ __device__ void multiply_stage(float (&sums)[4], const Inputs<D>& inputs, const 
     }
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      const float scale = small[j / 2].scale();
-      sums[j] += scale * dots[j] + (small[j / 2].bias() - 128.f * scale) * inputs.totals[i][j % 2];
+      const float scale = scales_biases[j / 2].scale();
+      sums[j] += scale * dots[j] + (scales_biases[j / 2].bias() - 128.f * scale) * inputs.totals[i][j % 2];
     }
   }
 }
@@ -107,7 +107,7 @@ __device__ inline void put_sums(float2* to, const float (&sum)[4]) {
   to[lane()] = make_float2(sum[0], sum[2]), to[32 + lane()] = make_float2(sum[1], sum[3]);
 }
 
-// So many pairs, each so far from the last.
+// So many vectors of two, each so far from the last.
 template <int COUNT, int APART> __device__ inline float2 add_up(const float2* from) {
   float2 y = make_float2(0.f, 0.f);
 #pragma unroll
@@ -171,7 +171,7 @@ __device__ inline float2 add_up_rows(int buffer, int b) {
 // nothing to do, clears the sums of x a^T that come next.
 template <class D, class Finish>
 __device__ __noinline__ Progress finish_one_tile(Progress progress, Finish finish) {
-  const bool alone = Finish::FORM == ONE_ROW || (Finish::FORM == NONE && rows() == 1);
+  const bool alone = Finish::SPECIAL == ONE_ROW || (Finish::SPECIAL == NONE && rows() == 1);
   const int units = (int)blockIdx.x < D::UNITS ? (D::UNITS - 1 - blockIdx.x) / gridDim.x + 1 : 0;
   const int own = warp() - WARPS, stride = alone ? FINISHERS : 1;
   const int b = alone ? 0 : own, end = b < 2 ? units : 0;
@@ -199,7 +199,7 @@ __device__ __noinline__ Progress finish_one_tile(Progress progress, Finish finis
     finish(out, y, ahead);
   }
   // Of three that follow each other, one can be divided by three.
-  if (Finish::FORM != NONE && (alone ? (units - own) % stride == 0 : own == FINISHERS - 1))
+  if (Finish::SPECIAL != NONE && (alone ? (units - own) % stride == 0 : own == FINISHERS - 1))
     clear_low_rank(finish.number, lane(), 32);
   progress.units += units;
   return progress;
@@ -214,8 +214,8 @@ struct Dense {
     for (int r = 0; r < 2; r++) {
       const int row = tall * 16 + r * 8 + tile_row();
       const uint2 codes = reinterpret_cast<const uint2*>(stage + row * D::STRIDE)[group * 4 + tile_column()];
-      const unsigned small = small_of<D>(stage + D::TALL * D::STRIDE, row, group).both;
-      const unsigned scale = twice_low(small), bias = twice_high(small);
+      const unsigned scales_biases = scale_bias_at<D>(stage + D::TALL * D::STRIDE, row, group).both;
+      const unsigned scale = twice_low(scales_biases), bias = twice_high(scales_biases);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const unsigned two = widened(i < 4 ? codes.x : codes.y, i % 4 * 4);
@@ -253,7 +253,7 @@ __device__ __noinline__ Progress multiply_tiles(Progress progress, Finish finish
   constexpr int SLICES = WARPS / D::HIGH, AT_ONCE = D::INPUTS_AT_ONCE;
   const int tall = warp() % D::HIGH, slice = warp() / D::HIGH;
   bool begun = false;
-  if (Finish::FORM != NONE && batches() == 1) keep_low_rank(Product(finish.number), 0);
+  if (Finish::SPECIAL != NONE && batches() == 1) keep_low_rank(Product(finish.number), 0);
 #pragma unroll 1
   for (int unit = blockIdx.x; unit < D::UNITS; unit += gridDim.x)
 #pragma unroll 1
@@ -294,7 +294,7 @@ __device__ __noinline__ Progress multiply_tiles(Progress progress, Finish finish
         begun = true;
       }
       sync();  // those of the last unit have been used
-      if (Finish::FORM != NONE && batches() > 1) keep_low_rank(Product(finish.number), batch);
+      if (Finish::SPECIAL != NONE && batches() > 1) keep_low_rank(Product(finish.number), batch);
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++) put_sums(sums_of(0, warp()) + tile * 64, sum[tile]);
       finish_tiles<D>(unit, batch, finish);
@@ -305,8 +305,8 @@ __device__ __noinline__ Progress multiply_tiles(Progress progress, Finish finish
 template <class D, class Finish>
 __device__ Progress project_as(Progress progress, const bf16* x, const Finish& finish) {
   if (TILES == 1 && warp() >= WARPS) return finish_one_tile<Finished<D>>(progress, finish);
-  if (TILES > 1 && Finish::FORM != NONE) {
-    keep_sides(Product(finish.number));
+  if (TILES > 1 && Finish::SPECIAL != NONE) {
+    keep_matrices(Product(finish.number));
     clear_low_rank(finish.number, threadIdx.x, THREADS);
   }
   wait_inputs();
@@ -321,7 +321,7 @@ template <class D, class Finish> __device__ void project(Progress& progress, con
 }
 
 // One that adapters may change: what finishes products depends on whether there are any.
-template <class D, template <Form> class Finish, class... More>
+template <class D, template <Specialization> class Finish, class... More>
 __device__ void project_adapted(Progress& progress, const bf16* x, More... more) {
   if (!adapted()) project<D>(progress, x, Finish<NONE>{more...});
   else if (TILES == 1 && rows() == 1) project<D>(progress, x, Finish<ONE_ROW>{more...});

@@ -16,7 +16,7 @@ __device__ inline Angle rotation_of(int at, int pair) {
   return angle_of(at, pair, DIM, reinterpret_cast<const float*>(state().table[LAYERS * LAYER_WORDS + ROTATION]));
 }
 
-template <Form FORM> __device__ __noinline__ void embed() {
+template <Specialization SPECIAL> __device__ __noinline__ void embed() {
   const Product at(-1);
   const word* weight = state().table + LAYERS * LAYER_WORDS + EMBEDDING;
   const bf16* norm = reinterpret_cast<const bf16*>(state().table[INPUT_NORM]);
@@ -29,7 +29,7 @@ template <Form FORM> __device__ __noinline__ void embed() {
     for (int tile = warp() / 2; tile * 8 < rows(); tile += WARPS / 2) {
       const int n = unit * 16 + tile_row();
       const Outputs out = {{n, n + 8}, tile * 8 + 2 * tile_column() + warp() % 2};
-      Shrink<FORM, 2, 3> shrink;
+      Shrink<SPECIAL, 2, 3> shrink;
       shrink.ask(at, out.row, n);
       float x0 = 0.f, x1 = 0.f;
       if (out.row < rows()) {
@@ -68,12 +68,12 @@ __device__ inline word* copy_plan() {
 // What is kept of a layer, by a warp.
 __device__ inline void keep(int layer) {
   keep_words(layer);
-  if (TILES == 1 && adapted() && layer < LAYERS) keep_pairs(layer);
+  if (TILES == 1 && adapted() && layer < LAYERS) keep_loras(layer);
 }
 
 // The first inputs, by the warps that multiply.
 __device__ inline void begin_rows() {
-  if (TILES > 1 && adapted()) keep_sides(Product(-1));
+  if (TILES > 1 && adapted()) keep_matrices(Product(-1));
   sync();
   if (warp() >= WARPS) return;
   if (adapted()) embed<ROWS_BY_LANES>();

@@ -2,19 +2,19 @@
 // x a^T adds to its outputs.
 //
 // A warp that makes a product's outputs has 16 of them (of gate and up eight) for four rows: a lane has outputs
-// tile_row() and the one 8 further on of row first + 2 * tile_column(). `Form` says how many rows there may be. A single
+// tile_row() and the one 8 further on of row first + 2 * tile_column(). `Specialization` says how many rows there may be. A single
 // warp waits for most of its instructions to be fetched: so there is code for one row, on tensor cores, which is half as
 // long. Several may each have an adapter: every lane multiplies for its own row.
-enum Form { NONE, ONE_ROW, ROWS_BY_LANES };
+enum Specialization { NONE, ONE_ROW, ROWS_BY_LANES };
 
-__device__ inline uint4 eight_of(const Side& side, int n, int rank) {
-  if (rank >= side.rank) return make_uint4(0, 0, 0, 0);
-  return *reinterpret_cast<const uint4*>(side.numbers + (unsigned)(n * side.rank + rank));
+__device__ inline uint4 eight_of(const LoraMatrix& matrix, int n, int rank) {
+  if (rank >= matrix.rank) return make_uint4(0, 0, 0, 0);
+  return *reinterpret_cast<const uint4*>(matrix.numbers + (unsigned)(n * matrix.rank + rank));
 }
 // Two of them: those of a lane's column of a tile.
-__device__ inline unsigned own_two(const Side& side, int n, int rank) {
-  if (rank >= side.rank) return 0;
-  return *reinterpret_cast<const unsigned*>(side.numbers + (unsigned)(n * side.rank + rank + 2 * tile_column()));
+__device__ inline unsigned own_two(const LoraMatrix& matrix, int n, int rank) {
+  if (rank >= matrix.rank) return 0;
+  return *reinterpret_cast<const unsigned*>(matrix.numbers + (unsigned)(n * matrix.rank + rank + 2 * tile_column()));
 }
 
 __device__ inline void add_times(float (&sums)[8], float x, uint4 a) {
@@ -52,21 +52,21 @@ __device__ __noinline__ static void shrink_more(int product, int row, int n, uns
   const Product at(product);
 #pragma unroll 1
   for (int index = 0; index < at.next.count; index++) {
-    const Side side = lora_a(at, row, index);
+    const LoraMatrix matrix = lora_a(at, row, index);
     word* to = own_low_rank(product + 1, row) + index * MOST_RANK + tile_row();
 #pragma unroll 1
     for (int rank = 8; rank < state().most_rank; rank += 8) {
       float sums[8] = {};
-      add_times(sums, low(x), eight_of(side, n, rank));
-      if (second) add_times(sums, high(x), eight_of(side, n + 8, rank));
+      add_times(sums, low(x), eight_of(matrix, n, rank));
+      if (second) add_times(sums, high(x), eight_of(matrix, n + 8, rank));
       const float sum = reduce_column(sums);
-      add_fixed(side.rank > 0, to + rank, sum);
+      add_fixed(matrix.rank > 0, to + rank, sum);
     }
   }
 }
 
 // What a warp's outputs, which are inputs of the next product, add to its x a^T: of a lane there are N.
-template <Form FORM, int N, int FUSED> struct Shrink {
+template <Specialization SPECIAL, int N, int FUSED> struct Shrink {
   uint4 a[FUSED][N];  // for the first eight of the rank
   word* to;
   bool more;
@@ -75,9 +75,9 @@ template <Form FORM, int N, int FUSED> struct Shrink {
   __device__ void ask(const Product& at, int row, int n) {
 #pragma unroll
     for (int index = 0; index < FUSED; index++) {
-      const Side side = lora_a(at, row, index);
+      const LoraMatrix matrix = lora_a(at, row, index);
 #pragma unroll
-      for (int i = 0; i < N; i++) a[index][i] = eight_of(side, n + i * 8, 0);
+      for (int i = 0; i < N; i++) a[index][i] = eight_of(matrix, n + i * 8, 0);
     }
   }
   __device__ void ready(const Product& at, int row) {
@@ -108,9 +108,9 @@ template <int N, int FUSED> struct Shrink<ONE_ROW, N, FUSED> {
   __device__ void ask(const Product& at, int, int n) {
 #pragma unroll
     for (int index = 0; index < FUSED; index++) {
-      const Side side = lora_a(at, 0, index);
+      const LoraMatrix matrix = lora_a(at, 0, index);
 #pragma unroll
-      for (int i = 0; i < N; i++) a[index][i] = own_two(side, n + i * 8, 0);
+      for (int i = 0; i < N; i++) a[index][i] = own_two(matrix, n + i * 8, 0);
     }
   }
   __device__ void ready(const Product& at, int) {
@@ -151,7 +151,7 @@ template <int N, int FUSED> struct Shrink<NONE, N, FUSED> {
 };
 
 // What adapters add to a lane's two outputs: of one layer, or of two fused ones, the first and the one behind it.
-template <Form FORM, int FUSED> struct Expand {
+template <Specialization SPECIAL, int FUSED> struct Expand {
   uint4 b[2];  // for the first eight of the rank
   float x[FUSED][8];
 
@@ -192,13 +192,13 @@ template <Form FORM, int FUSED> struct Expand {
   // What comes behind the first eight of a rank.
   __device__ __noinline__ static float more(int product, int row, int index, int n) {
     const Product at(product);
-    const Side side = lora_b(at.own, row, index);
+    const LoraMatrix matrix = lora_b(at.own, row, index);
     float sum = 0.f;
 #pragma unroll 1
-    for (int rank = 8; rank < side.rank; rank += 8) {
+    for (int rank = 8; rank < matrix.rank; rank += 8) {
       float x[8];
       read(x, at, row, index, rank);
-      sum += dot(x, eight_of(side, n, rank));
+      sum += dot(x, eight_of(matrix, n, rank));
     }
     return sum;
   }
@@ -257,7 +257,7 @@ template <int FUSED> struct Expand<ONE_ROW, FUSED> {
 
   __device__ __noinline__ static float2 more(int product, int index, int n0, int n1) {
     const Product at(product);
-    const Side first = lora_b(at.own, 0, index), second = lora_b(at.own, 0, index + FUSED - 1);
+    const LoraMatrix first = lora_b(at.own, 0, index), second = lora_b(at.own, 0, index + FUSED - 1);
     float all[4] = {};
 #pragma unroll 1
     for (int rank = 8; rank < state().most_rank; rank += 8) {

@@ -1,4 +1,4 @@
-// Adapters' pairs, and where what they make of a product's inputs is added up: y += scale * (x a^T) b^T.
+// LoRA: where A and B are, and where x a^T of a product's inputs is added up: y += scale * (x a^T) b^T.
 //
 // x a^T is added up where x is made: whoever has made an input of the next product adds what it makes of it, for the adapter of
 // its row, to numbers of 64 bits that all blocks share. So it is there when x is, behind the same barrier; and integers
@@ -6,7 +6,7 @@
 
 constexpr float FIXED = 268435456.f;  // 1 in those numbers, which go up to 2^35
 
-// Where a product's pairs are: q, k and v's, o's, gate's and up's, down's.
+// Where a product's LoRA is: q, k and v's, o's, gate's and up's, down's.
 struct Place {
   int layer, first, count;  // fused linear layers
 };
@@ -49,71 +49,71 @@ __device__ inline void clear_low_rank(int product, int thread, int count) {
     low_rank(product + 2, 0, 0)[i / rank * MOST_RANK + i % rank] = 0;
 }
 
-__device__ inline Pair read_pair(int row, int layer, int place) {
+__device__ inline LoraLayer read_lora(int row, int layer, int place) {
   const word* own = reinterpret_cast<const word*>(planned(row)[1]);
   if (!own) return {};
-  own += (layer * LORA_PAIRS + place) * 3;
+  own += (layer * LORA_LAYERS + place) * 3;
   return {reinterpret_cast<const bf16*>(own[0]), reinterpret_cast<const bf16*>(own[1]), (int)(unsigned)own[2],
           __uint_as_float((unsigned)(own[2] >> 32))};
 }
 
-// With one tile, a warp reads all pairs of a layer while the layer before is computed.
-__device__ inline Pair& kept_pair(int row, int layer, int place) {
-  return in_shared<Pair>(PAIRS)[(layer % 2 * ROWS + row) * LORA_PAIRS + place];
+// With one tile, a warp reads all LoRA of a layer while the layer before is computed.
+__device__ inline LoraLayer& kept_lora(int row, int layer, int place) {
+  return in_shared<LoraLayer>(LORAS)[(layer % 2 * ROWS + row) * LORA_LAYERS + place];
 }
 
-__device__ inline void keep_pairs(int layer) {
+__device__ inline void keep_loras(int layer) {
 #pragma unroll 1
-  for (int i = lane(); i < rows() * LORA_PAIRS; i += 32)
-    kept_pair(i / LORA_PAIRS, layer, i % LORA_PAIRS) = read_pair(i / LORA_PAIRS, layer, i % LORA_PAIRS);
+  for (int i = lane(); i < rows() * LORA_LAYERS; i += 32)
+    kept_lora(i / LORA_LAYERS, layer, i % LORA_LAYERS) = read_lora(i / LORA_LAYERS, layer, i % LORA_LAYERS);
 }
 
-// One matrix of a pair; with more tiles it is kept as a word, whose lowest bits are the rank / 8.
-struct Side {
+// One matrix of a lora; with more tiles it is kept as a word, whose lowest bits are the rank / 8.
+struct LoraMatrix {
   const bf16* numbers;
   int rank;
 
   __device__ static word packed(const bf16* numbers, int rank) { return reinterpret_cast<word>(numbers) | rank / 8; }
-  __device__ static Side of(word packed) {
+  __device__ static LoraMatrix of(word packed) {
     return {reinterpret_cast<const bf16*>(packed & ~(word)15), (int)(packed & 15) * 8};
   }
 };
 
 // With more tiles, what a product and those that make the next one's inputs need is read by all threads before its
 // barrier: [fused, MOST_ROWS], b's, then the next one's a's.
-__device__ inline word* kept_sides(int index) { return in_shared<word>(PAIRS) + index * MOST_ROWS; }
+__device__ inline word* kept_matrices(int index) { return in_shared<word>(LORAS) + index * MOST_ROWS; }
 __device__ inline float* kept_scales(int index) { return in_shared<float>(SCALES) + index * MOST_ROWS; }
 
-__device__ inline void keep_sides(const Product& at) {
+__device__ inline void keep_matrices(const Product& at) {
   const Place own = at.own, next = at.next;
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows() * (own.count + next.count); i += THREADS) {
     const int row = i % rows(), index = i / rows();
     const bool expands = index < own.count;
     const Place& place = expands ? own : next;
-    const Pair pair = read_pair(row, place.layer, place.first + index - (expands ? 0 : own.count));
-    kept_sides(index)[row] = Side::packed(expands ? pair.b : pair.a, pair.rank);
-    if (expands) kept_scales(index)[row] = pair.scale;
+    const LoraLayer lora = read_lora(row, place.layer, place.first + index - (expands ? 0 : own.count));
+    kept_matrices(index)[row] = LoraMatrix::packed(expands ? lora.b : lora.a, lora.rank);
+    if (expands) kept_scales(index)[row] = lora.scale;
   }
 }
 
 // b of a product's layer for a row, and what its numbers of x a^T must be multiplied with.
-__device__ inline Side lora_b(const Place& own, int row, int index) {
+__device__ inline LoraMatrix lora_b(const Place& own, int row, int index) {
   if (row >= rows()) return {};
-  if (TILES > 1) return Side::of(kept_sides(index)[row]);
-  const Pair& pair = kept_pair(row, own.layer, own.first + index);
-  return {pair.b, pair.rank};
+  if (TILES > 1) return LoraMatrix::of(kept_matrices(index)[row]);
+  const LoraLayer& lora = kept_lora(row, own.layer, own.first + index);
+  return {lora.b, lora.rank};
 }
 __device__ inline float scale_of(const Place& own, int row, int index) {
   if (row >= rows()) return 0.f;
-  return TILES > 1 ? kept_scales(index)[row] : kept_pair(row, own.layer, own.first + index).scale;
+  return TILES > 1 ? kept_scales(index)[row] : kept_lora(row, own.layer, own.first + index).scale;
 }
 // a of a layer of the next product.
-__device__ inline Side lora_a(const Product& at, int row, int index) {
+__device__ inline LoraMatrix lora_a(const Product& at, int row, int index) {
   if (row >= rows() || index >= at.next.count) return {};
-  if (TILES > 1) return Side::of(kept_sides(at.own.count + index)[row]);
-  const Pair& pair = kept_pair(row, at.next.layer, at.next.first + index);
-  return {pair.a, pair.rank};
+  if (TILES > 1) return LoraMatrix::of(kept_matrices(at.own.count + index)[row]);
+  const LoraLayer& lora = kept_lora(row, at.next.layer, at.next.first + index);
+  return {lora.a, lora.rank};
 }
 
 // With more tiles, what a product's x a^T is, of a batch of rows and for the first eight of the rank, is read by all
