@@ -23,10 +23,10 @@ const SHARED_BYTES: usize = 227 * 1024;
 const SOURCES: [&str; 9] = [
     include_str!("step/layout.cuh"),
     include_str!("step/block.cuh"),
-    include_str!("step/fetch.cuh"),
+    include_str!("step/producers.cuh"),
     include_str!("step/lora.cuh"),
     include_str!("step/shrink_expand.cuh"),
-    include_str!("step/finish.cuh"),
+    include_str!("step/epilogue.cuh"),
     include_str!("step/product.cuh"),
     include_str!("step/attention.cuh"),
     include_str!("step/step.cuh"),
@@ -79,7 +79,7 @@ impl Specialization {
             contiguous: true,
             shared: SHARED_BYTES,
         })?;
-        // 16 warps that multiply; with one tile three that finish and one that fetches, else two that fetch.
+        // 16 warps that multiply; with one tile three for epilogues and one producer, else two producers.
         let warps = if tiles == 1 { 20 } else { 18 };
         Ok(Self { kernel, threads: 32 * warps })
     }

@@ -131,7 +131,7 @@ struct HeadNorms {
 
 // Queries of a row's head of keys, and the key and value of the row itself: to memory, those also to their
 // page if this is the last split.
-__device__ inline void ready_heads(Team& memory, const HeadNorms& norms, const Task& task, int layer) {
+__device__ inline void prepare_heads(Team& memory, const HeadNorms& norms, const Task& task, int layer) {
   const int team_warp = warp() % TEAM_WARPS;
   const bool last = task.end == pages_of(task.at);
   const float* from = qkv() + (size_t)task.row * QKV_WIDTH;
@@ -237,7 +237,7 @@ struct MixedSide {
   word* to;  // what of x a^T the lane adds to
   uint4 a[OWN_OUTPUTS];
 
-  __device__ void ask(const Task& task, int i, int rank) {
+  __device__ void prefetch(const Task& task, int i, int rank) {
     a[i] = eight_of(matrix, task.head * GQA_GROUP * DIM + min(own_output(i), GQA_GROUP * DIM - 1), rank);
   }
 };
@@ -260,7 +260,7 @@ __device__ inline void set_mixed(Team& memory, const Task& task, MixedSide& next
 #pragma unroll
     for (int i = 0; i < OWN_OUTPUTS; i++) {
       add_times(sums, x[i], next.a[i]);
-      next.ask(task, i, rank + 8);
+      next.prefetch(task, i, rank + 8);
     }
     float sum = reduce_column(sums);
     sum += __shfl_xor_sync(0xffffffff, sum, 1);
@@ -344,7 +344,7 @@ __device__ __noinline__ void attend(int layer) {
       if (page == task.first) {
         if (!waited) wait_grid_here();
         waited = true;
-        ready_heads(memory, norms, task, layer);
+        prepare_heads(memory, norms, task, layer);
       }
       read_values(v, older, values);
       if (page == task.first) team_sync(team, TEAM);
@@ -357,7 +357,7 @@ __device__ __noinline__ void attend(int layer) {
     MixedSide next = {adapted() ? lora_a(at, task.row, 0) : LoraMatrix{},
                       low_rank(at.number + 1, task.head & (shards() - 1), task.row) + tile_row()};
 #pragma unroll
-    for (int i = 0; i < OWN_OUTPUTS; i++) next.ask(task, i, 0);
+    for (int i = 0; i < OWN_OUTPUTS; i++) next.prefetch(task, i, 0);
     put_down(memory, task, found);
     if (task.splits == 1 || join(memory, task)) set_mixed(memory, task, next);
   }

@@ -115,7 +115,7 @@ __device__ inline void begin(const word* table, const word* plan, const unsigned
     for (int i = 0; i < INPUT_STAGES; i++)
       begin_barrier(&own.inputs_full[i], 1), begin_barrier(&own.inputs_empty[i], WARPS);
     for (int i = 0; i < SUMS; i++) begin_barrier(&own.summed[i], WARPS), begin_barrier(&own.taken[i], 2);
-    begin_barrier(&own.ready, 1);
+    begin_barrier(&own.inputs_ready, 1);
     fence_copies();
     if (blockIdx.x == 0) stamps()[0] = nanoseconds();
     stamp();
@@ -154,12 +154,12 @@ __device__ inline void wait_grid_here() {
 }
 __device__ __noinline__ static void wait_grid() { wait_grid_here(); }
 
-// The same, before a product: its inputs may be fetched. A call would wait for all that has been asked for.
+// The same, before a product: its inputs may be loaded. A call would wait for all loads that are under way.
 __device__ inline void wait_inputs_here() {
   wait_grid_here();
   if (TILES > 1 && threadIdx.x == 0) {
     fence_copies();
-    arrive(&signals().ready);
+    arrive(&signals().inputs_ready);
   }
 }
 __device__ __noinline__ static void wait_inputs() { wait_inputs_here(); }

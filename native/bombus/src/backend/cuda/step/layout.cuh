@@ -4,10 +4,10 @@
 // THETA_BITS, and TILES: rows are multiplied by 8 * TILES at once. Whether heads of q and k are normed (QK_NORM), q, k and
 // v have a bias (QKV_BIAS), and frequencies stand in a table (SCALED) are 0 or 1.
 
-// The warps of a block: those that multiply, with one tile three that finish products, and those that fetch. More than
+// The warps of a block: those that multiply, with one tile three for epilogues, and producers. More than
 // 20 would have fewer registers.
 constexpr int WARPS = 16, THREADS = WARPS * 32;
-constexpr int FINISHERS = TILES == 1 ? 3 : 0, COMPUTING = WARPS + FINISHERS;
+constexpr int EPILOGUE_WARPS = TILES == 1 ? 3 : 0, COMPUTING = WARPS + EPILOGUE_WARPS;
 constexpr int ALL_THREADS = (COMPUTING + (TILES == 1 ? 1 : 2)) * 32;
 constexpr int TEAM = 128, TEAMS = THREADS / TEAM;
 constexpr int GROUP = 64;  // of quantization
@@ -99,7 +99,7 @@ template <int INPUTS, int OUTPUTS, Kind KIND> struct TileShape {
 // What of it says how a stage lies in shared memory: code that needs no more is made once for all that agree.
 template <class D> using Staged = TileShape<D::AT_ONCE * GROUP, D::TALL, D::HIGH == 2 ? WHOLE : SINGLE>;
 // The same for outputs.
-template <class D> using Finished = TileShape<GROUP, D::N, D::kind>;
+template <class D> using EpilogueShape = TileShape<GROUP, D::N, D::kind>;
 
 using Qkv = TileShape<HIDDEN, QKV_WIDTH, SINGLE>;
 using Output = TileShape<Q_WIDTH, HIDDEN, WHOLE>;
@@ -143,7 +143,7 @@ constexpr int SUMS = TILES == 1 ? 4 : 1;
 constexpr int OWN_SUMS = TILES == 1 ? 65 : TILES * 64;
 constexpr int SUMS_BYTES = SUMS * WARPS * OWN_SUMS * sizeof(float2);
 struct Signals {
-  Barrier full[STAGES], empty[STAGES], inputs_full[INPUT_STAGES], inputs_empty[INPUT_STAGES], ready, summed[SUMS], taken[SUMS];
+  Barrier full[STAGES], empty[STAGES], inputs_full[INPUT_STAGES], inputs_empty[INPUT_STAGES], inputs_ready, summed[SUMS], taken[SUMS];
 };
 constexpr size_t FACTORS = 0;                                   // 1 / root mean square of hidden [MOST_ROWS]
 constexpr size_t FIRST_TASKS = FACTORS + 4 * MOST_ROWS;          // of a row's attention [MOST_ROWS + 1]

@@ -1,5 +1,5 @@
 // y = x w^T with a weight of 4 bits, on tensor cores: outputs are the rows of a tile, rows of x its columns. Inputs were
-// written by the phase before, as `swizzled`. What becomes of y, `finish.cuh` says.
+// written by the phase before, as `swizzled`. What becomes of y, `epilogue.cuh` says.
 
 constexpr unsigned ONES = 0x3f803f80;  // as bfloat16
 
@@ -167,40 +167,40 @@ __device__ inline float2 add_up_rows(int buffer, int b) {
 }
 
 // If there is one row, each of the warps for every third unit, else two of them, each for half of the rows, add up what
-// the others have, and finish it. What they need besides is asked for before they wait. Whichever is done first, or has
+// the others have, and run the epilogue. What they need besides is prefetched before they wait. Whichever is done first, or has
 // nothing to do, clears the sums of x a^T that come next.
-template <class D, class Finish>
-__device__ __noinline__ Progress finish_one_tile(Progress progress, Finish finish) {
-  const bool alone = Finish::SPECIAL == ONE_ROW || (Finish::SPECIAL == NONE && rows() == 1);
+template <class D, class Epilogue>
+__device__ __noinline__ Progress epilogue_one_tile(Progress progress, Epilogue epilogue) {
+  const bool alone = Epilogue::SPECIAL == ONE_ROW || (Epilogue::SPECIAL == NONE && rows() == 1);
   const int units = (int)blockIdx.x < D::UNITS ? (D::UNITS - 1 - blockIdx.x) / gridDim.x + 1 : 0;
-  const int own = warp() - WARPS, stride = alone ? FINISHERS : 1;
+  const int own = warp() - WARPS, stride = alone ? EPILOGUE_WARPS : 1;
   const int b = alone ? 0 : own, end = b < 2 ? units : 0;
-  typename Finish::Ahead ahead;
+  typename Epilogue::Operands operands;
   bool begun = false;
 #pragma unroll 1
   for (int i = alone ? own : 0; i < end || !begun; i += stride) {
-    forget(finish.number);
+    forget(epilogue.number);
     const Outputs out = outputs_in<D>(min(blockIdx.x + i * gridDim.x, D::UNITS - 1), 0, b);
-    ahead.ask(finish, out);
+    operands.prefetch(epilogue, out);
     if (!begun) wait_inputs_here();
-    const bool receives = !begun || Finish::KINDS > 1;
-    if (receives) ahead.receive(finish, out);
+    const bool loads = !begun || Epilogue::KINDS > 1;
+    if (loads) operands.load(epilogue, out);
     if (!begun) {
       if (D::NORMED && b < 2) find_factors(b, 2);
       begun = true;
       if (i >= end) break;
     }
-    ahead.ready(finish, out, receives);
+    operands.prepare(epilogue, out, loads);
     const int buffer = (progress.units + i) % SUMS;
     wait(&signals().summed[buffer], (progress.units + i) / SUMS & 1);
     const float2 y = alone ? add_up_row(buffer) : add_up_rows(buffer, b);
     __syncwarp();
     if (lane() < (alone ? 2 : 1)) arrive(&signals().taken[buffer]);
-    finish(out, y, ahead);
+    epilogue(out, y, operands);
   }
   // Of three that follow each other, one can be divided by three.
-  if (Finish::SPECIAL != NONE && (alone ? (units - own) % stride == 0 : own == FINISHERS - 1))
-    clear_low_rank(finish.number, lane(), 32);
+  if (Epilogue::SPECIAL != NONE && (alone ? (units - own) % stride == 0 : own == EPILOGUE_WARPS - 1))
+    clear_low_rank(epilogue.number, lane(), 32);
   progress.units += units;
   return progress;
 }
@@ -225,9 +225,9 @@ struct Dense {
   }
 };
 
-// Once all have put theirs down, adds up what the warps have of a unit for a batch of rows, and finishes it. Apart from
+// Once all have put theirs down, adds up what the warps have of a unit for a batch of rows, and runs the epilogue. Apart from
 // the rest, whose registers it would take.
-template <class D, class Finish> __device__ __noinline__ void finish_tiles(int unit, int batch, Finish finish) {
+template <class D, class Epilogue> __device__ __noinline__ void epilogue_tiles(int unit, int batch, Epilogue epilogue) {
   constexpr int SLICES = WARPS / D::HIGH;
   const int tasks = 2 * min((rows() - batch * ROWS + 7) / 8, TILES) * D::HIGH;
   bool met = false;
@@ -235,25 +235,25 @@ template <class D, class Finish> __device__ __noinline__ void finish_tiles(int u
   for (int task = warp(); task < tasks || !met; task += WARPS) {
     const int b = task % 2, high = task / 2 % D::HIGH, tile = task / 2 / D::HIGH;
     const Outputs out = outputs_in<D>(unit, high * 16, batch * ROWS + tile * 8 + b);
-    typename Finish::Ahead ahead;
-    ahead.ask(finish, out);
+    typename Epilogue::Operands operands;
+    operands.prefetch(epilogue, out);
     if (!met) sync();
     met = true;
     if (task >= tasks) break;
-    ahead.receive(finish, out);
-    ahead.ready(finish, out, true);
+    operands.load(epilogue, out);
+    operands.prepare(epilogue, out, true);
     const float2* from = sums_of(0, high) + (tile * 2 + b) * 32 + lane();
-    finish(out, add_up<SLICES, D::HIGH * OWN_SUMS>(from), ahead);
+    epilogue(out, add_up<SLICES, D::HIGH * OWN_SUMS>(from), operands);
   }
 }
 
 // More rows: a block takes TALL outputs and ROWS rows at once; of 16 outputs, several warps share the inputs.
-template <class D, class Finish>
-__device__ __noinline__ Progress multiply_tiles(Progress progress, Finish finish) {
+template <class D, class Epilogue>
+__device__ __noinline__ Progress multiply_tiles(Progress progress, Epilogue epilogue) {
   constexpr int SLICES = WARPS / D::HIGH, AT_ONCE = D::INPUTS_AT_ONCE;
   const int tall = warp() % D::HIGH, slice = warp() / D::HIGH;
   bool begun = false;
-  if (Finish::SPECIAL != NONE && batches() == 1) keep_low_rank(Product(finish.number), 0);
+  if (Epilogue::SPECIAL != NONE && batches() == 1) keep_low_rank(Product(epilogue.number), 0);
 #pragma unroll 1
   for (int unit = blockIdx.x; unit < D::UNITS; unit += gridDim.x)
 #pragma unroll 1
@@ -294,36 +294,36 @@ __device__ __noinline__ Progress multiply_tiles(Progress progress, Finish finish
         begun = true;
       }
       sync();  // those of the last unit have been used
-      if (Finish::SPECIAL != NONE && batches() > 1) keep_low_rank(Product(finish.number), batch);
+      if (Epilogue::SPECIAL != NONE && batches() > 1) keep_low_rank(Product(epilogue.number), batch);
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++) put_sums(sums_of(0, warp()) + tile * 64, sum[tile]);
-      finish_tiles<D>(unit, batch, finish);
+      epilogue_tiles<D>(unit, batch, epilogue);
     }
   return progress;
 }
 
-template <class D, class Finish>
-__device__ Progress project_as(Progress progress, const bf16* x, const Finish& finish) {
-  if (TILES == 1 && warp() >= WARPS) return finish_one_tile<Finished<D>>(progress, finish);
-  if (TILES > 1 && Finish::SPECIAL != NONE) {
-    keep_matrices(Product(finish.number));
-    clear_low_rank(finish.number, threadIdx.x, THREADS);
+template <class D, class Epilogue>
+__device__ Progress project_as(Progress progress, const bf16* x, const Epilogue& epilogue) {
+  if (TILES == 1 && warp() >= WARPS) return epilogue_one_tile<EpilogueShape<D>>(progress, epilogue);
+  if (TILES > 1 && Epilogue::SPECIAL != NONE) {
+    keep_matrices(Product(epilogue.number));
+    clear_low_rank(epilogue.number, threadIdx.x, THREADS);
   }
   wait_inputs();
-  if constexpr (TILES > 1) return multiply_tiles<D>(progress, finish);
+  if constexpr (TILES > 1) return multiply_tiles<D>(progress, epilogue);
   else return multiply_one_tile<Staged<D>, (D::CHUNKS > 1)>(progress, x, D::UNITS, D::CHUNKS);
 }
 
 // A phase, from the barrier before it to that after it.
-template <class D, class Finish> __device__ void project(Progress& progress, const bf16* x, const Finish& finish) {
-  progress = project_as<D>(progress, x, finish);
+template <class D, class Epilogue> __device__ void project(Progress& progress, const bf16* x, const Epilogue& epilogue) {
+  progress = project_as<D>(progress, x, epilogue);
   arrive_grid();
 }
 
-// One that adapters may change: what finishes products depends on whether there are any.
-template <class D, template <Specialization> class Finish, class... More>
+// One that adapters may change: the epilogue depends on whether there are any.
+template <class D, template <Specialization> class Epilogue, class... More>
 __device__ void project_adapted(Progress& progress, const bf16* x, More... more) {
-  if (!adapted()) project<D>(progress, x, Finish<NONE>{more...});
-  else if (TILES == 1 && rows() == 1) project<D>(progress, x, Finish<ONE_ROW>{more...});
-  else project<D>(progress, x, Finish<ROWS_BY_LANES>{more...});
+  if (!adapted()) project<D>(progress, x, Epilogue<NONE>{more...});
+  else if (TILES == 1 && rows() == 1) project<D>(progress, x, Epilogue<ONE_ROW>{more...});
+  else project<D>(progress, x, Epilogue<ROWS_BY_LANES>{more...});
 }

@@ -71,8 +71,8 @@ template <Specialization SPECIAL, int N, int FUSED> struct Shrink {
   word* to;
   bool more;
 
-  // Asks for them, for outputs from n on: that is the lane's own first.
-  __device__ void ask(const Product& at, int row, int n) {
+  // Prefetches them, for outputs from n on: that is the lane's own first.
+  __device__ void prefetch(const Product& at, int row, int n) {
 #pragma unroll
     for (int index = 0; index < FUSED; index++) {
       const LoraMatrix matrix = lora_a(at, row, index);
@@ -80,7 +80,7 @@ template <Specialization SPECIAL, int N, int FUSED> struct Shrink {
       for (int i = 0; i < N; i++) a[index][i] = eight_of(matrix, n + i * 8, 0);
     }
   }
-  __device__ void ready(const Product& at, int row) {
+  __device__ void prepare(const Product& at, int row) {
     to = own_low_rank(at.number + 1, row) + tile_row();
     more = state().most_rank > 8;
   }
@@ -105,7 +105,7 @@ template <int N, int FUSED> struct Shrink<ONE_ROW, N, FUSED> {
   word* to;
   bool adds, more;
 
-  __device__ void ask(const Product& at, int, int n) {
+  __device__ void prefetch(const Product& at, int, int n) {
 #pragma unroll
     for (int index = 0; index < FUSED; index++) {
       const LoraMatrix matrix = lora_a(at, 0, index);
@@ -113,7 +113,7 @@ template <int N, int FUSED> struct Shrink<ONE_ROW, N, FUSED> {
       for (int i = 0; i < N; i++) a[index][i] = own_two(matrix, n + i * 8, 0);
     }
   }
-  __device__ void ready(const Product& at, int) {
+  __device__ void prepare(const Product& at, int) {
 #pragma unroll
     for (int index = 0; index < FUSED; index++)
 #pragma unroll
@@ -145,8 +145,8 @@ template <int N, int FUSED> struct Shrink<ONE_ROW, N, FUSED> {
 };
 
 template <int N, int FUSED> struct Shrink<NONE, N, FUSED> {
-  __device__ void ask(const Product&, int, int) {}
-  __device__ void ready(const Product&, int) {}
+  __device__ void prefetch(const Product&, int, int) {}
+  __device__ void prepare(const Product&, int) {}
   __device__ void add(const Product&, int, int, unsigned) const {}
 };
 
@@ -155,8 +155,8 @@ template <Specialization SPECIAL, int FUSED> struct Expand {
   uint4 b[2];  // for the first eight of the rank
   float x[FUSED][8];
 
-  // Asks for b, which is there before x is.
-  __device__ void ask(const Product& at, int row, int index, const int (&n)[2]) {
+  // Prefetches b, which is there before x is.
+  __device__ void prefetch(const Product& at, int row, int index, const int (&n)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; i++) b[i] = eight_of(lora_b(at.own, row, index + i * (FUSED - 1)), n[i], 0);
   }
@@ -174,14 +174,14 @@ template <Specialization SPECIAL, int FUSED> struct Expand {
   }
 
   // Behind the barrier that x comes with.
-  __device__ void receive(const Product& at, int row, int index) {
+  __device__ void load(const Product& at, int row, int index) {
 #pragma unroll
     for (int i = 0; i < FUSED; i++) {
       if (TILES == 1) read(x[i], at, row, index + i, 0);
       else kept_low_rank(index + i, row).to(x[i]);
     }
   }
-  __device__ void ready(const Product&, int) {}
+  __device__ void prepare(const Product&, int) {}
 
   __device__ float2 added(const Product& at, int row, int index, const int (&n)[2]) const {
     float2 y = make_float2(dot(x[0], b[0]), dot(x[FUSED - 1], b[1]));
@@ -209,7 +209,7 @@ template <int FUSED> struct Expand<ONE_ROW, FUSED> {
   ulonglong2 from[FUSED];  // two numbers of a shard each
   unsigned x[FUSED];       // for the lanes of the tile's first row
 
-  __device__ void ask(const Product& at, int, int index, const int (&n)[2]) {
+  __device__ void prefetch(const Product& at, int, int index, const int (&n)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; i++) b[i] = own_two(lora_b(at.own, 0, index + i * (FUSED - 1)), n[i], 0);
   }
@@ -230,11 +230,11 @@ template <int FUSED> struct Expand<ONE_ROW, FUSED> {
     return tile_row() == 0 ? pack_bf16(own.x * scale, own.y * scale) : 0;
   }
 
-  __device__ void receive(const Product& at, int, int index) {
+  __device__ void load(const Product& at, int, int index) {
 #pragma unroll
     for (int i = 0; i < FUSED; i++) from[i] = read(at, index + i, 0);
   }
-  __device__ void ready(const Product& at, int index) {
+  __device__ void prepare(const Product& at, int index) {
 #pragma unroll
     for (int i = 0; i < FUSED; i++) x[i] = join(at, index + i, from[i]);
   }
@@ -271,8 +271,8 @@ template <int FUSED> struct Expand<ONE_ROW, FUSED> {
 };
 
 template <int FUSED> struct Expand<NONE, FUSED> {
-  __device__ void ask(const Product&, int, int, const int (&)[2]) {}
-  __device__ void receive(const Product&, int, int) {}
-  __device__ void ready(const Product&, int) {}
+  __device__ void prefetch(const Product&, int, int, const int (&)[2]) {}
+  __device__ void load(const Product&, int, int) {}
+  __device__ void prepare(const Product&, int) {}
   __device__ float2 added(const Product&, int, int, const int (&)[2]) const { return make_float2(0.f, 0.f); }
 };

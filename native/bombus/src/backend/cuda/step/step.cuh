@@ -30,20 +30,20 @@ template <Specialization SPECIAL> __device__ __noinline__ void embed() {
       const int n = unit * 16 + tile_row();
       const Outputs out = {{n, n + 8}, tile * 8 + 2 * tile_column() + warp() % 2};
       Shrink<SPECIAL, 2, 3> shrink;
-      shrink.ask(at, out.row, n);
+      shrink.prefetch(at, out.row, n);
       float x0 = 0.f, x1 = 0.f;
       if (out.row < rows()) {
         int id = state().steps ? -1 - out.row : (int)(unsigned)planned(out.row)[0];
         if (id < 0) id = (int)state().sampled[-1 - id];
         x0 = embedded(weight, id, n), x1 = embedded(weight, id, n + 8);
       }
-      shrink.ready(at, out.row);
+      shrink.prepare(at, out.row);
       set_hidden(at, out, HiddenPlace::of(out), x0, x1, norm[n], norm[n + 8], shrink);
     }
 }
 
 // Brings a layer's norms into the card's cache.
-__device__ inline void fetch_norms(int layer) {
+__device__ inline void prefetch_norms(int layer) {
   constexpr int LINES = (HIDDEN * 2 + 127) / 128;
 #pragma unroll 1
   for (int i = threadIdx.x; i < 2 * LINES + 4; i += THREADS) {
@@ -92,19 +92,19 @@ __device__ __noinline__ void compute() {
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++) {
     const int product = layer * PRODUCTS;
-    project_adapted<Qkv, FinishQkv>(progress, normed(), product);
+    project_adapted<Qkv, QkvEpilogue>(progress, normed(), product);
     if (threadIdx.x == 0) state().plan = copied;
     if (multiplies) attend(layer);
     else wait_grid();
     if (warp() == COMPUTING - 1) keep(layer + 1);
     arrive_grid();
-    if (blockIdx.x == gridDim.x - 1 && multiplies && layer + 1 < LAYERS) fetch_norms(layer + 1);
-    project_adapted<Output, FinishHidden>(progress, mixed(), product + 1, weight<bf16>(layer, POST_NORM));
-    project_adapted<GateUp, FinishGateUp>(progress, normed(), product + 2);
+    if (blockIdx.x == gridDim.x - 1 && multiplies && layer + 1 < LAYERS) prefetch_norms(layer + 1);
+    project_adapted<Output, ResidualEpilogue>(progress, mixed(), product + 1, weight<bf16>(layer, POST_NORM));
+    project_adapted<GateUp, SwigluEpilogue>(progress, normed(), product + 2);
     const int next = layer + 1 == LAYERS ? (int)NORM : (int)INPUT_NORM;
-    project_adapted<Down, FinishHidden>(progress, active(), product + 3, weight<bf16>(layer + 1, next));
+    project_adapted<Down, ResidualEpilogue>(progress, active(), product + 3, weight<bf16>(layer + 1, next));
   }
-  project<Head>(progress, normed(), FinishHead{PRODUCTS * LAYERS});
+  project<Head>(progress, normed(), LogitsEpilogue{PRODUCTS * LAYERS});
   leave();
 }
 
@@ -115,6 +115,6 @@ __device__ inline void run() {
     return;
   }
   if (warp() < COMPUTING) compute();
-  else if (warp() == COMPUTING) fetch_all_weights();
-  else fetch_all_inputs();
+  else if (warp() == COMPUTING) produce_all_weights();
+  else produce_all_inputs();
 }

@@ -1,7 +1,7 @@
-// What becomes of a product's outputs, of which a lane has two of a row (of gate and up one each). `Ahead` is what is
-// needed besides them: `ask` asks for what is there before the product's inputs are, `receive` for what comes with them
-// (for each of the KINDS of outputs), and `ready` makes both ready and finds out where the outputs go, with one tile while
-// the product is made: all blocks wait for what is done later. `received`: whether what comes with the inputs is new.
+// What becomes of a product's outputs, of which a lane has two of a row (of gate and up one each). `Operands` is what is
+// needed besides them: `prefetch` asks for what is there before the product's inputs are, `load` for what comes with them
+// (for each of the KINDS of outputs), and `prepare` makes both ready and finds out where the outputs go, with one tile while
+// the product is made: all blocks wait for what is done later. `loaded`: whether what comes with the inputs is new.
 
 // The outputs of a lane, and its row.
 struct Outputs {
@@ -43,12 +43,12 @@ __device__ inline void set_hidden(const Product& at, const Outputs& out, const H
 __device__ inline int fused_index(int n) { return n < Q_WIDTH ? 0 : n < Q_WIDTH + KV_WIDTH ? 1 : 2; }
 __device__ inline int fused_start(int index) { return index == 0 ? 0 : index == 1 ? Q_WIDTH : Q_WIDTH + KV_WIDTH; }
 
-template <Specialization OWN> struct FinishQkv {
+template <Specialization OWN> struct QkvEpilogue {
   static constexpr Specialization SPECIAL = OWN;
   static constexpr int KINDS = 3;
   int number;
 
-  struct Ahead {
+  struct Operands {
     Expand<SPECIAL, 1> expand;
     float2 added;
     float factor;
@@ -56,26 +56,26 @@ template <Specialization OWN> struct FinishQkv {
     float* to;
     bf16 bias[2 * QKV_BIAS + 1];  // an array of none is no C++
 
-    __device__ void ask(const FinishQkv& finish, const Outputs& out) {
+    __device__ void prefetch(const QkvEpilogue& epilogue, const Outputs& out) {
       if (QKV_BIAS) {
-        const bf16* from = weight<bf16>(finish.number / PRODUCTS, BIAS);
+        const bf16* from = weight<bf16>(epilogue.number / PRODUCTS, BIAS);
         for (int i = 0; i < 2; i++) bias[i * QKV_BIAS] = from[out.n[i]];
       }
       const int index = fused_index(out.n[0]), start = fused_start(index);
-      expand.ask(Product(finish.number), out.row, index, {out.n[0] - start, out.n[1] - start});
+      expand.prefetch(Product(epilogue.number), out.row, index, {out.n[0] - start, out.n[1] - start});
     }
-    __device__ void receive(const FinishQkv& finish, const Outputs& out) {
-      expand.receive(Product(finish.number), out.row, fused_index(out.n[0]));
+    __device__ void load(const QkvEpilogue& epilogue, const Outputs& out) {
+      expand.load(Product(epilogue.number), out.row, fused_index(out.n[0]));
     }
-    __device__ void ready(const FinishQkv& finish, const Outputs& out, bool received) {
+    __device__ void prepare(const QkvEpilogue& epilogue, const Outputs& out, bool loaded) {
       const int index = fused_index(out.n[0]), start = fused_start(index);
-      if (received) expand.ready(Product(finish.number), index);
-      added = expand.added(Product(finish.number), out.row, index, {out.n[0] - start, out.n[1] - start});
+      if (loaded) expand.prepare(Product(epilogue.number), index);
+      added = expand.added(Product(epilogue.number), out.row, index, {out.n[0] - start, out.n[1] - start});
       there = out.there(), factor = factor_of(out), to = qkv() + (size_t)out.row * QKV_WIDTH + out.n[0];
     }
   };
 
-  __device__ void operator()(const Outputs&, float2 y, const Ahead& own) const {
+  __device__ void operator()(const Outputs&, float2 y, const Operands& own) const {
     if (!own.there) return;
     own.to[0] = own.factor * (y.x + own.added.x), own.to[8] = own.factor * (y.y + own.added.y);
     if (QKV_BIAS) own.to[0] += widen(own.bias[0]), own.to[8] += widen(own.bias[QKV_BIAS]);
@@ -83,50 +83,50 @@ template <Specialization OWN> struct FinishQkv {
 };
 
 // Of attention's output, and of the inner layer: they are added to what is hidden.
-template <Specialization OWN> struct FinishHidden {
+template <Specialization OWN> struct ResidualEpilogue {
   static constexpr Specialization SPECIAL = OWN;
   static constexpr int KINDS = 1;
   int number;
   const bf16* norm;  // of the next phase
 
-  struct Ahead {
+  struct Operands {
     Expand<SPECIAL, 1> expand;
     Shrink<SPECIAL, 2, 3> shrink;
     float x0, x1;
     bf16 norm0, norm1;
     HiddenPlace to;
 
-    __device__ void ask(const FinishHidden& finish, const Outputs& out) {
-      expand.ask(Product(finish.number), out.row, 0, out.n);
-      shrink.ask(Product(finish.number), out.row, out.n[0]);
+    __device__ void prefetch(const ResidualEpilogue& epilogue, const Outputs& out) {
+      expand.prefetch(Product(epilogue.number), out.row, 0, out.n);
+      shrink.prefetch(Product(epilogue.number), out.row, out.n[0]);
       const float* x = hidden() + (size_t)min(out.row, rows() - 1) * HIDDEN;
       x0 = x[out.n[0]], x1 = x[out.n[1]];
-      norm0 = finish.norm[out.n[0]], norm1 = finish.norm[out.n[1]];
+      norm0 = epilogue.norm[out.n[0]], norm1 = epilogue.norm[out.n[1]];
     }
-    __device__ void receive(const FinishHidden& finish, const Outputs& out) {
-      expand.receive(Product(finish.number), out.row, 0);
+    __device__ void load(const ResidualEpilogue& epilogue, const Outputs& out) {
+      expand.load(Product(epilogue.number), out.row, 0);
     }
-    __device__ void ready(const FinishHidden& finish, const Outputs& out, bool received) {
-      if (received) expand.ready(Product(finish.number), 0);
-      const float2 added = expand.added(Product(finish.number), out.row, 0, out.n);
+    __device__ void prepare(const ResidualEpilogue& epilogue, const Outputs& out, bool loaded) {
+      if (loaded) expand.prepare(Product(epilogue.number), 0);
+      const float2 added = expand.added(Product(epilogue.number), out.row, 0, out.n);
       x0 += added.x, x1 += added.y;
-      shrink.ready(Product(finish.number), out.row);
+      shrink.prepare(Product(epilogue.number), out.row);
       to = HiddenPlace::of(out);
     }
   };
 
-  __device__ void operator()(const Outputs& out, float2 y, const Ahead& own) const {
+  __device__ void operator()(const Outputs& out, float2 y, const Operands& own) const {
     set_hidden(Product(number), out, own.to, own.x0 + y.x, own.x1 + y.y, own.norm0, own.norm1, own.shrink);
   }
 };
 
 // A unit's second outputs are of up, with the same numbers as the gate's.
-template <Specialization OWN> struct FinishGateUp {
+template <Specialization OWN> struct SwigluEpilogue {
   static constexpr Specialization SPECIAL = OWN;
   static constexpr int KINDS = 1;
   int number;
 
-  struct Ahead {
+  struct Operands {
     Expand<SPECIAL, 2> expand;
     Shrink<SPECIAL, 1, 1> shrink;
     float2 added;
@@ -134,22 +134,22 @@ template <Specialization OWN> struct FinishGateUp {
     bool there;
     bf16* to;
 
-    __device__ void ask(const FinishGateUp& finish, const Outputs& out) {
-      expand.ask(Product(finish.number), out.row, 0, {out.n[0], out.n[0]});
-      shrink.ask(Product(finish.number), out.row, out.n[0]);
+    __device__ void prefetch(const SwigluEpilogue& epilogue, const Outputs& out) {
+      expand.prefetch(Product(epilogue.number), out.row, 0, {out.n[0], out.n[0]});
+      shrink.prefetch(Product(epilogue.number), out.row, out.n[0]);
     }
-    __device__ void receive(const FinishGateUp& finish, const Outputs& out) {
-      expand.receive(Product(finish.number), out.row, 0);
+    __device__ void load(const SwigluEpilogue& epilogue, const Outputs& out) {
+      expand.load(Product(epilogue.number), out.row, 0);
     }
-    __device__ void ready(const FinishGateUp& finish, const Outputs& out, bool received) {
-      if (received) expand.ready(Product(finish.number), 0);
-      added = expand.added(Product(finish.number), out.row, 0, {out.n[0], out.n[0]});
-      shrink.ready(Product(finish.number), out.row);
+    __device__ void prepare(const SwigluEpilogue& epilogue, const Outputs& out, bool loaded) {
+      if (loaded) expand.prepare(Product(epilogue.number), 0);
+      added = expand.added(Product(epilogue.number), out.row, 0, {out.n[0], out.n[0]});
+      shrink.prepare(Product(epilogue.number), out.row);
       there = out.there(), factor = factor_of(out), to = active() + swizzled(out.row, out.n[0], INNER);
     }
   };
 
-  __device__ void operator()(const Outputs& out, float2 y, const Ahead& own) const {
+  __device__ void operator()(const Outputs& out, float2 y, const Operands& own) const {
     const float gate = own.factor * (y.x + own.added.x), up = own.factor * (y.y + own.added.y);
     const bf16 x = narrow(gate / (1.f + __expf(-gate)) * up);
     own.shrink.add(Product(number), out.row, out.n[0], x);
@@ -157,24 +157,24 @@ template <Specialization OWN> struct FinishGateUp {
   }
 };
 
-struct FinishHead {
+struct LogitsEpilogue {
   static constexpr Specialization SPECIAL = NONE;
   static constexpr int KINDS = 1;
   int number;
 
-  struct Ahead {
+  struct Operands {
     float factor;
     bool there;
     float* to;
 
-    __device__ void ask(const FinishHead&, const Outputs&) {}
-    __device__ void receive(const FinishHead&, const Outputs&) {}
-    __device__ void ready(const FinishHead&, const Outputs& out, bool) {
+    __device__ void prefetch(const LogitsEpilogue&, const Outputs&) {}
+    __device__ void load(const LogitsEpilogue&, const Outputs&) {}
+    __device__ void prepare(const LogitsEpilogue&, const Outputs& out, bool) {
       there = out.there(), factor = factor_of(out), to = state().logits + (size_t)out.row * VOCAB;
     }
   };
 
-  __device__ void operator()(const Outputs& out, float2 y, const Ahead& own) const {
+  __device__ void operator()(const Outputs& out, float2 y, const Operands& own) const {
     if (!own.there) return;
     if (out.n[0] < VOCAB) own.to[out.n[0]] = own.factor * y.x;
     if (out.n[1] < VOCAB) own.to[out.n[1]] = own.factor * y.y;
