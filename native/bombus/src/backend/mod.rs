@@ -62,9 +62,9 @@ pub struct LoraWeights<'a> {
 pub enum Adapted<'a, B: Backend + ?Sized> {
     /// one of the layers that share an input
     Projection(&'a B::Linear, usize),
-    Embedding(&'a B::Embedding),
+    Embedding(&'a B::Linear),
     /// the embedding as the head
-    TiedHead(&'a B::Embedding),
+    TiedHead(&'a B::Linear),
 }
 
 /// What an attention layer has besides its linear layers.
@@ -108,9 +108,9 @@ pub trait Backend {
     type Tensor;
     /// The weight of a norm, `[width]`.
     type Norm;
-    /// One or several linear layers that share their input (q, k and v; gate and up).
+    /// One or several linear layers that share their input (q, k and v; gate and up), or the embedding,
+    /// whose product is a tied head's.
     type Linear;
-    type Embedding;
     /// An attention layer: its norms, its rotation, the form of its keys and values.
     type Attention;
     /// LoRA A and B of one linear layer or embedding.
@@ -123,7 +123,7 @@ pub trait Backend {
     type Guard;
 
     /// Whether samples are promises: then the next step is submitted before they are read.
-    const DEFERS: bool;
+    const ASYNC: bool;
 
     /// Runs a thread's whole work: for what a backend binds to its thread.
     fn scope<T>(&self, work: impl FnOnce() -> T) -> T {
@@ -135,7 +135,6 @@ pub trait Backend {
 
     fn norm(&self, weight: &TensorView) -> Result<Self::Norm>;
     fn linear(&self, fused: &[LinearWeights]) -> Result<Self::Linear>;
-    fn embedding(&self, weights: &LinearWeights) -> Result<Self::Embedding>;
     fn attention_layer(
         &self,
         spec: &AttentionSpec,
@@ -159,7 +158,7 @@ pub trait Backend {
     /// -> `[rows, hidden]`
     fn embed(
         &self,
-        embedding: &Self::Embedding,
+        embedding: &Self::Linear,
         tokens: &[Token],
         previous: Option<&Self::Samples>,
         loras: &[LoraRows<Self>],
@@ -187,17 +186,10 @@ pub trait Backend {
     ) -> Result<Self::Tensor>;
 
     /// `silu(gate) * up`
-    fn gated(&self, gate: &Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor>;
+    fn swiglu(&self, gate: &Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor>;
     fn add(&self, x: &Self::Tensor, y: &Self::Tensor) -> Result<Self::Tensor>;
-    /// Rows of x, in any order.
-    fn select(&self, x: &Self::Tensor, rows: &[usize]) -> Result<Self::Tensor>;
-    /// The head of a model with tied embeddings: x `[rows, hidden]` -> `[rows, vocab]`.
-    fn unembed(
-        &self,
-        embedding: &Self::Embedding,
-        x: &Self::Tensor,
-        loras: &[LoraRows<Self>],
-    ) -> Result<Self::Tensor>;
+    /// Some rows of x, in any order.
+    fn gather_rows(&self, x: &Self::Tensor, rows: &[usize]) -> Result<Self::Tensor>;
 
     /// One token for each row of logits.
     fn sample(&self, logits: &Self::Tensor, draws: &[Draw]) -> Result<Self::Samples>;

@@ -168,7 +168,7 @@ impl Fused {
             return Ok(logits);
         }
         let others = decoder.forward(&mut rest, previous)?.as_dtype(Dtype::Float32)?;
-        decoder.backend.select(&stacked(&[logits, others])?, &places)
+        decoder.backend.gather_rows(&stacked(&[logits, others])?, &places)
     }
 
     /// The logits `[rows, vocab]` of single rows; more than the kernel takes go in several launches.

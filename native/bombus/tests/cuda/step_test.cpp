@@ -75,7 +75,7 @@ Array<bf16> random_numbers(size_t count, double mean, double spread) {
 
 // A weight [n, k] of 4 bits.
 struct Weight {
-  Weight(int n, int k, double spread, bool gated)
+  Weight(int n, int k, double spread, bool swiglu)
       : n(n), k(k), codes((size_t)n * k / 8), scales((size_t)n * k / 64), biases(scales.count),
         scales_biases((size_t)(n + 63) / 64 * 64 * ((k / 64 + 3) / 4 * 4)) {
     for (size_t i = 0; i < codes.count; i++) codes[i] = (unsigned)generator();
@@ -83,18 +83,18 @@ struct Weight {
       const double scale = spread / 4.6 * (1 + 0.3 * normal());
       scales[i] = narrowed(scale), biases[i] = narrowed(scale * (-7.5 + normal()));
     }
-    swizzle(gated);
+    swizzle(swiglu);
   }
 
   // As `scales_biases` of step.rs.
-  void swizzle(bool gated) {
+  void swizzle(bool swiglu) {
     const int groups = k / 64, quads = (groups + 3) / 4;
     memset(scales_biases.data, 0, scales_biases.bytes);
     for (int output = 0; output < n; output++)
       for (int group = 0; group < groups; group++) {
         const int half = output % (n / 2);
-        const int tile = gated ? half / 8 : output / 16;
-        const int row = gated ? half % 8 + output / (n / 2) * 8 : output % 16;
+        const int tile = swiglu ? half / 8 : output / 16;
+        const int row = swiglu ? half % 8 + output / (n / 2) * 8 : output % 16;
         const size_t from = (size_t)output * groups + group;
         scales_biases[(((size_t)tile * quads + group / 4) * 16 + row) * 4 + group % 4] =
             scales[from] | (unsigned)biases[from] << 16;
@@ -446,7 +446,7 @@ class Engine {
 
   // What no launch may need from before.
   void poison(bool goes_on) const {
-    const std::lora<size_t, size_t> areas[] = {
+    const std::pair<size_t, size_t> areas[] = {
         {HIDDEN_AT, 4 * HIDDEN},  {SQUARES, 4 * (HIDDEN / 16)}, {QKV_AT, 4 * QKV_WIDTH}, {NORMED, 2 * HIDDEN},
         {MIXED, 2 * Q_WIDTH},     {ACTIVE, 2 * INNER},          {ANGLES, 4 * DIM},
     };
@@ -517,7 +517,7 @@ struct Test {
 
   // But for the rows' own keys and values, pages are as they were.
   void check_untouched(const std::vector<Row>& rows, const std::vector<bf16>& before) {
-    std::vector<std::lora<bf16*, bf16>> own;
+    std::vector<std::pair<bf16*, bf16>> own;
     for (const Row& row : rows)
       for (int i = 0; i < LAYERS * 2 * KV_HEADS * DIM; i++) own.push_back({&fresh(row, i), fresh(row, i)});
     poison_fresh(rows);

@@ -41,7 +41,7 @@ use float::Float;
 use limbs::{Format, Limbs};
 use linear::{Delta, Linear, Lora};
 use pool::Pool;
-use rows::{Gated, Norm, RmsNorm, Sum};
+use rows::{Norm, RmsNorm, Sum, SwiGlu};
 use sample::Samples;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -132,14 +132,13 @@ impl Backend for Cpu {
     type Tensor = Tensor;
     type Norm = Norm;
     type Linear = Linear;
-    type Embedding = Linear;
     type Attention = Attention;
     type Lora = Lora;
     type Cache = Vec<Cache>;
     type Samples = Samples;
     type Guard = PoolGuard;
 
-    const DEFERS: bool = false;
+    const ASYNC: bool = false;
 
     fn guard(&self) -> PoolGuard {
         self.pool.guard()
@@ -151,10 +150,6 @@ impl Backend for Cpu {
 
     fn linear(&self, fused: &[LinearWeights]) -> Result<Linear> {
         self.load(fused)
-    }
-
-    fn embedding(&self, weights: &LinearWeights) -> Result<Linear> {
-        self.load(std::slice::from_ref(weights))
     }
 
     fn attention_layer(
@@ -247,10 +242,10 @@ impl Backend for Cpu {
         attention::attend(self, attention, qkv, segments, &mut caches)
     }
 
-    fn gated(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         Ok(self.map(gate.rows, gate.width, |row, out| {
             // SAFETY: all three are of one width.
-            unsafe { self.level.run(Gated { gate: gate.row(row), up: up.row(row), out }) };
+            unsafe { self.level.run(SwiGlu { gate: gate.row(row), up: up.row(row), out }) };
         }))
     }
 
@@ -261,13 +256,8 @@ impl Backend for Cpu {
         }))
     }
 
-    fn select(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
+    fn gather_rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
         Ok(self.map(rows.len(), x.width, |row, out| out.copy_from_slice(x.row(rows[row]))))
-    }
-
-    fn unembed(&self, embedding: &Linear, x: &Tensor, loras: &[LoraRows<Self>]) -> Result<Tensor> {
-        let mut logits = self.project(embedding, x, loras)?;
-        logits.pop().ok_or_else(|| Error::Backend("an embedding is one layer".into()))
     }
 
     fn sample(&self, logits: &Tensor, draws: &[Draw]) -> Result<Samples> {

@@ -51,13 +51,13 @@ pub unsafe fn load_partial<S: Simd>(x: &[f32], place: usize, count: usize) -> S:
 }
 
 /// `silu(gate) * up`, where `silu(x) = x / (1 + e^-x)`
-pub struct Gated<'a> {
+pub struct SwiGlu<'a> {
     pub gate: &'a [f32],
     pub up: &'a [f32],
     pub out: &'a mut [f32],
 }
 
-impl Kernel for Gated<'_> {
+impl Kernel for SwiGlu<'_> {
     type Output = ();
 
     #[inline(always)]

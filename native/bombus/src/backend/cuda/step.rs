@@ -243,9 +243,9 @@ pub struct ModelArrays<'a> {
 /// The addresses of all weights, in the order of the kernel, and what was made of some of them.
 fn table(model: &ModelArrays, addresses: &Addresses) -> Result<(Array, Vec<Array>)> {
     let (mut words, mut made) = (vec![], vec![]);
-    let mut matrix = |matrix: MatrixArrays, gated: bool, words: &mut Vec<Array>| -> Result<()> {
+    let mut matrix = |matrix: MatrixArrays, swiglu: bool, words: &mut Vec<Array>| -> Result<()> {
         let [codes, scales, biases] = matrix;
-        let swizzled = swizzled(scales, biases, gated)?;
+        let swizzled = swizzled(scales, biases, swiglu)?;
         words.extend([addresses.of(codes)?, addresses.of(&swizzled)?]);
         made.push(swizzled);
         Ok(())
@@ -273,14 +273,14 @@ fn table(model: &ModelArrays, addresses: &Addresses) -> Result<(Array, Vec<Array
     Ok((table, made))
 }
 
-/// Scales and biases `[out, in / 64]` as `Matrix` of the kernel has them: 16 outputs by 4 groups, of a gate
-/// and of up eight outputs each, alternately; at the end there may be more outputs and groups.
-fn swizzled(scales: &Array, biases: &Array, gated: bool) -> Result<Array> {
+/// Scales and biases `[out, in / 64]` as `Matrix` of the kernel has them: 16 outputs by 4 groups, of gate
+/// and up eight outputs each, alternately; at the end there may be more outputs and groups.
+fn swizzled(scales: &Array, biases: &Array, swiglu: bool) -> Result<Array> {
     let (outputs, groups) = (scales.dim(0), scales.dim(1));
     let words = |x: &Array| x.view::<u16>().and_then(|words| words.as_dtype(Dtype::Uint32));
     let high = Array::from_slice(&[1u32 << 16], &[1]);
     let mut both = words(scales)?.add(words(biases)?.multiply(high)?)?;
-    if gated {
+    if swiglu {
         both = both.reshape(&[2, outputs / 16, 8, groups])?.transpose_axes(&[1, 0, 2, 3])?;
         both = both.reshape(&[outputs, groups])?;
     }
@@ -364,7 +364,7 @@ mod tests {
     #[test]
     fn scales_and_biases_lie_by_sixteen_outputs_and_four_groups() {
         arrays::tests::on_cpu(|| {
-            for (outputs, groups, gated) in [(96, 5, false), (200, 4, false), (64, 6, true)] {
+            for (outputs, groups, swiglu) in [(96, 5, false), (200, 4, false), (64, 6, true)] {
                 let number = |output: usize, group: usize| (output * groups + group) as u16;
                 let all = || {
                     (0..outputs).flat_map(|output| (0..groups).map(move |group| (output, group)))
@@ -374,21 +374,21 @@ mod tests {
                     let numbers = Array::from_slice(&numbers, &[outputs as i32, groups as i32]);
                     numbers.view::<half::bf16>().unwrap()
                 };
-                let swizzled = swizzled(&numbers(0), &numbers(2000), gated).unwrap();
+                let swizzled = swizzled(&numbers(0), &numbers(2000), swiglu).unwrap();
                 let swizzled = arrays::values::<u32>(&swizzled).unwrap();
                 let quads = groups.div_ceil(4);
                 assert_eq!(swizzled.len(), outputs.next_multiple_of(64) * quads * 4);
                 for (output, group) in all() {
-                    // Of a gate's 16, eight are of what it lets through.
+                    // Of 16 rows of a tile, eight are gate's and eight are up's.
                     let half = outputs / 2;
-                    let (tile, row) = match (gated, output < half) {
+                    let (tile, row) = match (swiglu, output < half) {
                         (false, _) => (output / 16, output % 16),
                         (true, true) => (output / 8, output % 8),
                         (true, false) => ((output - half) / 8, 8 + (output - half) % 8),
                     };
                     let word = swizzled[((tile * quads + group / 4) * 16 + row) * 4 + group % 4];
                     let number = u32::from(number(output, group));
-                    assert_eq!(word, number | (number + 2000) << 16, "{output} {group} {gated}");
+                    assert_eq!(word, number | (number + 2000) << 16, "{output} {group} {swiglu}");
                 }
             }
         });

@@ -64,18 +64,18 @@ constexpr int largest_divisor(int n, int most) {
   return most >= n ? n : n % most == 0 ? most : largest_divisor(n, most - 1);
 }
 
-// What a product is for: its outputs one by one, a gate's beside what it lets through, or outputs that whole
-// warps take, also those of rows that are not there.
-enum Kind { SINGLE, GATED, WHOLE };
+// What a product's outputs become: themselves, gate's beside up's for SwiGLU, or added to the residual stream, by whole
+// warps, also for rows that are not there.
+enum Kind { PLAIN, SWIGLU, RESIDUAL };
 
 // How a weight [N, K] is divided: units of TALL outputs, whose groups of inputs come in chunks, each a stage
 // in shared memory.
 template <int INPUTS, int OUTPUTS, Kind KIND> struct TileShape {
   static constexpr int K = INPUTS, N = OUTPUTS;
   static constexpr Kind kind = KIND;
-  static constexpr bool NORMED = KIND != WHOLE;  // but for a factor of each row
+  static constexpr bool NORMED = KIND != RESIDUAL;  // but for a factor of each row
   // Tiles of 16 outputs: inputs are read once for all of them, but there must be units for all blocks.
-  static constexpr int HIGH = TILES == 1 ? 1 : KIND == WHOLE ? 2 : 4;
+  static constexpr int HIGH = TILES == 1 ? 1 : KIND == RESIDUAL ? 2 : 4;
   static constexpr int TALL = 16 * HIGH, UNITS = (N + TALL - 1) / TALL;
   static constexpr int GROUPS = K / GROUP, MOST = TILES == 1 ? 80 : 64 / HIGH;
   static constexpr int AT_ONCE = GROUPS <= MOST ? GROUPS : 4 * largest_divisor(GROUPS / 4, MOST / 4);
@@ -91,21 +91,21 @@ template <int INPUTS, int OUTPUTS, Kind KIND> struct TileShape {
   // Output number `row` of a unit: of gate and up eight each, alternately, else one after another.
   __device__ static int output(int unit, int row) {
     const int tile = unit * HIGH + row / 16;
-    if (KIND == GATED) return tile * 8 + row % 8 + (row % 16 < 8 ? 0 : N / 2);
+    if (KIND == SWIGLU) return tile * 8 + row % 8 + (row % 16 < 8 ? 0 : N / 2);
     return tile * 16 + row % 16;
   }
 };
 
 // What of it says how a stage lies in shared memory: code that needs no more is made once for all that agree.
-template <class D> using Staged = TileShape<D::AT_ONCE * GROUP, D::TALL, D::HIGH == 2 ? WHOLE : SINGLE>;
+template <class D> using Staged = TileShape<D::AT_ONCE * GROUP, D::TALL, D::HIGH == 2 ? RESIDUAL : PLAIN>;
 // The same for outputs.
 template <class D> using EpilogueShape = TileShape<GROUP, D::N, D::kind>;
 
-using Qkv = TileShape<HIDDEN, QKV_WIDTH, SINGLE>;
-using Output = TileShape<Q_WIDTH, HIDDEN, WHOLE>;
-using GateUp = TileShape<HIDDEN, 2 * INNER, GATED>;
-using Down = TileShape<INNER, HIDDEN, WHOLE>;
-using Head = TileShape<HIDDEN, VOCAB, SINGLE>;
+using Qkv = TileShape<HIDDEN, QKV_WIDTH, PLAIN>;
+using Output = TileShape<Q_WIDTH, HIDDEN, RESIDUAL>;
+using GateUp = TileShape<HIDDEN, 2 * INNER, SWIGLU>;
+using Down = TileShape<INNER, HIDDEN, RESIDUAL>;
+using Head = TileShape<HIDDEN, VOCAB, PLAIN>;
 
 constexpr size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 constexpr size_t rounded(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }

@@ -40,7 +40,7 @@ template <class D> __device__ __noinline__ int produce_stages(WeightStream weigh
 }
 
 template <class D> __device__ void produce_weights(const word* at, int& used) {
-  used = produce_stages<Staged<D>>({at, D::N, D::K, D::UNITS, D::CHUNKS, D::kind == GATED ? D::N / 2 : 0}, used);
+  used = produce_stages<Staged<D>>({at, D::N, D::K, D::UNITS, D::CHUNKS, D::kind == SWIGLU ? D::N / 2 : 0}, used);
 }
 
 __device__ __noinline__ void produce_all_weights() {

@@ -58,13 +58,13 @@ __device__ void multiply_stage(float (&sums)[4], const Inputs<D>& inputs, const 
     const int group = warp() * OWN + i;
     if (D::AT_ONCE % WARPS && group >= D::AT_ONCE) break;
     uint2 codes[2];
-    ScaleBias scales_biases[2];
+    ScaleBias both[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int row = r * 8 + tile_row();
       codes[r] = reinterpret_cast<const uint2*>(stage + row * D::STRIDE)[group * 4 + tile_column()];
-      if (OWN != 4) scales_biases[r] = scale_bias_at<D>(scales_biases, row, group);
-      else scales_biases[r].both = i == 0 ? four[r].x : i == 1 ? four[r].y : i == 2 ? four[r].z : four[r].w;
+      if (OWN != 4) both[r] = scale_bias_at<D>(scales_biases, row, group);
+      else both[r].both = i == 0 ? four[r].x : i == 1 ? four[r].y : i == 2 ? four[r].z : four[r].w;
     }
     float dots[4] = {};
 #pragma unroll
@@ -76,8 +76,8 @@ __device__ void multiply_stage(float (&sums)[4], const Inputs<D>& inputs, const 
     }
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      const float scale = scales_biases[j / 2].scale();
-      sums[j] += scale * dots[j] + (scales_biases[j / 2].bias() - 128.f * scale) * inputs.totals[i][j % 2];
+      const float scale = both[j / 2].scale();
+      sums[j] += scale * dots[j] + (both[j / 2].bias() - 128.f * scale) * inputs.totals[i][j % 2];
     }
   }
 }
