@@ -201,6 +201,6 @@ pub trait Backend {
     /// Waits until nothing that was submitted goes on, on threads of the backend's own either: the process
     /// may end now.
     fn finish(&self) {}
-    /// Waits for the samples; none where a row's logits were not numbers.
+    /// Waits for the samples; none where a row's logits hold NaN.
     fn read(&self, samples: &Self::Samples) -> Result<Vec<Option<Sample>>>;
 }

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use std::sync::Arc;
 
-/// Rows of logits and their draws -> one token each, none where a row is no numbers.
+/// Rows of logits and their draws -> one token each, none where a row holds NaN.
 pub type Sample<'a> = &'a dyn Fn(&[Vec<f32>], &[Draw]) -> Vec<Option<Drawn>>;
 
 pub fn run(sample: Sample) {

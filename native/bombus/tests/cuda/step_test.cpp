@@ -26,7 +26,7 @@ typedef std::vector<double> Numbers;
 constexpr double MOST_MEAN = 1e-2, MOST_SINGLE = 0.15;  // differences, as fractions of the mean magnitude
 constexpr size_t PAGE_NUMBERS = (size_t)LAYERS * 2 * KV_HEADS * PAGE * DIM;
 
-// Memory of the card, at the end of which there is none: whoever reads on is caught. It begins as no numbers.
+// Memory of the card, at the end of which there is none: whoever reads on is caught. It begins as NaN.
 template <class T> class Array {
  public:
   explicit Array(size_t count) : count(count) {
@@ -212,7 +212,7 @@ struct Adapter {
   Array<word> words;
 };
 
-// Keys and values of the first `at` positions; behind them there are no numbers.
+// Keys and values of the first `at` positions; behind them there is NaN.
 struct Sequence {
   explicit Sequence(int at) : at(at) {
     for (int first = 0; first <= at; first += PAGE) {
@@ -388,7 +388,7 @@ class Engine {
   // Goes on as the last step whose plan was whole, if it may.
   void run(const std::vector<Row>& rows, bool goes_on, unsigned seed, const Array<float>& logits) {
     const Array<unsigned> sampled(rows.size());
-    goes_on = goes_on && pages_of(rows) == told_pages && rows[0].sequence->at != told_at;
+    goes_on = goes_on && pages_of(rows) == planned_pages && rows[0].sequence->at != planned_at;
     const Array<word> plan = goes_on ? going_on(rows, sampled) : planned(rows, sampled);
     poison(goes_on);
     const auto* memory = reinterpret_cast<const unsigned*>(workspace.data);
@@ -401,7 +401,7 @@ class Engine {
   }
 
   // As if the next step went on after another whole plan.
-  void lose_plan() { number++, told_at--; }
+  void lose_plan() { number++, planned_at--; }
 
  private:
   static constexpr size_t MOST = 64;  // rows that it has room for
@@ -414,17 +414,17 @@ class Engine {
     return pages;
   }
 
-  // As `Told` of step.rs.
+  // As `PlanEncoder` of plan.rs.
   Array<word> going_on(const std::vector<Row>& rows, const Array<unsigned>& sampled) const {
     Array<word> plan(1);
-    plan[0] = rows.size() | GOES_ON | (word)(rows[0].sequence->at - told_at) << 32 | number << 48;
+    plan[0] = rows.size() | GOES_ON | (word)(rows[0].sequence->at - planned_at) << 32 | number << 48;
     for (size_t i = 0; i < rows.size(); i++) sampled[i] = rows[i].id;
     return plan;
   }
 
   // As `plan` of step.rs. Every other id is a sample of another row's.
   Array<word> planned(const std::vector<Row>& rows, const Array<unsigned>& sampled) {
-    told_pages = pages_of(rows), told_at = rows[0].sequence->at;
+    planned_pages = pages_of(rows), planned_at = rows[0].sequence->at;
     size_t pages = 0;
     for (const Row& row : rows) pages = std::max(pages, row.sequence->pages.size());
     const size_t words = 2 + pages, count = rows.size();
@@ -456,8 +456,8 @@ class Engine {
 
   // Of the last whole plan.
   word number = 0;
-  size_t told_pages = 0;
-  int told_at = 0;
+  size_t planned_pages = 0;
+  int planned_at = 0;
 
   Array<word> table;
   int blocks;
@@ -525,7 +525,7 @@ struct Test {
     for (const auto& [at, number] : own) *at = number;
   }
 
-  // A step that goes on after a plan that never came has no numbers for any row.
+  // A step that goes on after a plan that never came has NaN in every row.
   void lost_step(const std::vector<Row>& rows) {
     const Array<float> found(rows.size() * VOCAB);
     engine.run(rows, false, 0, found);
@@ -536,7 +536,7 @@ struct Test {
     for (size_t row = 0; row < rows.size(); row++) refused &= found[row * VOCAB] == found[row * VOCAB];
   }
 
-  // What was no number leaves nothing to the step behind it.
+  // NaN leaves nothing to the step behind it.
   void broken_step(std::vector<Row> rows, const Adapter& broken) {
     const Array<float> before(rows.size() * VOCAB), after(rows.size() * VOCAB);
     engine.run(rows, false, 0, before);

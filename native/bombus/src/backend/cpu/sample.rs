@@ -8,7 +8,7 @@ use crate::sampler::Logprobs;
 use std::cell::RefCell;
 use std::sync::Mutex;
 
-/// One token for each row; none where its logits were no numbers.
+/// One token for each row; none where its logits hold NaN.
 pub struct Samples(Vec<Option<Sample>>);
 
 impl Samples {
@@ -61,7 +61,7 @@ fn with_normalizer(cpu: &Cpu, logits: &[f32]) -> impl Fn(f32) -> f32 {
     move |logit| (f64::from(logit - highest) - total) as f32
 }
 
-/// ln p of one target for each row; not a number where a logit of the row is none
+/// ln p of one target for each row; NaN where a logit of the row is NaN
 pub fn log_probs(cpu: &Cpu, logits: &Tensor, targets: &[u32]) -> Vec<f32> {
     let mut log_probs = vec![0.0; logits.rows];
     let out = SendPtr(log_probs.as_mut_ptr());
@@ -179,7 +179,7 @@ fn with_weights<T>(work: impl FnOnce(&mut Vec<f32>) -> T) -> T {
     WEIGHTS.with_borrow_mut(work)
 }
 
-/// The highest logit; not a number where one of them is none.
+/// The highest logit; NaN where one of them is NaN.
 fn highest(cpu: &Cpu, logits: &[f32]) -> f32 {
     // SAFETY: the kernel only reads the slice.
     unsafe { cpu.level.run(Highest(logits)) }
@@ -211,7 +211,7 @@ impl Kernel for Highest<'_> {
                 _ => S::splat(f32::NEG_INFINITY),
             };
             peak = S::max(peak, x);
-            // Infinities are no fault, but infinity times 0 is no number.
+            // Infinities are no fault, but infinity times 0 is NaN.
             check = S::fma(S::max(S::splat(f32::MIN), S::min(S::splat(f32::MAX), x)), zero, check);
         }
         let rest = &logits[logits.len() / LANES * LANES..];

@@ -91,7 +91,7 @@ pub fn dense(codes: &Array, scales: &Array, biases: &Array) -> Result<Option<Arr
 }
 
 /// logits: `[rows, vocab]` in float32 -> the place of the highest of each row, the first of equals, and
-/// whether one is no number; MLX takes a pass for each of these.
+/// whether one is NaN; MLX takes a pass for each of these.
 pub fn greedy(logits: &Array) -> Result<Option<[Array; 2]>> {
     let Some(operations) = operations() else { return Ok(None) };
     let (rows, vocab) = (logits.dim(0), logits.dim(1));

@@ -2,7 +2,7 @@
 
 use super::kernel::{Kernel, Launch, Source};
 use super::pages::{Addresses, Sequence};
-use super::plan::{HEADER, Told};
+use super::plan::{HEADER, PlanEncoder};
 use super::{BARRIERS, NUMBERS, PRIMITIVES, Shape, arrays, multiprocessors, on_card};
 use crate::backend::Token;
 use crate::error::{Error, Result};
@@ -99,8 +99,8 @@ pub struct Step {
     /// Addresses of all weights, and of the adapters'.
     table: Array,
     workspace: RefCell<Workspace>,
-    /// What the card was told last.
-    told: RefCell<Told>,
+    /// Has the last plan that was sent.
+    encoder: RefCell<PlanEncoder>,
     /// In place of samples where there are none.
     no_samples: Array,
 }
@@ -124,15 +124,15 @@ impl Step {
             _scales_biases: scales_biases,
             table,
             workspace: RefCell::new(Workspace::new(&shape, 32, 1024)?),
-            told: RefCell::default(),
+            encoder: RefCell::default(),
             no_samples: Array::from_slice(&[0u32], &[1]),
             shape,
         })
     }
 
-    /// What the card was told last may never have reached it.
+    /// The last plan that was sent may never have reached the card.
     pub fn forget_plan(&self) {
-        self.told.take();
+        self.encoder.take();
     }
 
     /// -> logits `[rows, vocab]` in float32
@@ -150,7 +150,7 @@ impl Step {
             *workspace = Workspace::new(&self.shape, rows, words)?;
         }
         plan[3] = workspace.bytes as u64;
-        let plan = self.told.borrow_mut().tell(plan, previous.is_some());
+        let plan = self.encoder.borrow_mut().encode(plan, previous.is_some());
         let plan = Array::from_slice(&plan, &[plan.len() as i32]);
         let specialized = if count <= MOST_IN_A_TILE { &self.one_tile } else { &self.tiles };
         let mut outputs = specialized.kernel.run(&Launch {

@@ -154,7 +154,7 @@ impl Linear {
 }
 
 /// What the kernels for NVIDIA cards are made for.
-const USUAL: Quantization = Quantization { group_size: 64, bits: 4 };
+const INT4_GROUP64: Quantization = Quantization { group_size: 64, bits: 4 };
 
 /// A quantized weight: its codes, scales and biases.
 pub struct Matrix<'a> {
@@ -166,8 +166,8 @@ pub struct Matrix<'a> {
 
 impl Matrix<'_> {
     /// 4 bits in groups of 64, and bfloat16.
-    pub fn is_usual(&self) -> bool {
-        self.layout == USUAL && self.arrays[1].dtype() == Dtype::Bfloat16
+    pub fn is_int4_group64(&self) -> bool {
+        self.layout == INT4_GROUP64 && self.arrays[1].dtype() == Dtype::Bfloat16
     }
 }
 
@@ -245,14 +245,15 @@ impl Quantized {
     /// None where MLX's own product is the better one.
     fn cuda_matmul(&self, x: &Array) -> Result<Option<Array>> {
         let Self { weight, scales, biases, layout, .. } = self;
-        let usual = *layout == USUAL && [x, scales].map(Array::dtype) == [Dtype::Bfloat16; 2];
-        if usual
+        let int4_group64 =
+            *layout == INT4_GROUP64 && [x, scales].map(Array::dtype) == [Dtype::Bfloat16; 2];
+        if int4_group64
             && cuda::few_rows::serves(x, weight)
             && let Some(kernel) = cuda::few_rows::kernel()
         {
             return kernel.matmul(x, weight, scales, biases).map(Some);
         }
-        let dense = match usual {
+        let dense = match int4_group64 {
             true => cuda::operations::dense(weight, scales, biases)?,
             false => None,
         };

@@ -10,7 +10,7 @@ use mlx_rs::{Array, Dtype, ops};
 /// What is sampled, `[rows]` each, and may not have been computed yet.
 pub struct Samples {
     pub ids: Array,
-    /// Whether the row's logits hold what is no number; its id then means nothing.
+    /// Whether the row's logits hold NaN; its id then means nothing.
     broken: Array,
     logprobs: Option<Tops>,
     /// of a kernel that is behind them: held until they are read

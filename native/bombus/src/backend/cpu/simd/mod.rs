@@ -125,7 +125,7 @@ pub trait Simd: Copy + 'static {
     unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
     /// `a * b + c`
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
-    /// `b` where one is no number; so with `min`.
+    /// `b` where one is NaN; so with `min`.
     unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn min(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn abs(a: Self::F) -> Self::F;
@@ -173,8 +173,8 @@ pub trait Simd: Copy + 'static {
         }
     }
 
-    /// `e^x` for x <= 88, to 2 units in the last place, and at least `e^-87.3`. What is no number
-    /// stays so: of two operands that cannot be compared, `max` is the second.
+    /// `e^x` for x <= 88, to 2 units in the last place, and at least `e^-87.3`. NaN
+    /// stays NaN: of two operands that cannot be compared, `max` is the second.
     #[inline(always)]
     unsafe fn exp(x: Self::F) -> Self::F {
         // e^x = 2^n e^r with |r| <= ln 2 / 2; the polynomial is Cephes's expf.

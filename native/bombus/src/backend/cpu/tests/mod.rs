@@ -102,7 +102,7 @@ fn floats() -> impl Strategy<Value = Dtype> {
 }
 
 #[test]
-fn what_is_no_number_stays_so() {
+fn nan_stays_nan() {
     let w = vec![1.0; 4 * 64];
     let (_folder, files) = write(&[
         ("w", Dtype::U32, vec![4, 8], vec![0x57; 4 * 32]),

@@ -12,8 +12,8 @@ struct State {
   float* logits;
   unsigned char* workspace;
   int count, row_words, most_rank;  // of the plan
-  int steps;                        // since it was told
-  bool refused;                     // told to go on, it cannot
+  int steps;                        // since the last whole plan
+  bool refused;                     // it goes on after a plan that never came
   unsigned barriers, phase;         // thread 0's
 };
 
@@ -164,7 +164,7 @@ __device__ inline void wait_inputs_here() {
 }
 __device__ __noinline__ static void wait_inputs() { wait_inputs_here(); }
 
-// By one thread: a step that went wrong has no numbers for any row.
+// By one thread: a step that went wrong has NaN in every row.
 __device__ inline void spoil_logits() {
   for (int row = 0; row < rows(); row++) state().logits[(size_t)row * VOCAB] = __uint_as_float(0x7fc00000);
 }

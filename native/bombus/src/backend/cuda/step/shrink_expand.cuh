@@ -130,7 +130,7 @@ template <int N, int FUSED> struct Shrink<ONE_ROW, N, FUSED> {
     const int from = tile_column() * 8;
     const unsigned one = __shfl_sync(0xffffffff, x, from), other = __shfl_sync(0xffffffff, x, from + 4);
     const unsigned x0 = __byte_perm(one, other, 0x5410), x1 = __byte_perm(one, other, 0x7632);
-    // Layers that are not there have an a of zeros, which is no number times what is none.
+    // Layers that are not there have an a of zeros, and zero times NaN is NaN.
     float sums[FUSED][2] = {};
 #pragma unroll
     for (int index = 0; index < FUSED; index++)
