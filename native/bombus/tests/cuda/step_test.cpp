@@ -1,7 +1,7 @@
 // The kernel for steps, in the emulator: scales_biases models of random weights, compared with the model's definition.
 //
-// One program is made for one shape (MODEL_HIDDEN, ... are macros), with the kernel for one tile and that for TILES.
-// `kernel.inc` joins the kernel's sources in the order in which the engine joins them.
+// One program is made for one shape, with the kernel for one tile and that for TILES. `kernel.inc` joins the kernel's
+// sources in the order in which the engine joins them, behind `layout.inc`, which layout.rs of the engine prints.
 //
 // step_test BLOCKS SEEDS ROWS...: steps of so many rows.
 
@@ -156,19 +156,25 @@ struct Model {
 
   // As `table` of step.rs.
   Array<word> table() const {
-    std::vector<word> words;
-    for (const Layer& layer : layers) {
-      for (const Weight* weight : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down})
-        words.insert(words.end(), {weight->codes.address(), weight->scales_biases.address()});
-      for (const Array<bf16>* norm : {&layer.input_norm, &layer.post_norm}) words.push_back(norm->address());
-      for (const Array<bf16>* norm : {&layer.q_norm, &layer.k_norm}) words.push_back(QK_NORM ? norm->address() : 0);
-      words.push_back(QKV_BIAS ? layer.bias.address() : 0);
+    Array<word> table(LAYERS * LAYER_WORDS + MODEL_WORDS);
+    memset(table.data, 0, table.bytes);
+    const auto place = [](word* to, const Weight& weight) {
+      to[0] = weight.codes.address(), to[1] = weight.scales_biases.address();
+    };
+    for (int i = 0; i < LAYERS; i++) {
+      word* own = &table[i * LAYER_WORDS];
+      const Layer& layer = layers[i];
+      place(own + QKV, layer.qkv), place(own + O, layer.o);
+      place(own + GATE_UP, layer.gate_up), place(own + DOWN, layer.down);
+      own[INPUT_NORM] = layer.input_norm.address(), own[POST_NORM] = layer.post_norm.address();
+      if (QK_NORM) own[Q_NORM] = layer.q_norm.address(), own[K_NORM] = layer.k_norm.address();
+      if (QKV_BIAS) own[BIAS] = layer.bias.address();
     }
-    words.insert(words.end(), {head.codes.address(), head.scales_biases.address(), norm.address()});
-    words.insert(words.end(), {embedding.codes.address(), embedding.scales.address(), embedding.biases.address()});
-    words.push_back(rotation.address());
-    Array<word> table(words.size());
-    std::copy(words.begin(), words.end(), table.data);
+    word* own = &table[LAYERS * LAYER_WORDS];
+    place(own + HEAD, head);
+    own[NORM] = norm.address(), own[ROTATION] = rotation.address();
+    own[EMBEDDING] = embedding.codes.address();
+    own[EMBEDDING + 1] = embedding.scales.address(), own[EMBEDDING + 2] = embedding.biases.address();
     return table;
   }
 };
@@ -194,7 +200,7 @@ struct Lora {
 
 struct Adapter {
   // `ranks` are those of the loras, again and again.
-  explicit Adapter(std::vector<int> ranks, float scale = 0.5f) : words((size_t)LAYERS * LORA_LAYERS * 3) {
+  explicit Adapter(std::vector<int> ranks, float scale = 0.5f) : words((size_t)LAYERS * LORA_LAYERS * LORA_WORDS) {
     const int ins[] = {HIDDEN, HIDDEN, HIDDEN, Q_WIDTH, HIDDEN, HIDDEN, INNER};
     const int outs[] = {Q_WIDTH, KV_WIDTH, KV_WIDTH, HIDDEN, INNER, INNER, HIDDEN};
     for (int i = 0; i < LAYERS * LORA_LAYERS; i++) {
@@ -202,8 +208,8 @@ struct Adapter {
       most_rank = std::max(most_rank, rank);
       Lora& own = loras.emplace_back(ins[i % LORA_LAYERS], outs[i % LORA_LAYERS], rank);
       own.scale = scale;
-      words[i * 3] = rank ? own.a.address() : 0, words[i * 3 + 1] = rank ? own.b.address() : 0;
-      words[i * 3 + 2] = rank ? rank | (word)std::bit_cast<unsigned>(own.scale) << 32 : 0;
+      words[i * LORA_WORDS] = rank ? own.a.address() : 0, words[i * LORA_WORDS + 1] = rank ? own.b.address() : 0;
+      words[i * LORA_WORDS + 2] = rank ? rank | (word)std::bit_cast<unsigned>(own.scale) << 32 : 0;
     }
   }
 
@@ -405,7 +411,7 @@ class Engine {
 
  private:
   static constexpr size_t MOST = 64;  // rows that it has room for
-  static constexpr size_t WITHOUT_PLAN = SPLITS + room(4 * MOST * MOST_SPLITS * HEADS * (DIM + 2));
+  static constexpr size_t WITHOUT_PLAN = SPLITS + rounded(4 * MOST * MOST_SPLITS * HEADS * PARTIAL, 256);
   static constexpr size_t PLAN_BYTES = 1 << 16;
 
   static size_t pages_of(const std::vector<Row>& rows) {
@@ -427,7 +433,7 @@ class Engine {
     planned_pages = pages_of(rows), planned_at = rows[0].sequence->at;
     size_t pages = 0;
     for (const Row& row : rows) pages = std::max(pages, row.sequence->pages.size());
-    const size_t words = 2 + pages, count = rows.size();
+    const size_t words = ROW_WORDS + pages, count = rows.size();
     Array<word> plan(HEADER + count * words);
     memset(plan.data, 0, plan.bytes);
     plan[0] = count | ++number << 48, plan[1] = words, plan[3] = WITHOUT_PLAN;
@@ -439,7 +445,7 @@ class Engine {
       own[1] = row.adapter ? row.adapter->words.address() : 0;
       if (row.adapter) plan[2] = std::max(plan[2], (word)row.adapter->most_rank);
       for (size_t page = 0; page < row.sequence->pages.size(); page++)
-        own[2 + page] = row.sequence->pages[page].address();
+        own[ROW_WORDS + page] = row.sequence->pages[page].address();
     }
     return plan;
   }

@@ -1,7 +1,7 @@
 //! LoRA A and B as the kernel for steps takes them.
 
+use super::layout::MOST_RANK;
 use super::pages::Addresses;
-use super::step::MOST_RANK;
 use super::{arrays, on_card};
 use crate::error::Result;
 use mlx_rs::{Array, Dtype, ops};

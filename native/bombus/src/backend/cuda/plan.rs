@@ -1,7 +1,6 @@
 //! The plan of a step: what the fused kernel reads of it.
 
-/// Words before those of the rows, as the kernel has them.
-pub const HEADER: usize = 4;
+use super::layout::{GOES_ON, HEADER};
 
 /// Encodes plans: where a step goes on as the last one did, one word says so. A whole plan lies in
 /// memory of the processor's, which a card takes some 90 us to fetch; 8 bytes do not.
@@ -15,14 +14,13 @@ pub struct PlanEncoder {
 }
 
 impl PlanEncoder {
-    const GOES_ON: u64 = 1 << 31;
     const MOST_STEPS: u64 = 1 << 15;
 
     /// The words to send: see `plan` of `layout.cuh`.
     pub fn encode(&mut self, mut plan: Vec<u64>, sampled: bool) -> Vec<u64> {
         if sampled && self.goes_on(&plan) {
             self.steps += 1;
-            return vec![plan[0] | Self::GOES_ON | self.steps << 32 | self.number << 48];
+            return vec![plan[0] | GOES_ON as u64 | self.steps << 32 | self.number << 48];
         }
         self.number = (self.number + 1) % (1 << 16);
         self.steps = 0;

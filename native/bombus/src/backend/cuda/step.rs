@@ -1,24 +1,17 @@
 //! A token for each of some sequences, all layers in one launch of `step.cuh`.
 
 use super::kernel::{Kernel, Launch, Source};
+use super::layout::{
+    self, HEADER, LAYER_STAMPS, MOST_TILES, ROW_WORDS, SHARED_LIMIT, Shape, TILE_ROWS,
+};
 use super::pages::{Addresses, Sequence};
-use super::plan::{HEADER, PlanEncoder};
-use super::{BARRIERS, NUMBERS, PRIMITIVES, Shape, arrays, multiprocessors, on_card};
+use super::plan::PlanEncoder;
+use super::{BARRIERS, NUMBERS, PRIMITIVES, arrays, multiprocessors, on_card};
 use crate::backend::Token;
 use crate::error::{Error, Result};
 use mlx_rs::{Array, Dtype, ops, transforms};
 use std::cell::RefCell;
 use std::ffi::CString;
-
-/// As the kernel has them.
-pub const MOST_ROWS: usize = 256;
-const MOST_SPLITS: usize = 32;
-pub const MOST_RANK: usize = 64;
-const LOW_RANK_BUFFERS: usize = 4;
-const SHARDS: usize = 2;
-
-/// All that a block may have: more than one on a multiprocessor is not wanted.
-const SHARED_BYTES: usize = 227 * 1024;
 
 const SOURCES: [&str; 9] = [
     include_str!("step/layout.cuh"),
@@ -45,29 +38,14 @@ struct Specialization {
 
 impl Specialization {
     fn new(shape: &Shape, tiles: usize) -> Result<Self> {
-        let Shape { hidden, inner, heads, kv_heads, dim, layers, vocab, eps, theta, .. } = *shape;
-        let numbers = [
-            ("TILES", tiles),
-            ("HIDDEN", hidden),
-            ("INNER", inner),
-            ("HEADS", heads),
-            ("KV_HEADS", kv_heads),
-            ("DIM", dim),
-            ("LAYERS", layers),
-            ("VOCAB", vocab),
-            ("EPS_BITS", eps.to_bits() as usize),
-            ("THETA_BITS", theta.to_bits() as usize),
-            ("QK_NORM", usize::from(shape.qk_norm)),
-            ("QKV_BIAS", usize::from(shape.qkv_bias)),
-            ("SCALED", usize::from(shape.scaled)),
-        ];
         // MLX knows a kernel by its name.
-        let mut name = String::from("bombus_step");
-        let mut header = [PRIMITIVES, BARRIERS, NUMBERS].concat();
-        for (constant, number) in numbers {
+        let mut name = format!("bombus_step_{tiles}");
+        for (_, number) in shape.constants() {
             name.push_str(&format!("_{number}"));
-            header.push_str(&format!("constexpr int {constant} = {number};\n"));
         }
+        let mut header = [PRIMITIVES, BARRIERS, NUMBERS].concat();
+        header.push_str(&format!("constexpr int TILES = {tiles};\n"));
+        header.push_str(&layout::header(shape));
         header.extend(SOURCES);
         header.push_str(BLOCK);
         let kernel = Kernel::new(&Source {
@@ -77,17 +55,11 @@ impl Specialization {
             header: &header,
             body: include_str!("step/launch.cu"),
             contiguous: true,
-            shared: SHARED_BYTES,
+            shared: SHARED_LIMIT,
         })?;
-        // 16 warps that multiply; with one tile three for epilogues and one producer, else two producers.
-        let warps = if tiles == 1 { 20 } else { 18 };
-        Ok(Self { kernel, threads: 32 * warps })
+        Ok(Self { kernel, threads: layout::threads(tiles) })
     }
 }
-
-/// Rows go through the tensor cores by eight: so many at once where there are more.
-pub const MOST_IN_A_TILE: usize = 8;
-const TILES: usize = 4;
 
 pub struct Step {
     pub shape: Shape,
@@ -119,7 +91,7 @@ impl Step {
         let (table, scales_biases) = table(model, addresses)?;
         Ok(Self {
             one_tile: Specialization::new(&shape, 1)?,
-            tiles: Specialization::new(&shape, TILES)?,
+            tiles: Specialization::new(&shape, MOST_TILES)?,
             blocks: multiprocessors()?,
             _scales_biases: scales_biases,
             table,
@@ -152,7 +124,7 @@ impl Step {
         plan[3] = workspace.bytes as u64;
         let plan = self.encoder.borrow_mut().encode(plan, previous.is_some());
         let plan = Array::from_slice(&plan, &[plan.len() as i32]);
-        let specialized = if count <= MOST_IN_A_TILE { &self.one_tile } else { &self.tiles };
+        let specialized = if count <= TILE_ROWS { &self.one_tile } else { &self.tiles };
         let mut outputs = specialized.kernel.run(&Launch {
             inputs: &[&self.table, &plan, previous.unwrap_or(&self.no_samples), &workspace.array],
             outputs: &[(&[count as i32, self.shape.vocab as i32], Dtype::Float32)],
@@ -165,8 +137,8 @@ impl Step {
 
     /// How long the phases of the last step took, all layers together; it must have been read.
     pub fn profile(&self) -> Result<Vec<Phase>> {
-        let count = stamps(&self.shape);
-        let from = STAMPS as i32 / 4;
+        let count = self.shape.stamps();
+        let from = self.shape.area("STAMPS") as i32 / 4;
         let words = arrays::index(&self.workspace.borrow().array, from..from + 2 * count as i32)?;
         let words = words.contiguous()?.view::<u64>()?;
         words.eval()?;
@@ -178,10 +150,10 @@ impl Step {
         let layers = self.shape.layers;
         let mut phases = vec![Phase { name: "embedding", seconds: took(0), weights: 0 }];
         for (place, name) in ["qkv", "attention", "o", "gate, up", "down"].into_iter().enumerate() {
-            let seconds = (0..layers).map(|layer| took(1 + layer * 5 + place)).sum();
+            let seconds = (0..layers).map(|layer| took(1 + layer * LAYER_STAMPS + place)).sum();
             phases.push(Phase { name, seconds, weights: layers * self.shape.bytes(name) });
         }
-        let seconds = took(1 + layers * 5);
+        let seconds = took(1 + layers * LAYER_STAMPS);
         phases.push(Phase { name: "head", seconds, weights: self.shape.bytes("head") });
         Ok(phases)
     }
@@ -193,7 +165,7 @@ impl Step {
             row.sequence.reserve(row.position..row.position + 1)?;
             pages = pages.max(row.sequence.addresses().len());
         }
-        let words = 2 + pages;
+        let words = ROW_WORDS + pages;
         let mut plan = vec![0u64; HEADER + rows.len() * words];
         let mut highest = 0;
         for (row, own) in rows.iter().zip(plan[HEADER..].chunks_exact_mut(words)) {
@@ -206,7 +178,10 @@ impl Step {
                 own[1] = address;
                 highest = rank.max(highest);
             }
-            own[2..].iter_mut().zip(row.sequence.addresses()).for_each(|(word, page)| *word = page);
+            own[ROW_WORDS..]
+                .iter_mut()
+                .zip(row.sequence.addresses())
+                .for_each(|(word, page)| *word = page);
         }
         plan[..3].copy_from_slice(&[rows.len() as u64, words as u64, highest as u64]);
         Ok(plan)
@@ -240,33 +215,50 @@ pub struct ModelArrays<'a> {
     pub rotation: &'a Array,
 }
 
-/// The addresses of all weights, in the order of the kernel, and what was made of some of them.
+/// The addresses of all weights, each at its word, and what was made of some of them.
 fn table(model: &ModelArrays, addresses: &Addresses) -> Result<(Array, Vec<Array>)> {
-    let (mut words, mut made) = (vec![], vec![]);
-    let mut matrix = |matrix: MatrixArrays, swiglu: bool, words: &mut Vec<Array>| -> Result<()> {
+    let layers = model.layers.len();
+    let none = Array::from_slice(&[0u64], &[1]);
+    let mut words = vec![none; layers * layout::LAYER_WORDS + layout::MODEL_WORDS];
+    let mut made = vec![];
+    let mut matrix = |word: usize, matrix: MatrixArrays, swiglu: bool| -> Result<_> {
         let [codes, scales, biases] = matrix;
-        let swizzled = swizzled(scales, biases, swiglu)?;
-        words.extend([addresses.of(codes)?, addresses.of(&swizzled)?]);
-        made.push(swizzled);
-        Ok(())
+        let scales_biases = swizzled(scales, biases, swiglu)?;
+        let own = [addresses.of(codes)?, addresses.of(&scales_biases)?];
+        made.push(scales_biases);
+        Ok(own.into_iter().enumerate().map(move |(index, address)| (word + index, address)))
     };
-    for layer in &model.layers {
-        matrix(layer.qkv, false, &mut words)?;
-        matrix(layer.o, false, &mut words)?;
-        matrix(layer.gate_up, true, &mut words)?;
-        matrix(layer.down, false, &mut words)?;
+    for (index, layer) in model.layers.iter().enumerate() {
+        let own = &mut words[index * layout::LAYER_WORDS..][..layout::LAYER_WORDS];
+        let matrices = [
+            (layout::QKV, layer.qkv, false),
+            (layout::O, layer.o, false),
+            (layout::GATE_UP, layer.gate_up, true),
+            (layout::DOWN, layer.down, false),
+        ];
+        for (word, arrays, swiglu) in matrices {
+            matrix(word, arrays, swiglu)?.for_each(|(word, address)| own[word] = address);
+        }
         let [q_norm, k_norm] = layer.head_norms.map_or([None; 2], |[q, k]| [Some(q), Some(k)]);
-        let norms = [Some(layer.input_norm), Some(layer.post_norm), q_norm, k_norm];
-        for array in norms.into_iter().chain([layer.bias]) {
-            words.push(match array {
-                Some(array) => addresses.of(array)?,
-                None => Array::from_slice(&[0u64], &[1]),
-            });
+        let arrays = [
+            (layout::INPUT_NORM, Some(layer.input_norm)),
+            (layout::POST_NORM, Some(layer.post_norm)),
+            (layout::Q_NORM, q_norm),
+            (layout::K_NORM, k_norm),
+            (layout::BIAS, layer.bias),
+        ];
+        for (word, array) in arrays {
+            if let Some(array) = array {
+                own[word] = addresses.of(array)?;
+            }
         }
     }
-    matrix(model.head, false, &mut words)?;
-    for array in [model.norm].into_iter().chain(model.embedding).chain([model.rotation]) {
-        words.push(addresses.of(array)?);
+    let own = &mut words[layers * layout::LAYER_WORDS..];
+    matrix(layout::HEAD, model.head, false)?.for_each(|(word, address)| own[word] = address);
+    own[layout::NORM] = addresses.of(model.norm)?;
+    own[layout::ROTATION] = addresses.of(model.rotation)?;
+    for (index, array) in model.embedding.into_iter().enumerate() {
+        own[layout::EMBEDDING + index] = addresses.of(array)?;
     }
     let table = ops::concatenate(&words, 0)?;
     transforms::eval([&table])?;
@@ -299,15 +291,7 @@ pub struct Phase {
     pub weights: usize,
 }
 
-/// Where the kernel notes its phases: bytes.
-const STAMPS: usize = 256;
-
-/// The numbers that the kernel notes of its phases.
-fn stamps(shape: &Shape) -> usize {
-    5 * shape.layers + 5
-}
-
-/// What lies between the phases, as `Step` of the kernel divides it, and behind that a copy of the plan.
+/// What lies between the phases, as `Shape::areas` divides it, and behind that a copy of the plan.
 struct Workspace {
     array: Array,
     /// It has room for so many rows, and words of a plan.
@@ -319,23 +303,7 @@ struct Workspace {
 
 impl Workspace {
     fn new(shape: &Shape, rows: usize, plan: usize) -> Result<Self> {
-        let Shape { hidden, inner, heads, kv_heads, dim, .. } = *shape;
-        let fixed = [
-            STAMPS,
-            8 * stamps(shape),
-            4 * MOST_ROWS * kv_heads,
-            4 * MOST_ROWS * hidden,
-            4 * MOST_ROWS * (hidden / 16),
-            4 * MOST_ROWS * shape.qkv_width(),
-            2 * MOST_ROWS * hidden,
-            2 * MOST_ROWS * heads * dim,
-            2 * MOST_ROWS * inner,
-            8 * LOW_RANK_BUFFERS * SHARDS * MOST_ROWS * 3 * MOST_RANK,
-            4 * MOST_ROWS * dim,
-            // splits
-            4 * rows * MOST_SPLITS * heads * (dim + 2),
-        ];
-        let bytes = fixed.into_iter().map(|bytes| bytes.next_multiple_of(256)).sum::<usize>();
+        let bytes = shape.workspace(rows);
         let array = ops::zeros::<u32>(&[(bytes / 4 + plan * 2) as i32])?;
         transforms::eval([&array])?;
         Ok(Self { array, rows, plan, bytes })

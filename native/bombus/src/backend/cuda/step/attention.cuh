@@ -55,10 +55,10 @@ struct Values {
 };
 
 __device__ inline const bf16* keys_in(const Task& task, int index, int layer) {
-  return in_page(planned(task.row)[2 + index], layer, 0, task.head) + tile_column() * 8;
+  return in_page(planned(task.row)[ROW_WORDS + index], layer, 0, task.head) + tile_column() * 8;
 }
 __device__ inline const bf16* values_in(const Task& task, int index, int layer) {
-  return in_page(planned(task.row)[2 + index], layer, 1, task.head) + (size_t)warp() % TEAM_WARPS * OWN_VALUES * 8 * PAGE;
+  return in_page(planned(task.row)[ROW_WORDS + index], layer, 1, task.head) + (size_t)warp() % TEAM_WARPS * OWN_VALUES * 8 * PAGE;
 }
 
 // `older` positions of the page were there before.
@@ -157,7 +157,7 @@ __device__ inline void prepare_heads(Team& memory, const HeadNorms& norms, const
 #pragma unroll
     for (int j = 0; j < DIM / 32; j++) to[lane() + 32 * j] = narrow(x[j]);
     if (kind < 0) continue;
-    bf16* page = in_page(planned(task.row)[2 + task.at / PAGE], layer, kind, task.head);
+    bf16* page = in_page(planned(task.row)[ROW_WORDS + task.at / PAGE], layer, kind, task.head);
 #pragma unroll
     for (int j = 0; j < DIM / 32; j++) {
       const int number = lane() + 32 * j;

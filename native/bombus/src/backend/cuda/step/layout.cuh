@@ -4,20 +4,16 @@
 // THETA_BITS, and TILES: rows are multiplied by 8 * TILES at once. Whether heads of q and k are normed (QK_NORM), q, k and
 // v have a bias (QKV_BIAS), and frequencies stand in a table (SCALED) are 0 or 1.
 
-// The warps of a block: those that multiply, with one tile three for epilogues, and producers. More than
-// 20 would have fewer registers.
-constexpr int WARPS = 16, THREADS = WARPS * 32;
-constexpr int EPILOGUE_WARPS = TILES == 1 ? 3 : 0, COMPUTING = WARPS + EPILOGUE_WARPS;
-constexpr int ALL_THREADS = (COMPUTING + (TILES == 1 ? 1 : 2)) * 32;
+constexpr int THREADS = WARPS * 32;  // that multiply
+constexpr int EPILOGUE_WARPS = TILES == 1 ? EPILOGUE_WARPS_OF_ONE_TILE : 0, COMPUTING = WARPS + EPILOGUE_WARPS;
+constexpr int ALL_THREADS = (COMPUTING + (TILES == 1 ? PRODUCERS_OF_ONE_TILE : PRODUCERS_OF_TILES)) * 32;
 constexpr int TEAM = 128, TEAMS = THREADS / TEAM;
 constexpr int GROUP = 64;  // of quantization
-constexpr int MOST_SPLITS = 32;
-constexpr int MOST_ROWS = 256;
-constexpr int MOST_RANK = 64;
+static_assert(PAGE == PAGE_POSITIONS, "pages");
 
 constexpr int Q_WIDTH = HEADS * DIM, KV_WIDTH = KV_HEADS * DIM, QKV_WIDTH = Q_WIDTH + 2 * KV_WIDTH;
 constexpr int GQA_GROUP = HEADS / KV_HEADS;  // query heads of a head of keys and values
-constexpr int ROWS = TILES * 8;           // at once
+constexpr int ROWS = TILES * TILE_ROWS;  // at once
 constexpr int INPUT_GROUPS = 8;           // come at once, at most
 
 // A weight of 4 bits in groups of 64: codes [N, K / 8]; scales_biases: for every 16 outputs (as `TileShape::output`
@@ -27,23 +23,14 @@ struct Matrix {
   const unsigned* scales_biases;
 };
 
-// In the table of a model, for every layer (what it has not is 0); then come the head and its norm, the embedding: codes
-// [VOCAB, HIDDEN / 8], scales and biases [VOCAB, HIDDEN / 64]; and `rotation` of `angle_of`.
-enum { QKV = 0, O = 2, GATE_UP = 4, DOWN = 6, INPUT_NORM = 8, POST_NORM, Q_NORM, K_NORM, BIAS, LAYER_WORDS };
-enum { HEAD = 0, NORM = 2, EMBEDDING = 3, HEAD_WORDS = 3, ROTATION = 6 };
-// Where a projection's LoRA is in an adapter's table: 3 words each, 7 of them for every layer.
-enum { LORA_QKV = 0, LORA_O = 3, LORA_GATE_UP = 4, LORA_DOWN = 6, LORA_LAYERS = 7 };
+constexpr int HEAD_WORDS = EMBEDDING;  // that are kept: the head and its norm
 constexpr int PRODUCTS = 4;  // of a layer
-// The sums of x a^T: buffers that products rotate through; shards of each row, and of one row alone.
-constexpr int LOW_RANK_BUFFERS = 4, SHARDS = 2, SHARDS_OF_ONE = 8;  // powers of 2
 
 // `plan` has HEADER words: rows (and in the highest 16 bits its number), words for a row, the highest rank of an
 // adapter, where the workspace has room for a copy of it; and for every row: id and position, adapter, pages. The id is
 // a token's, or -1 - the row of `sampled` that has it.
 // Or it is one word, GOES_ON: rows, from bit 32 on how many steps ago the last whole plan was, and its number: every row
 // is so much further on, and has its own row's sample.
-constexpr unsigned GOES_ON = 1u << 31;
-constexpr int HEADER = 4;
 
 // A page has PAGE positions of all layers, keys and values, heads: keys [PAGE, DIM], values [DIM, PAGE].
 __device__ inline bf16* in_page(word page, int layer, int kind, int head) {
@@ -162,19 +149,4 @@ constexpr size_t FIRST_INPUTS = FIRST_STAGE + (size_t)STAGES * STAGE_BYTES;
 constexpr size_t ALL_SUMS = FIRST_INPUTS + (size_t)INPUT_STAGES * INPUT_BYTES;
 // There are no inputs nor sums while there is attention.
 constexpr size_t SHARED_BYTES = larger(ALL_SUMS + SUMS_BYTES, FIRST_INPUTS + TEAMS * sizeof(Team));
-static_assert(SHARED_BYTES <= 227 * 1024, "shared memory");
-
-// The workspace: bytes.
-constexpr int PARTIAL = DIM + 2;  // attended, largest, sum
-constexpr size_t room(size_t bytes) { return rounded(bytes, 256); }
-constexpr size_t STAMPS = 256;
-constexpr size_t ATTENDED = STAMPS + room(8 * (5 * LAYERS + 5));
-constexpr size_t HIDDEN_AT = ATTENDED + room(4 * MOST_ROWS * KV_HEADS);
-constexpr size_t SQUARES = HIDDEN_AT + room((size_t)4 * MOST_ROWS * HIDDEN);
-constexpr size_t QKV_AT = SQUARES + room((size_t)4 * MOST_ROWS * (HIDDEN / 16));
-constexpr size_t NORMED = QKV_AT + room((size_t)4 * MOST_ROWS * QKV_WIDTH);
-constexpr size_t MIXED = NORMED + room((size_t)2 * MOST_ROWS * HIDDEN);
-constexpr size_t ACTIVE = MIXED + room((size_t)2 * MOST_ROWS * Q_WIDTH);
-constexpr size_t LOW_RANK = ACTIVE + room((size_t)2 * MOST_ROWS * INNER);
-constexpr size_t ANGLES = LOW_RANK + room((size_t)8 * LOW_RANK_BUFFERS * SHARDS * MOST_ROWS * 3 * MOST_RANK);
-constexpr size_t SPLITS = ANGLES + room((size_t)4 * MOST_ROWS * DIM);
+static_assert(SHARED_BYTES <= SHARED_LIMIT, "shared memory");

@@ -33,7 +33,7 @@ __device__ inline bool adapted() { return state().most_rank > 0; }
 // wait for each other (bench/README.md), and many blocks come at once. Products rotate through buffers: while one is computed, its
 // numbers are used, the next one's added up, and those of the one behind that set to zero; with several tiles by blocks
 // that are ahead, while others use those of the product before: hence four.
-__device__ inline int shards() { return rows() == 1 ? SHARDS_OF_ONE : SHARDS; }
+__device__ inline int shards() { return rows() == 1 ? SHARDS_OF_ONE_ROW : SHARDS; }
 __device__ inline word* low_rank(int product, int shard, int row) {
   const unsigned index = (unsigned)product % LOW_RANK_BUFFERS * SHARDS * MOST_ROWS + shard * rows() + row;
   return in_workspace<word>(LOW_RANK) + index * 3 * MOST_RANK;
@@ -52,7 +52,7 @@ __device__ inline void clear_low_rank(int product, int thread, int count) {
 __device__ inline LoraLayer read_lora(int row, int layer, int place) {
   const word* own = reinterpret_cast<const word*>(planned(row)[1]);
   if (!own) return {};
-  own += (layer * LORA_LAYERS + place) * 3;
+  own += (layer * LORA_LAYERS + place) * LORA_WORDS;
   return {reinterpret_cast<const bf16*>(own[0]), reinterpret_cast<const bf16*>(own[1]), (int)(unsigned)own[2],
           __uint_as_float((unsigned)(own[2] >> 32))};
 }
