@@ -89,6 +89,8 @@ impl Affine {
         self.columns * self.layout.bits / 8
     }
 
+    /// # Safety
+    /// `n` is a row of the weights.
     #[inline(always)]
     unsafe fn row(&self, n: usize) -> &[u8] {
         let bytes = self.row_bytes();
@@ -96,6 +98,9 @@ impl Affine {
     }
 
     /// Scales and biases `group..group + count` of row n.
+    ///
+    /// # Safety
+    /// The machine has S's level; `n` is a row, and has the groups `group..group + count`, at most 16.
     #[inline(always)]
     unsafe fn numbers<S: Simd>(&self, n: usize, group: usize, count: usize) -> [S::F; 2] {
         let place = n * self.groups + group;
@@ -146,6 +151,9 @@ thread_local! {
 impl Kernel for Product<'_> {
     type Output = ();
 
+    /// # Safety
+    /// `x` has the columns of the weights, as `format` for so many rows says; the target's columns are
+    /// rows of the weights, and no other thread's.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         // Taken, not borrowed in a closure: that would be compiled without the extension.
@@ -171,6 +179,8 @@ impl Kernel for Product<'_> {
 }
 
 impl Product<'_> {
+    /// # Safety
+    /// As `run`; `x` has P limbs a number and at most `FEW` rows.
     #[inline(always)]
     unsafe fn few<S: Simd, const P: usize>(&self, codes: &mut Vec<u8>) {
         macro_rules! rows {
@@ -185,6 +195,8 @@ impl Product<'_> {
         rows!(1 2 3 4 5 6)
     }
 
+    /// # Safety
+    /// As `run`; `x` has P limbs a number and M rows, and `INT4` says how codes lie.
     #[inline(always)]
     unsafe fn row_by_row<S: Simd, const P: usize, const M: usize, const INT4: bool>(
         &self,
@@ -220,6 +232,9 @@ impl Product<'_> {
 
     /// Row n of the weights with M rows of x, their sums still in lanes. `codes` are of 4 bits, or
     /// bytes.
+    ///
+    /// # Safety
+    /// As `row_by_row`; `n` is a row, and `codes` are all its codes.
     #[inline(always)]
     unsafe fn dot_row<S: Simd, const P: usize, const M: usize, const INT4: bool>(
         &self,
@@ -263,6 +278,9 @@ impl Product<'_> {
     }
 
     /// Tiles of N rows of weights and 16 lanes of x, with V limbs in each.
+    ///
+    /// # Safety
+    /// As `run`; a tile's vectors hold V limbs, and N is at most `WIDEST`.
     #[inline(always)]
     unsafe fn many<S: Simd, const V: usize, const N: usize>(
         &self,
@@ -295,6 +313,9 @@ impl Product<'_> {
     }
 
     /// What comes after the codes of N rows up to column `end`.
+    ///
+    /// # Safety
+    /// `first` is a row and `end` at most its columns; what it points to is only prefetched.
     #[inline(always)]
     unsafe fn ahead<const N: usize>(&self, first: usize, end: usize) -> Ahead {
         let (row_bytes, bits) = (self.affine.row_bytes(), self.affine.layout.bits);
@@ -308,6 +329,9 @@ impl Product<'_> {
     }
 
     /// Columns `first..` of a tile's rows of y, from lanes.
+    ///
+    /// # Safety
+    /// The machine has S's level; `row` and columns `first..` are within the target.
     #[inline(always)]
     unsafe fn store<S: Simd>(&self, row: usize, first: usize, out: &mut [[f32; LANES]]) {
         let (rows, lanes) = (self.format.shape.rows(), self.format.shape.lanes());
@@ -326,6 +350,9 @@ impl Product<'_> {
 
     /// Some columns of rows `first..first + count`: `codes` is `[row][CHUNK]`, `numbers`
     /// `[row][2][CHUNK / 32]`.
+    ///
+    /// # Safety
+    /// As `many`; the rows and columns are there, and `codes` and `numbers` have room for them.
     #[inline(always)]
     unsafe fn unpack<S: Simd>(
         &self,
@@ -357,6 +384,9 @@ impl Product<'_> {
     }
 
     /// Adds the products of some columns to `out`, and asks for the codes at `ahead` meanwhile.
+    ///
+    /// # Safety
+    /// As `many`; `codes` and `numbers` are what `unpack` made of this chunk, and `tile` is one of x.
     #[inline(always)]
     unsafe fn tile<S: Simd, const V: usize, const N: usize>(
         &self,
@@ -455,6 +485,9 @@ impl Ahead {
 }
 
 /// The sums of V limbs' products, in units of the last.
+///
+/// # Safety
+/// The machine has S's level.
 #[inline(always)]
 unsafe fn joined<S: Simd, const V: usize>(acc: [S::I; V], bits: u32) -> S::F {
     match V {
@@ -482,6 +515,9 @@ struct Row<'a> {
 
 impl Row<'_> {
     /// Vector number `block` of the row, the `local`th of its tables.
+    ///
+    /// # Safety
+    /// As `dot_row`; `block` is a vector of the row, the `local`th of its tables.
     #[inline(always)]
     unsafe fn block<S: Simd, const P: usize, const M: usize, const INT4: bool>(
         &self,

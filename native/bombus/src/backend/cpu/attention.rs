@@ -306,6 +306,8 @@ struct Prepare<'a> {
 impl Kernel for Prepare<'_> {
     type Output = ();
 
+    /// # Safety
+    /// Each row is one thread's: its queries, and its positions in the pages, which are this sequence's own.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let step = self.step;
@@ -322,6 +324,8 @@ impl Kernel for Prepare<'_> {
 }
 
 impl Prepare<'_> {
+    /// # Safety
+    /// `row` is a row of q, and no other thread's.
     #[inline(always)]
     unsafe fn queries<S: Simd>(&self, row: usize) {
         let dim = self.step.layout.dim;
@@ -336,6 +340,8 @@ impl Prepare<'_> {
         }
     }
 
+    /// # Safety
+    /// `page` is a whole page that this thread may write to at `place`, which is below `PAGE`.
     #[inline(always)]
     unsafe fn keys_values<S: Simd>(&self, row: usize, page: *mut u8, place: usize) {
         let Layout { heads, dim, float } = self.step.layout;
@@ -356,6 +362,9 @@ impl Prepare<'_> {
     }
 
     /// A head, normed where there is a norm, rotated by the row's position, times `scale`.
+    ///
+    /// # Safety
+    /// The machine has S's level; x, `out` and the norm have the head's width, and the rotation has `row`.
     #[inline(always)]
     unsafe fn rotate<S: Simd>(
         &self,
@@ -388,6 +397,9 @@ impl Prepare<'_> {
 }
 
 /// Lanes of x, times the norm's weight where there is one.
+///
+/// # Safety
+/// As `load_partial`, for x and the norm.
 #[inline(always)]
 unsafe fn weighted<S: Simd>(x: &[f32], norm: Option<&[f32]>, place: usize, lanes: usize) -> S::F {
     let x = load_partial::<S>(x, place, lanes);
@@ -398,6 +410,10 @@ unsafe fn weighted<S: Simd>(x: &[f32], norm: Option<&[f32]>, place: usize, lanes
 }
 
 /// Writes x to numbers `first`, `first + step`, ... of a page.
+///
+/// # Safety
+/// The machine has S's level; `page` holds numbers of this type up to `first + (count - 1) * step`, x has
+/// `count`, and no other thread uses those places.
 #[inline(always)]
 unsafe fn put<S: Simd>(
     float: Float,
@@ -440,6 +456,8 @@ struct Attend<'a> {
 impl Kernel for Attend<'_> {
     type Output = ();
 
+    /// # Safety
+    /// The tile's heads and rows of `out` are no other thread's; all pages up to its last position are written.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         match self.step.layout.float {
@@ -451,6 +469,9 @@ impl Kernel for Attend<'_> {
 
 impl Attend<'_> {
     /// Some queries at a time: each has a row, and a head that reads the tile's key head.
+    ///
+    /// # Safety
+    /// As `run`; `HALF` says how the pages lie.
     #[inline(always)]
     unsafe fn queries<S: Simd, const HALF: bool>(&self) {
         let shared_by = self.step.spec.group();
@@ -470,6 +491,9 @@ impl Attend<'_> {
     }
 
     /// -> how many there were
+    ///
+    /// # Safety
+    /// As `run`; the queries are the tile's, in ascending rows.
     #[inline(always)]
     unsafe fn some<S: Simd, const HALF: bool, const Q: usize>(
         &self,
@@ -517,6 +541,9 @@ impl Attend<'_> {
     }
 
     /// `scores[query][position] = q . k`
+    ///
+    /// # Safety
+    /// `page` is a whole page, each q has `dim` numbers, and `count` is at most `PAGE`.
     #[inline(always)]
     unsafe fn score<S: Simd, const HALF: bool, const Q: usize>(
         &self,
@@ -552,6 +579,9 @@ impl Attend<'_> {
     }
 
     /// `acc[query] += scores[query][position] * v[position]`; asks for the keys of the next page.
+    ///
+    /// # Safety
+    /// `page` is a whole page, `state` has scores for `count` positions; `next` need not exist.
     #[inline(always)]
     unsafe fn mix<S: Simd, const HALF: bool, const Q: usize>(
         &self,
@@ -593,6 +623,9 @@ impl Attend<'_> {
 }
 
 /// 16 numbers of a page.
+///
+/// # Safety
+/// The machine has S's level, and 16 numbers of the page's type lie from `place` on.
 #[inline(always)]
 unsafe fn number<S: Simd, const HALF: bool>(page: *const u8, place: usize) -> S::F {
     match HALF {
@@ -612,6 +645,9 @@ struct State<const Q: usize> {
 
 impl<const Q: usize> State<Q> {
     /// Makes of the scores of a page weights beside those of the pages before.
+    ///
+    /// # Safety
+    /// The machine has S's level; scores behind `count` are minus infinity up to a multiple of 16.
     #[inline(always)]
     unsafe fn soften<S: Simd>(&mut self, count: usize, wide: usize) {
         for query in 0..Q {

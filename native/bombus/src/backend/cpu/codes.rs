@@ -19,6 +19,9 @@ pub fn unpack(packed: &[u8], bits: usize, codes: &mut [u8]) {
 }
 
 /// Codes of 4 bits as bytes: of each 128, those at even places, then the others, 64 behind them.
+///
+/// # Safety
+/// The machine has S's level; `codes` has two bytes for each of `packed`, up to whole vectors.
 #[inline(always)]
 pub unsafe fn unpack_int4<S: Simd>(packed: &[u8], codes: &mut [u8]) {
     debug_assert!(packed.len().next_multiple_of(BYTES) * 2 <= codes.len());
@@ -33,6 +36,8 @@ pub unsafe fn unpack_int4<S: Simd>(packed: &[u8], codes: &mut [u8]) {
     }
 }
 
+/// # Safety
+/// The machine has S's level, and two vectors may be written at `codes`.
 #[inline(always)]
 unsafe fn spread<S: Simd>(line: S::B, codes: *mut u8) {
     let [even, odd] = S::unpack_int4(line);

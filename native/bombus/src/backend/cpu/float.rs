@@ -27,6 +27,10 @@ impl Float {
     }
 
     /// Numbers `place..place + count` from `p` on, at most 16, zeros behind them.
+    ///
+    /// # Safety
+    /// The machine has S's level, and `count` numbers of this type lie at `p`, from number `place` on;
+    /// `count` is at most 16.
     #[inline(always)]
     pub unsafe fn load<S: Simd>(self, p: *const u8, place: usize, count: usize) -> S::F {
         let p = p.add(place * self.bytes());

@@ -124,12 +124,18 @@ impl Limbs {
     }
 
     /// The limbs of `row`, limb after limb (rows).
+    ///
+    /// # Safety
+    /// `row` is one of these, written as rows with so many limbs.
     #[inline(always)]
     pub unsafe fn row(&self, row: usize, limbs: usize) -> *const u8 {
         self.data.as_ptr().cast::<u8>().add(row * limbs * self.limb_stride)
     }
 
     /// Scales and sums of a row, from a group on (rows).
+    ///
+    /// # Safety
+    /// `row` is one of these, written as rows, and has the group.
     #[inline(always)]
     pub unsafe fn row_numbers(&self, row: usize, group: usize) -> [*const f32; 2] {
         let place = row * self.stride + group;
@@ -137,18 +143,27 @@ impl Limbs {
     }
 
     /// The limbs of a group in a tile, which are `vectors` vectors.
+    ///
+    /// # Safety
+    /// They were written as tiles; `tile` has the group, whose vectors are as many.
     #[inline(always)]
     pub unsafe fn tile(&self, tile: usize, group: usize, vectors: usize) -> *const u8 {
         self.data.as_ptr().add((tile * self.groups + group) * vectors).cast()
     }
 
     /// The scales of a group in a tile.
+    ///
+    /// # Safety
+    /// They were written as tiles; `tile` has the group.
     #[inline(always)]
     pub unsafe fn tile_scales(&self, tile: usize, group: usize) -> *const f32 {
         self.scales.as_ptr().add((tile * self.groups + group) * LANES)
     }
 
     /// The sums of the groups from `group` on, which are as many as a row has lanes.
+    ///
+    /// # Safety
+    /// They were written as tiles of so many lanes a row; `tile` has the group.
     #[inline(always)]
     pub unsafe fn tile_sums(&self, tile: usize, group: usize, lanes: usize) -> *const f32 {
         let place = tile * self.groups.div_ceil(lanes) + group / lanes;
@@ -184,6 +199,8 @@ type Group = [[i8; 128]; 4];
 impl Kernel for Fill<'_> {
     type Output = ();
 
+    /// # Safety
+    /// `out` has room for all rows in this format, and these are no other thread's.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let Format { group_size, int4, limbs, shape } = self.format;
@@ -210,6 +227,8 @@ impl Kernel for Fill<'_> {
 }
 
 impl Fill<'_> {
+    /// # Safety
+    /// As `run`; `row` and `index` are a row and a group, and the format is of rows.
     #[inline(always)]
     unsafe fn place_in_row(&self, row: usize, index: usize, group: &Group, numbers: [f32; 2]) {
         let Format { group_size, int4, limbs, .. } = self.format;
@@ -230,6 +249,8 @@ impl Fill<'_> {
         }
     }
 
+    /// # Safety
+    /// As `run`; `row` and `index` are a row and a group, and the format is of tiles.
     #[inline(always)]
     unsafe fn place_in_tile(
         &self,
@@ -266,6 +287,9 @@ impl Fill<'_> {
 
 /// The limbs of one group; those at odd places from `odd` on, where it is given.
 /// -> what the last limb is worth, and the sum of the limbs' x
+///
+/// # Safety
+/// The machine has S's level; `x` has `group_size` numbers, a multiple of 32 up to 128.
 #[inline(always)]
 unsafe fn write_group<S: Simd>(
     x: *const f32,

@@ -184,6 +184,9 @@ impl Linear {
 const GRAIN: usize = 24;
 
 impl Weights {
+    /// # Safety
+    /// No other thread reads or writes the target's columns meanwhile; `x` and `limbs` have the layer's
+    /// width, and `limbs` are in the `format` that the weights ask for.
     unsafe fn product(
         &self,
         cpu: &Cpu,
@@ -442,6 +445,8 @@ struct Down<'a> {
 impl Kernel for Down<'_> {
     type Output = ();
 
+    /// # Safety
+    /// `x` has the width of A, `inner` one number for each of the rank.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         match self.lora.float {
@@ -455,6 +460,8 @@ impl Kernel for Down<'_> {
 const RANKS: usize = 8;
 
 impl Down<'_> {
+    /// # Safety
+    /// As `run`; `F16` says how A and B lie.
     #[inline(always)]
     unsafe fn all<S: Simd, const F16: bool>(self) {
         let width = self.x.len();
@@ -477,6 +484,8 @@ impl Down<'_> {
     }
 }
 
+/// # Safety
+/// As `Float::load`, with f16 or f32.
 #[inline(always)]
 unsafe fn number<S: Simd, const F16: bool>(p: *const u8, place: usize, lanes: usize) -> S::F {
     if F16 { Float::F16.load::<S>(p, place, lanes) } else { Float::F32.load::<S>(p, place, lanes) }
@@ -490,6 +499,8 @@ struct Add<'a> {
 impl Kernel for Add<'_> {
     type Output = ();
 
+    /// # Safety
+    /// The delta's rows are rows of the target, which is within B's width and no other thread's.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         match self.delta.lora.float {
@@ -500,6 +511,8 @@ impl Kernel for Add<'_> {
 }
 
 impl Add<'_> {
+    /// # Safety
+    /// As `run`; `F16` says how A and B lie.
     #[inline(always)]
     unsafe fn all<S: Simd, const F16: bool>(self) {
         let Delta { rows, inner, lora, .. } = self.delta;
@@ -533,6 +546,8 @@ struct AddBias<'a> {
 impl Kernel for AddBias<'_> {
     type Output = ();
 
+    /// # Safety
+    /// The target has `rows` rows, is within the bias's width, and no other thread's.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         for place in self.target.range.clone().step_by(LANES) {

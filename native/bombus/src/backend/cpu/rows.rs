@@ -20,6 +20,8 @@ pub struct RmsNorm<'a> {
 impl Kernel for RmsNorm<'_> {
     type Output = ();
 
+    /// # Safety
+    /// `x`, `weight` and `y` have one width.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let factor = norm_factor::<S>(self.x, self.eps);
@@ -34,6 +36,9 @@ impl Kernel for RmsNorm<'_> {
 }
 
 /// `1 / sqrt(mean(x^2) + eps)`
+///
+/// # Safety
+/// The machine has S's level.
 #[inline(always)]
 pub unsafe fn norm_factor<S: Simd>(x: &[f32], eps: f32) -> f32 {
     let mut squares = S::splat(0.0);
@@ -45,6 +50,9 @@ pub unsafe fn norm_factor<S: Simd>(x: &[f32], eps: f32) -> f32 {
 }
 
 /// Lanes `place..place + count` of x, zeros behind them.
+///
+/// # Safety
+/// The machine has S's level; x has lanes `place..place + count`, at most 16.
 #[inline(always)]
 pub unsafe fn load_partial<S: Simd>(x: &[f32], place: usize, count: usize) -> S::F {
     Float::F32.load::<S>(x.as_ptr().cast(), place, count)
@@ -60,6 +68,8 @@ pub struct SwiGlu<'a> {
 impl Kernel for SwiGlu<'_> {
     type Output = ();
 
+    /// # Safety
+    /// `gate`, `up` and `out` have one width.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let one = S::splat(1.0);
@@ -85,6 +95,8 @@ pub struct Sum<'a> {
 impl Kernel for Sum<'_> {
     type Output = ();
 
+    /// # Safety
+    /// `x`, `y` and `out` have one width.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         for place in (0..self.x.len()).step_by(LANES) {

@@ -197,6 +197,8 @@ struct Highest<'a>(&'a [f32]);
 impl Kernel for Highest<'_> {
     type Output = f32;
 
+    /// # Safety
+    /// Nothing but the machine's level, as of `Kernel::run`.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) -> f32 {
         let logits = self.0;
@@ -234,6 +236,8 @@ const SUM: usize = 64 * LANES;
 impl Kernel for Weigh<'_> {
     type Output = f64;
 
+    /// # Safety
+    /// There are as many weights as logits.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) -> f64 {
         let mut total = 0.0;

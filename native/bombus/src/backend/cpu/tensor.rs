@@ -89,6 +89,8 @@ pub struct Target {
 }
 
 impl Target {
+    /// # Safety
+    /// `row` and `column` are within the output that `y` points to.
     #[inline(always)]
     pub unsafe fn at(&self, row: usize, column: usize) -> *mut f32 {
         self.y.at(row * self.stride + column)

@@ -6,6 +6,8 @@ use std::arch::x86_64::*;
 #[derive(Clone, Copy)]
 pub struct Avx2;
 
+/// # Safety
+/// The machine has AVX2, FMA and F16C, and what the kernel asks of its caller holds.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run::<Avx2>()
@@ -24,35 +26,48 @@ macro_rules! halves {
 
 // No closures here: they would be compiled without the extension.
 
+/// # Safety
+/// The machine has F16C, and 8 numbers lie at `p`.
 #[inline(always)]
 unsafe fn f16_half(p: *const u16) -> __m256 {
     _mm256_cvtph_ps(_mm_loadu_si128(p.cast()))
 }
 
+/// # Safety
+/// The machine has AVX2, and 8 numbers lie at `p`.
 #[inline(always)]
 unsafe fn bf16_half(p: *const u16) -> __m256 {
     let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
     _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
 }
 
+/// # Safety
+/// The machine has AVX2.
 #[inline(always)]
 unsafe fn power_half(n: __m256) -> __m256 {
     let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
 }
 
+/// # Safety
+/// The machine has AVX2.
 #[inline(always)]
 unsafe fn sum_pairs(a: __m256) -> __m256 {
     _mm256_add_ps(a, _mm256_permute_ps::<0b10_11_00_01>(a))
 }
 
 /// The sum of each.
+///
+/// # Safety
+/// The machine has AVX2.
 #[inline(always)]
 pub unsafe fn sums(a: __m256, b: __m256, c: __m256, d: __m256) -> __m128 {
     let four = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps::<1>(four))
 }
 
+/// # Safety
+/// The machine has AVX2.
 #[inline(always)]
 unsafe fn uninterleaved(x: F) -> F {
     let even = _mm256_castps_pd(_mm256_shuffle_ps::<0b10_00_10_00>(x[0], x[1]));
@@ -63,12 +78,16 @@ unsafe fn uninterleaved(x: F) -> F {
     ]
 }
 
+/// # Safety
+/// The machine has AVX2.
 #[inline(always)]
 unsafe fn dot_half(acc: __m256i, codes: __m256i, limbs: __m256i) -> __m256i {
     let pairs = _mm256_maddubs_epi16(codes, limbs);
     _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
 }
 
+/// # Safety
+/// The machine has AVX2, and the entries are in the table.
 #[inline(always)]
 unsafe fn expand_half(table: &[f32; LANES], first: usize, shift: u32) -> __m256 {
     let low = _mm_broadcast_ss(table.get_unchecked(first >> shift));
@@ -76,6 +95,7 @@ unsafe fn expand_half(table: &[f32; LANES], first: usize, shift: u32) -> __m256 
     _mm256_set_m128(high, low)
 }
 
+// What each method asks of its caller stands at `Simd`.
 impl Simd for Avx2 {
     type F = F;
     type I = [__m256i; 2];

@@ -6,6 +6,9 @@ use std::arch::x86_64::*;
 #[derive(Clone, Copy)]
 pub struct Avx512;
 
+/// # Safety
+/// The machine has AVX2, FMA, F16C, and AVX-512 with F, BW, DQ, VL and VNNI; what the kernel asks of its
+/// caller holds.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run::<Avx512>()
@@ -30,11 +33,14 @@ fn mask(n: usize) -> __mmask16 {
     ((1u32 << n) - 1) as __mmask16
 }
 
+/// # Safety
+/// The machine has AVX-512 (F and DQ).
 #[inline(always)]
 unsafe fn half_sums(a: __m512) -> __m256 {
     _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a))
 }
 
+// What each method asks of its caller stands at `Simd`.
 impl Simd for Avx512 {
     type F = __m512;
     type I = __m512i;

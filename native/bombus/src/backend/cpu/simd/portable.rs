@@ -30,6 +30,7 @@ fn f16_to_f32(half: u16) -> f32 {
     f32::from_bits(sign | finite.to_bits() | infinite)
 }
 
+// What each method asks of its caller stands at `Simd`.
 impl Simd for Portable {
     type F = F;
     type I = [i32; LANES];
