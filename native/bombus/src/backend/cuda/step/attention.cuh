@@ -1,7 +1,15 @@
-// Attention of single rows over pages of keys and values, on tensor cores.
+// Attention of single rows goes over pages of keys and values, on tensor cores (split K: Dao et al., "Flash-Decoding",
+// 2023).
 //
-// Tasks: a row, a head of keys and values, and some of its pages, for a team of four warps. Of a page, each makes the
-// scores of 16 positions, [query heads, positions], and with those of all a fourth of the output's numbers.
+// A task is a row, a head of keys and values, and some of its pages (a split), for a team of four warps. The query
+// heads of the head are the rows of a tile, so each key and value is read once for all of them. Of a page:
+//   score_page   each warp makes the scores of 16 positions, [query heads, positions], into the team's memory
+//   mix_page     each warp takes all 64 scores, and a fourth of the values' numbers; the softmax is made on the way
+// The row's own key and value come from `qkv`, and go into their page on the way. Older keys are read before the
+// barrier that q, k and v come with.
+//
+// Splits of a row's head meet in the workspace. Whoever is the last joins them: tasks are not bound to blocks, but the
+// numbers do not depend on who joins.
 
 constexpr int TEAM_WARPS = TEAM / 32, OWN_VALUES = DIM / TEAM_WARPS / 8;  // tiles of eight
 

@@ -1,7 +1,14 @@
-// A block of the persistent kernel: its rows of the plan, where its memory is, and how it waits for the others.
+// A block has a state, its memory, and barriers that all blocks meet at.
 //
-// What all its threads share lies in shared memory, and phases are functions of their own: the compiler would else
-// keep registers for all phases at once, and most of them in memory.
+// What all threads of a block know lies in shared memory, and phases are functions of their own. The compiler would
+// else keep registers for all phases at once, and spill most of them.
+//
+// A barrier of all blocks has two halves: `arrive_grid` says that this block's outputs are there, `wait_grid` waits
+// for those of the others. Between the two a block prefetches what the next phase needs and no phase writes: weights,
+// norms, LoRA, older keys. Blocks wait for each other, so all of them must be on the card at once (launches.rs).
+//
+// A counter that does not come far enough for some seconds (it always should) fails the step: all blocks give up, and
+// logits are NaN. A step that goes on after a plan that never came does the same at once.
 
 constexpr unsigned PATIENCE = 1u << 23;
 

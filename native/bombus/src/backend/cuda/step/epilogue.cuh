@@ -1,7 +1,16 @@
-// What becomes of a product's outputs, of which a lane has two of a row (of gate and up one each). `Operands` is what is
-// needed besides them: `prefetch` asks for what is there before the product's inputs are, `load` for what comes with them
-// (for each of the KINDS of outputs), and `prepare` makes both ready and finds out where the outputs go, with one tile while
-// the product is made: all blocks wait for what is done later. `loaded`: whether what comes with the inputs is new.
+// The epilogue of a product takes its sums and writes what the next phase reads. A lane has two outputs of a row (of
+// gate and up one each).
+//
+//   QkvEpilogue       factor * (y + LoRA) + bias              -> qkv
+//   ResidualEpilogue  hidden + y + LoRA                       -> hidden, squares, normed (times the next norm's weight)
+//   SwigluEpilogue    silu(gate) * up of factor * (y + LoRA)  -> active
+//   LogitsEpilogue    factor * y                              -> logits
+//
+// `factor` is 1 / root mean square of the row: the norm's division comes behind the product, since it needs all of
+// hidden. What an epilogue needs besides y are its `Operands`. `prefetch` asks for what is there before the product's
+// inputs are, `load` for what comes with them (again for each of the KINDS of outputs), `prepare` makes both ready and
+// finds where the outputs go. All of it happens while the product is made: all blocks would wait for what is done
+// later. `loaded` says whether what comes with the inputs is new.
 
 // The outputs of a lane, and its row.
 struct Outputs {

@@ -1,8 +1,21 @@
-// What lies where: the model's table, a step's plan, the workspace between phases, and shared memory.
+// The layout derives from the shared constants where everything lies: tiles, stages, and shared memory.
 //
-// Before this come the model's numbers: HIDDEN, INNER, HEADS, KV_HEADS, DIM, LAYERS, VOCAB, EPS_BITS,
-// THETA_BITS, and TILES: rows are multiplied by 8 * TILES at once. Whether heads of q and k are normed (QK_NORM), q, k and
-// v have a bias (QKV_BIAS), and frequencies stand in a table (SCALED) are 0 or 1.
+// Before this comes what `layout.rs` prints: the model's numbers (HIDDEN, ..., SCALED), the constants that Rust knows
+// too, the words of the model's table, and where the areas of the workspace begin. TILES comes first: rows are
+// multiplied by 8 * TILES at once, and two kernels are compiled, for one tile and for MOST_TILES.
+//
+//   shared memory, one tile:    FACTORS .. STATE | WORDS | LORAS          | STAGES of weights      | sums of the warps
+//   with more tiles:            FACTORS .. STATE | WORDS | LORAS, SCALES, | STAGES | INPUT_STAGES  | sums of the warps
+//                                                        | LOW_RANK_OF_ROWS
+//   during attention:           ...                                       | STAGES | a Team for each four warps
+//
+// Stages stay where they are in all phases, since producers fill them while the blocks wait. Strides are chosen so
+// that the lanes that read together fall into different banks.
+//
+// A plan is HEADER words: rows (and in the highest 16 bits the plan's number), words of a row, the highest rank of an
+// adapter, where the workspace has room for a copy; and for every row: id and position, adapter, pages. An id is a
+// token's, or -1 - the row of `sampled` that has it. Or it is one word with GOES_ON: rows, from bit 32 on how many
+// steps ago the last whole plan was, and its number. Every row is so much further on, and takes its own row's sample.
 
 constexpr int THREADS = WARPS * 32;  // that multiply
 constexpr int EPILOGUE_WARPS = TILES == 1 ? EPILOGUE_WARPS_OF_ONE_TILE : 0, COMPUTING = WARPS + EPILOGUE_WARPS;
@@ -25,12 +38,6 @@ struct Matrix {
 
 constexpr int HEAD_WORDS = EMBEDDING;  // that are kept: the head and its norm
 constexpr int PRODUCTS = 4;  // of a layer
-
-// `plan` has HEADER words: rows (and in the highest 16 bits its number), words for a row, the highest rank of an
-// adapter, where the workspace has room for a copy of it; and for every row: id and position, adapter, pages. The id is
-// a token's, or -1 - the row of `sampled` that has it.
-// Or it is one word, GOES_ON: rows, from bit 32 on how many steps ago the last whole plan was, and its number: every row
-// is so much further on, and has its own row's sample.
 
 // A page has PAGE positions of all layers, keys and values, heads: keys [PAGE, DIM], values [DIM, PAGE].
 __device__ inline bf16* in_page(word page, int layer, int kind, int head) {

@@ -1,8 +1,12 @@
-// LoRA: where A and B are, and where x a^T of a product's inputs is added up: y += scale * (x a^T) b^T.
+// LoRA adds scale * (x a^T) b^T to a product; here is where A, B and x a^T lie.
 //
-// x a^T is added up where x is made: whoever has made an input of the next product adds what it makes of it, for the adapter of
-// its row, to numbers of 64 bits that all blocks share. So it is there when x is, behind the same barrier; and integers
-// have the same sum in any order.
+// x a^T is added up where x is made (shrink): whoever makes inputs of the next product adds their x a^T, for the
+// adapter of the row, to numbers of 64 bits that all blocks share. So it is there when x is, behind the same barrier,
+// and no phase of its own is needed. The numbers are integers (FIXED is 1), which have the same sum in any order of
+// blocks.
+//
+// With one tile a warp reads the LoRA of a layer while the layer before is computed (`keep_loras`). With more tiles
+// there are too many rows for that: all threads read what a product needs before its barrier (`keep_matrices`).
 
 constexpr float FIXED = 268435456.f;  // 1 in those numbers, which go up to 2^35
 

@@ -1,4 +1,15 @@
-// What comes into shared memory ahead of its use: each kind by a warp of its own, with the copy engine.
+// Producer warps bring weights and inputs into shared memory, ahead of their use.
+//
+//   stage      full[i]: a producer's bytes have arrived        empty[i]: all compute warps have read it
+//   producer:  wait(empty[i]) -> copy_bulk ...... arrives at full[i]
+//   computing: wait(full[i])  -> multiply ....... arrive(empty[i])
+//
+// Weights come in the order in which the block takes them, over the whole model. Their producer waits for free stages
+// and for nobody else: so they also come while the blocks wait for each other. A single warp issues them with the copy
+// engine, which takes no registers of those that multiply. (With several batches of rows a unit comes again at once,
+// for which it need not be kept: bench/README.md.)
+//
+// Inputs, with more tiles than one, have a producer of their own, since they are there only behind a barrier.
 
 // A weight [n, k], in units of outputs and chunks of inputs. Of gate and up, up begins after so many outputs.
 struct WeightStream {
@@ -6,8 +17,6 @@ struct WeightStream {
   int n, k, units, chunks, up;
 };
 
-// It comes in the order in which the block takes it. It waits for nobody: so it also comes while the blocks wait for
-// each other. (With several batches of rows a unit comes again at once, for which it need not be kept: bench/README.md.)
 template <class D> __device__ __noinline__ int produce_stages(WeightStream weight, int used) {
   const Matrix w = {reinterpret_cast<const unsigned*>(weight.at[0]), reinterpret_cast<const unsigned*>(weight.at[1])};
   const int quads = (weight.k / GROUP + 3) / 4;

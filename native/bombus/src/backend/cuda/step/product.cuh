@@ -1,5 +1,15 @@
-// y = x w^T with a weight of 4 bits, on tensor cores: outputs are the rows of a tile, rows of x its columns. Inputs were
-// written by the phase before, as `swizzled`. What becomes of y, `epilogue.cuh` says.
+// A product is y = x w^T, with w in 4 bits and groups of 64, on tensor cores: outputs are the rows of a tile, rows of
+// x its columns. The phase before wrote x `swizzled`, so that a lane reads what it feeds to a tensor core as 16 bytes.
+//
+// Up to eight rows (`multiply_one_tile`): codes c become the bfloat16 128 + c by two bit operations and are multiplied
+// as they are. y = scale * (dots - 128 * total) + bias * total then takes one multiplication for each group, where
+// `total` is the group's sum of x, which a product with ones gives. The 16 warps split K, and epilogue warps add up
+// their sums.
+//
+// More rows (`multiply_tiles`): weights are dequantized to bfloat16 first, once for all tiles, as MLX has them.
+// Several warps split K where a unit has fewer tiles of outputs than there are warps.
+//
+// Units of outputs go to blocks round-robin. The epilogue is a template argument: see epilogue.cuh.
 
 constexpr unsigned ONES = 0x3f803f80;  // as bfloat16
 

@@ -1,10 +1,13 @@
-// What adapters do to a product: what its outputs, as inputs of the next one, add to that one's x a^T, and what its own
-// x a^T adds to its outputs.
+// Shrink and expand are the two halves of LoRA beside a product: what its outputs, as inputs of the next one, add to
+// that one's x a^T, and what its own x a^T adds to its outputs. (The names are those of Punica, Chen et al., 2023.)
 //
-// A warp that makes a product's outputs has 16 of them (of gate and up eight) for four rows: a lane has outputs
-// tile_row() and the one 8 further on of row first + 2 * tile_column(). `Specialization` says how many rows there may be. A single
-// warp waits for most of its instructions to be fetched: so there is code for one row, on tensor cores, which is half as
-// long. Several may each have an adapter: every lane multiplies for its own row.
+// A warp of the epilogue has 16 outputs (of gate and up eight) for four rows: a lane has outputs tile_row() and the
+// one 8 further on, of row first + 2 * tile_column(). `Specialization` says how many rows there may be:
+//   NONE           no row has an adapter: no code at all
+//   ONE_ROW        on tensor cores; half as much code, and a single warp waits mostly for its instructions
+//   ROWS_BY_LANES  each row may have its own adapter, so every lane multiplies for its own row
+// The first eight of a rank are prefetched and stay in registers; what comes behind them is read when it is used.
+
 enum Specialization { NONE, ONE_ROW, ROWS_BY_LANES };
 
 __device__ inline uint4 eight_of(const LoraMatrix& matrix, int n, int rank) {

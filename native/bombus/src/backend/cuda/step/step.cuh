@@ -1,7 +1,27 @@
-// One token for each of some sequences: the whole model in one launch.
+// The fused step makes one token for each of some sequences: a whole model in one launch.
 //
-// As many blocks as the card has multiprocessors stay for all phases, with a barrier after each: a launch for
-// every phase would cost more than the phase. A product is made in units of 16 to 64 outputs for all rows.
+// A persistent kernel has as many blocks as the card has multiprocessors; they stay for all phases. A launch for each
+// phase would cost more than the phase. `|` is a barrier of all blocks:
+//
+//   embed |  [ q, k, v | attention | o | gate, up | down ] x LAYERS  | head
+//
+//   phase      reads in the workspace                writes there
+//   embed      -                                     hidden, squares, normed, angles
+//   q, k, v    normed, squares                       qkv
+//   attention  qkv, angles, and pages                mixed, and its own position in a page
+//   o          mixed, hidden                         hidden, squares, normed
+//   gate, up   normed, squares                       active = silu(gate) * up
+//   down       active, hidden                        hidden, squares, normed
+//   head       normed, squares                       logits
+//
+// Each phase also adds its outputs' x a^T for the next product (lora.cuh). In a block, with one tile of rows:
+//
+//   producer warp      [weights of all products, one behind another: it waits for free stages, never at a |]
+//   16 compute warps   [embed] | [ multiply ] | [ attend ] | [ multiply ] | ...
+//   3 epilogue warps           | [ add up the warps' sums, epilogue ] | ...
+//
+// With more tiles the compute warps run the epilogue, and a second producer brings inputs behind each |. Why: at few
+// rows a step takes as long as its weights take to arrive, so these must never stop arriving.
 
 __device__ inline float embedded(const word* weight, int id, int n) {
   const unsigned* codes = reinterpret_cast<const unsigned*>(weight[0]) + (size_t)id * (HIDDEN / 8);
