@@ -17,6 +17,7 @@ mod dense;
 mod float;
 mod limbs;
 mod linear;
+mod lora;
 mod pool;
 pub mod quantize;
 mod rows;
@@ -25,6 +26,7 @@ mod simd;
 mod tensor;
 #[cfg(test)]
 mod tests;
+mod weights;
 
 pub use pool::{PoolGuard, default_threads};
 pub use simd::Level;
@@ -39,7 +41,8 @@ use crate::tensor_file::TensorView;
 use attention::{Attention, Cache, Rotation};
 use float::Float;
 use limbs::{Format, Limbs};
-use linear::{Delta, Linear, Lora};
+use linear::Linear;
+use lora::{Delta, Lora};
 use pool::Pool;
 use rows::{Norm, RmsNorm, Sum, SwiGlu};
 use sample::Samples;
