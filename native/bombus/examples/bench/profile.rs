@@ -181,7 +181,7 @@ fn layers(decoder: &Decoder<Mlx>, rows: usize) -> Result<Table> {
             backend.project(&layer.gate_up_proj, &x, &[])
         })?;
         let x = one(time(&mut table, "silu(gate) * up", 0, &[&gate_up[0], &gate_up[1]], || {
-            Ok(vec![backend.gated(&gate_up[0], &gate_up[1])?])
+            Ok(vec![backend.swiglu(&gate_up[0], &gate_up[1])?])
         })?);
         let x = one(time(&mut table, "down", layer.down_proj.nbytes(), &[&x], || {
             backend.project(&layer.down_proj, &x, &[])

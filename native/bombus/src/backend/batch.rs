@@ -6,10 +6,10 @@ use crate::spec::Projection;
 /// Keys and values of one sequence.
 pub type KvCache<B> = <B as Backend>::Cache;
 
-/// An adapter's pairs for the linear layers of each projection of a layer.
+/// An adapter's LoRA for the linear layers of each projection of a layer.
 pub type Loras<B> = [Vec<Option<<B as Backend>::Lora>>; Projection::ALL.len()];
 
-/// An adapter's pairs, each at its place in the decoder.
+/// An adapter's LoRA, each at its place in the decoder.
 pub struct BoundAdapter<B: Backend> {
     pub embed_tokens: Option<B::Lora>,
     pub layers: Vec<Loras<B>>,

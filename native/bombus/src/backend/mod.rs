@@ -44,7 +44,7 @@ pub struct QuantizedWeights<'a> {
     pub layout: Quantization,
 }
 
-/// An adapter's pair for one linear layer, as it lies in the file: `y = W x + scale * B A x`, and
+/// LoRA A and B of one linear layer, as it lies in the file: `y = W x + scale * B A x`, and
 /// with a magnitude (DoRA) `y * magnitude / norm`, where the norm is that of the row of
 /// `W + scale * B A`. Reference: mlx-lm's `tuner/{lora,dora}.py`,
 /// PEFT's `tuners/lora/dora.py`.
@@ -60,13 +60,13 @@ pub struct LoraWeights<'a> {
     pub magnitude: Option<TensorView<'a>>,
 }
 
-/// What a pair is for: DoRA needs its weights.
+/// What a LoRA is for: DoRA needs its weights.
 pub enum Adapted<'a, B: Backend + ?Sized> {
     /// one of the layers that share an input
     Projection(&'a B::Linear, usize),
-    Embedding(&'a B::Embedding),
+    Embedding(&'a B::Linear),
     /// the embedding as the head
-    TiedHead(&'a B::Embedding),
+    TiedHead(&'a B::Linear),
 }
 
 /// What an attention layer has besides its linear layers.
@@ -84,7 +84,7 @@ pub struct Segment {
     pub start: usize,
 }
 
-/// A piece of a cache's memory: the same id is the same memory.
+/// A block of a cache's memory: the same id is the same memory.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Page {
     pub id: usize,
@@ -98,9 +98,9 @@ pub enum Token {
     Sampled(usize),
 }
 
-/// An adapter's share in some rows of a linear layer's output number `part` (0 for embeddings).
+/// An adapter's LoRA for some rows, of number `index` of fused linear layers (0 for embeddings).
 pub struct LoraRows<'a, B: Backend + ?Sized> {
-    pub part: usize,
+    pub index: usize,
     pub rows: Range<usize>,
     pub lora: &'a B::Lora,
 }
@@ -110,12 +110,12 @@ pub trait Backend {
     type Tensor;
     /// The weight of a norm, `[width]`.
     type Norm;
-    /// One or several linear layers that share their input (q, k and v; gate and up).
+    /// One or several linear layers that share their input (q, k and v; gate and up), or the embedding,
+    /// whose product is a tied head's.
     type Linear;
-    type Embedding;
     /// An attention layer: its norms, its rotation, the form of its keys and values.
     type Attention;
-    /// One adapter's pair for one linear layer or embedding.
+    /// LoRA A and B of one linear layer or embedding.
     type Lora;
     /// Keys and values of one sequence.
     type Cache;
@@ -125,7 +125,7 @@ pub trait Backend {
     type Guard;
 
     /// Whether samples are promises: then the next step is submitted before they are read.
-    const DEFERS: bool;
+    const ASYNC: bool;
 
     /// Runs a thread's whole work: for what a backend binds to its thread.
     fn scope<T>(&self, work: impl FnOnce() -> T) -> T {
@@ -136,8 +136,7 @@ pub trait Backend {
     fn guard(&self) -> Self::Guard;
 
     fn norm(&self, weight: &TensorView) -> Result<Self::Norm>;
-    fn linear(&self, parts: &[LinearWeights]) -> Result<Self::Linear>;
-    fn embedding(&self, weights: &LinearWeights) -> Result<Self::Embedding>;
+    fn linear(&self, fused: &[LinearWeights]) -> Result<Self::Linear>;
     fn attention_layer(
         &self,
         spec: &AttentionSpec,
@@ -147,7 +146,7 @@ pub trait Backend {
     fn cache(&self, layers: usize) -> Self::Cache;
     /// A cache that begins as this one, up to so many positions: what is the same is shared.
     fn fork(&self, cache: &Self::Cache, positions: usize) -> Result<Self::Cache>;
-    /// The memory of a cache, in pieces that forks may share.
+    /// The memory of a cache, in blocks that forks may share.
     fn pages(&self, cache: &Self::Cache) -> Vec<Page>;
     /// Makes room for these positions in a layer: an error where there is no memory for them.
     fn reserve(
@@ -161,7 +160,7 @@ pub trait Backend {
     /// -> `[rows, hidden]`
     fn embed(
         &self,
-        embedding: &Self::Embedding,
+        embedding: &Self::Linear,
         tokens: &[Token],
         previous: Option<&Self::Samples>,
         loras: &[LoraRows<Self>],
@@ -189,17 +188,10 @@ pub trait Backend {
     ) -> Result<Self::Tensor>;
 
     /// `silu(gate) * up`
-    fn gated(&self, gate: &Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor>;
+    fn swiglu(&self, gate: &Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor>;
     fn add(&self, x: &Self::Tensor, y: &Self::Tensor) -> Result<Self::Tensor>;
-    /// Rows of x, in any order.
-    fn select(&self, x: &Self::Tensor, rows: &[usize]) -> Result<Self::Tensor>;
-    /// The head of a model with tied embeddings: x `[rows, hidden]` -> `[rows, vocab]`.
-    fn unembed(
-        &self,
-        embedding: &Self::Embedding,
-        x: &Self::Tensor,
-        loras: &[LoraRows<Self>],
-    ) -> Result<Self::Tensor>;
+    /// Some rows of x, in any order.
+    fn gather_rows(&self, x: &Self::Tensor, rows: &[usize]) -> Result<Self::Tensor>;
 
     /// One token for each row of logits.
     fn sample(&self, logits: &Self::Tensor, draws: &[Draw]) -> Result<Self::Samples>;
@@ -211,6 +203,6 @@ pub trait Backend {
     /// Waits until nothing that was submitted goes on, on threads of the backend's own either: the process
     /// may end now.
     fn finish(&self) {}
-    /// Waits for the samples; none where a row's logits were not numbers.
+    /// Waits for the samples; none where a row's logits hold NaN.
     fn read(&self, samples: &Self::Samples) -> Result<Vec<Option<Sample>>>;
 }

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use std::sync::Arc;
 
-/// Rows of logits and their draws -> one token each, none where a row is no numbers.
+/// Rows of logits and their draws -> one token each, none where a row holds NaN.
 pub type Sample<'a> = &'a dyn Fn(&[Vec<f32>], &[Draw]) -> Vec<Option<Drawn>>;
 
 pub fn run(sample: Sample) {
@@ -86,9 +86,9 @@ fn tokens_come_as_often_as_their_probability(sample: Sample) {
     let ids = sample_rows(sample, &vec![LOGITS.to_vec(); count], &draws);
     let weights = LOGITS.map(|logit| (f64::from(logit) / 0.7).exp());
     for (id, weight) in weights.iter().enumerate() {
-        let share = ids.iter().filter(|&&drawn| drawn as usize == id).count() as f64;
+        let frequency = ids.iter().filter(|&&drawn| drawn as usize == id).count() as f64;
         let expected = weight / weights.iter().sum::<f64>();
-        assert!((share / count as f64 - expected).abs() < 2e-3, "{id}");
+        assert!((frequency / count as f64 - expected).abs() < 2e-3, "{id}");
     }
 }
 

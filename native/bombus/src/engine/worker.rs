@@ -113,7 +113,7 @@ impl<E: Executor> Worker<E> {
                 self.read(step);
             }
             in_flight = next;
-            if !E::Backend::DEFERS
+            if !E::Backend::ASYNC
                 && let Some(step) = in_flight.take()
             {
                 self.read(step);

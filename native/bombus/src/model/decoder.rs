@@ -11,7 +11,7 @@ use std::ops::Range;
 pub struct Decoder<B: Backend> {
     pub spec: ModelSpec,
     pub backend: B,
-    pub embed_tokens: B::Embedding,
+    pub embed_tokens: B::Linear,
     pub layers: Vec<Layer<B>>,
     pub norm: B::Norm,
     /// None: the embedding is the head
@@ -73,7 +73,7 @@ impl<B: Backend> Decoder<B> {
         for (index, layer) in self.layers.iter().enumerate() {
             hidden = self.layer(index, layer, hidden, entries, &spans)?;
         }
-        let hidden = self.backend.select(&hidden, outputs)?;
+        let hidden = self.backend.gather_rows(&hidden, outputs)?;
         self.logits(&hidden, outputs, &spans)
     }
 
@@ -100,7 +100,7 @@ impl<B: Backend> Decoder<B> {
         let x = backend.rms_norm(&hidden, &layer.post_attention_layernorm, eps)?;
         let [gate, up] =
             outputs(backend.project(&layer.gate_up_proj, &x, &loras(Projection::GateUp))?);
-        let x = backend.gated(&gate, &up)?;
+        let x = backend.swiglu(&gate, &up)?;
         let [x] = outputs(backend.project(&layer.down_proj, &x, &loras(Projection::Down))?);
         backend.add(&hidden, &x)
     }
@@ -116,9 +116,7 @@ impl<B: Backend> Decoder<B> {
         let within = |row: usize| outputs.partition_point(|output| *output < row);
         let selected = |rows: &Range<usize>| within(rows.start)..within(rows.end);
         let loras = loras(spans, 0, selected, |adapter| adapter.lm_head.as_ref());
-        let Some(lm_head) = &self.lm_head else {
-            return self.backend.unembed(&self.embed_tokens, &x, &loras);
-        };
+        let lm_head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
         let [logits] = self::outputs(self.backend.project(lm_head, &x, &loras)?);
         Ok(logits)
     }
@@ -150,7 +148,7 @@ fn loras<'a, B: Backend>(
     let share = |(span, adapter): &Span<'a, B>| {
         let rows = rows(span);
         let lora = lora(adapter).filter(|_| !rows.is_empty())?;
-        Some(LoraRows { part, rows, lora })
+        Some(LoraRows { index: part, rows, lora })
     };
     spans.iter().filter_map(share).collect()
 }

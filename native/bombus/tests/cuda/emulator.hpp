@@ -32,7 +32,7 @@ typedef unsigned long long Word;
 
 constexpr int LANES = 32, NAMED_BARRIERS = 16;
 constexpr size_t STACK_BYTES = 64 << 10, SHARED_BYTES = 227 << 10;
-constexpr int POISON = 0xff;                // of it, floats and bfloat16 are no numbers
+constexpr int POISON = 0xff;                // of it, floats and bfloat16 are NaN
 constexpr Word PATIENCE = 200000;           // rounds in which nothing happens
 
 struct Index {
@@ -96,7 +96,7 @@ constexpr Word PARITY = 1ull << 63;
 // What the copy engine has still to do.
 struct Copy {
   unsigned char* to;
-  const void* from;  // nothing if it has only to be told
+  const void* from;  // nothing if it has only to arrive
   unsigned bytes;
   Word* barrier;
   Word due;  // the round

@@ -3,7 +3,7 @@
 #
 # run.sh [NAME]: which model, else all (three minutes).
 # BLOCKS, SEEDS, ROWS: how many, else what is said below; CUDA: where step.rs and the kernel's sources are; BUILD: a
-# folder to build in; CXX: the compiler.
+# folder to build in; CXX, RUSTC: the compilers.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 cuda=$(cd "${CUDA:-$here/../../src/backend/cuda}" && pwd) || exit 1
@@ -12,12 +12,13 @@ build=${BUILD:-$(mktemp -d)}
 mkdir -p "$build"
 failed=0
 
+# What Rust and the kernel both know: printed by the module that the engine prints it with.
+"${RUSTC:-rustc}" --edition 2024 -o "$build/layout" "$here/layout.rs" || exit 1
+
 # The sources in the order of step.rs; primitives.cuh and barriers.cuh are the emulator's.
 {
   echo '#include "numbers.cuh"'
-  for constant in HIDDEN INNER HEADS KV_HEADS DIM LAYERS VOCAB EPS_BITS THETA_BITS QK_NORM QKV_BIAS SCALED; do
-    echo "constexpr int $constant = MODEL_$constant;"
-  done
+  echo '#include "layout.inc"'
   sed -n 's/.*include_str!("\(step\/.*\.cuh\)").*/#include "\1"/p' "$cuda/step.rs"
   echo 'inline void launch(const unsigned long long* table, const unsigned long long* plan,'
   echo '                   const unsigned* sampled, const unsigned* workspace, float* logits) {'
@@ -32,13 +33,12 @@ model() {
   case ${only:-$name} in "$name") ;; *) return ;; esac
   printf '%s: ' "$name"
   began=$(date +%s)
-  # Variables that nothing is written to have numbers that show. eps is 1e-6, theta 1e6.
+  "$build/layout" "$hidden" "$inner" "$heads" "$kv" "$dim" "$layers" "$vocab" "$norm" "$bias" "$scaled" \
+    > "$build/layout.inc"
+  # Variables that nothing is written to have numbers that show.
   ${CXX:-g++} -std=c++20 -O2 -fno-strict-aliasing -ftrivial-auto-var-init=pattern -Wno-unknown-pragmas \
     -Wno-enum-compare -I"$build" -I"$cuda" \
-    -DMODEL_HIDDEN="$hidden" -DMODEL_INNER="$inner" -DMODEL_HEADS="$heads" \
-    -DMODEL_KV_HEADS="$kv" -DMODEL_DIM="$dim" -DMODEL_LAYERS="$layers" -DMODEL_VOCAB="$vocab" \
-    -DMODEL_EPS_BITS=0x358637bd -DMODEL_THETA_BITS=0x49742400 \
-    -DMODEL_QK_NORM="$norm" -DMODEL_QKV_BIAS="$bias" -DMODEL_SCALED="$scaled" -o "$build/$name" "$here/step_test.cpp" || {
+    -o "$build/$name" "$here/step_test.cpp" || {
     failed=1
     echo "did not compile"
     return

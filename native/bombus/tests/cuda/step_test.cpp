@@ -1,7 +1,7 @@
-// The kernel for steps, in the emulator: small models of random weights, compared with the model's definition.
+// The kernel for steps, in the emulator: scales_biases models of random weights, compared with the model's definition.
 //
-// One program is made for one shape (MODEL_HIDDEN, ... are macros), with the kernel for one tile and that for TILES.
-// `kernel.inc` joins the kernel's sources in the order in which the engine joins them.
+// One program is made for one shape, with the kernel for one tile and that for TILES. `kernel.inc` joins the kernel's
+// sources in the order in which the engine joins them, behind `layout.inc`, which layout.rs of the engine prints.
 //
 // step_test BLOCKS SEEDS ROWS...: steps of so many rows.
 
@@ -23,10 +23,10 @@ using emulator::float_of;
 
 typedef std::vector<double> Numbers;
 
-constexpr double MOST_MEAN = 1e-2, MOST_SINGLE = 0.15;  // differences, in parts of the mean magnitude
+constexpr double MOST_MEAN = 1e-2, MOST_SINGLE = 0.15;  // differences, as fractions of the mean magnitude
 constexpr size_t PAGE_NUMBERS = (size_t)LAYERS * 2 * KV_HEADS * PAGE * DIM;
 
-// Memory of the card, at the end of which there is none: whoever reads on is caught. It begins as no numbers.
+// Memory of the card, at the end of which there is none: whoever reads on is caught. It begins as NaN.
 template <class T> class Array {
  public:
   explicit Array(size_t count) : count(count) {
@@ -75,28 +75,28 @@ Array<bf16> random_numbers(size_t count, double mean, double spread) {
 
 // A weight [n, k] of 4 bits.
 struct Weight {
-  Weight(int n, int k, double spread, bool gated)
+  Weight(int n, int k, double spread, bool swiglu)
       : n(n), k(k), codes((size_t)n * k / 8), scales((size_t)n * k / 64), biases(scales.count),
-        small((size_t)(n + 63) / 64 * 64 * ((k / 64 + 3) / 4 * 4)) {
+        scales_biases((size_t)(n + 63) / 64 * 64 * ((k / 64 + 3) / 4 * 4)) {
     for (size_t i = 0; i < codes.count; i++) codes[i] = (unsigned)generator();
     for (size_t i = 0; i < scales.count; i++) {
       const double scale = spread / 4.6 * (1 + 0.3 * normal());
       scales[i] = narrowed(scale), biases[i] = narrowed(scale * (-7.5 + normal()));
     }
-    place_small(gated);
+    swizzle(swiglu);
   }
 
-  // As `small` of step.rs.
-  void place_small(bool gated) {
+  // As `scales_biases` of step.rs.
+  void swizzle(bool swiglu) {
     const int groups = k / 64, quads = (groups + 3) / 4;
-    memset(small.data, 0, small.bytes);
+    memset(scales_biases.data, 0, scales_biases.bytes);
     for (int output = 0; output < n; output++)
       for (int group = 0; group < groups; group++) {
         const int half = output % (n / 2);
-        const int tile = gated ? half / 8 : output / 16;
-        const int row = gated ? half % 8 + output / (n / 2) * 8 : output % 16;
+        const int tile = swiglu ? half / 8 : output / 16;
+        const int row = swiglu ? half % 8 + output / (n / 2) * 8 : output % 16;
         const size_t from = (size_t)output * groups + group;
-        small[(((size_t)tile * quads + group / 4) * 16 + row) * 4 + group % 4] =
+        scales_biases[(((size_t)tile * quads + group / 4) * 16 + row) * 4 + group % 4] =
             scales[from] | (unsigned)biases[from] << 16;
       }
   }
@@ -125,7 +125,7 @@ struct Weight {
   int n, k;
   Array<unsigned> codes;
   Array<bf16> scales, biases;
-  Array<unsigned> small;
+  Array<unsigned> scales_biases;
 };
 
 struct Layer {
@@ -156,24 +156,30 @@ struct Model {
 
   // As `table` of step.rs.
   Array<word> table() const {
-    std::vector<word> words;
-    for (const Layer& layer : layers) {
-      for (const Weight* weight : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down})
-        words.insert(words.end(), {weight->codes.address(), weight->small.address()});
-      for (const Array<bf16>* norm : {&layer.input_norm, &layer.post_norm}) words.push_back(norm->address());
-      for (const Array<bf16>* norm : {&layer.q_norm, &layer.k_norm}) words.push_back(QK_NORM ? norm->address() : 0);
-      words.push_back(QKV_BIAS ? layer.bias.address() : 0);
+    Array<word> table(LAYERS * LAYER_WORDS + MODEL_WORDS);
+    memset(table.data, 0, table.bytes);
+    const auto place = [](word* to, const Weight& weight) {
+      to[0] = weight.codes.address(), to[1] = weight.scales_biases.address();
+    };
+    for (int i = 0; i < LAYERS; i++) {
+      word* own = &table[i * LAYER_WORDS];
+      const Layer& layer = layers[i];
+      place(own + QKV, layer.qkv), place(own + O, layer.o);
+      place(own + GATE_UP, layer.gate_up), place(own + DOWN, layer.down);
+      own[INPUT_NORM] = layer.input_norm.address(), own[POST_NORM] = layer.post_norm.address();
+      if (QK_NORM) own[Q_NORM] = layer.q_norm.address(), own[K_NORM] = layer.k_norm.address();
+      if (QKV_BIAS) own[BIAS] = layer.bias.address();
     }
-    words.insert(words.end(), {head.codes.address(), head.small.address(), norm.address()});
-    words.insert(words.end(), {embedding.codes.address(), embedding.scales.address(), embedding.biases.address()});
-    words.push_back(rotation.address());
-    Array<word> table(words.size());
-    std::copy(words.begin(), words.end(), table.data);
+    word* own = &table[LAYERS * LAYER_WORDS];
+    place(own + HEAD, head);
+    own[NORM] = norm.address(), own[ROTATION] = rotation.address();
+    own[EMBEDDING] = embedding.codes.address();
+    own[EMBEDDING + 1] = embedding.scales.address(), own[EMBEDDING + 2] = embedding.biases.address();
     return table;
   }
 };
 
-// A pair for one linear layer; none if its rank is 0.
+// LoRA A and B of one linear layer; none if its rank is 0.
 struct Lora {
   Lora(int in, int out, int rank)
       : in(in), out(out), rank(rank), a(random_numbers((size_t)in * rank, 0, 1 / std::sqrt(in))),
@@ -193,26 +199,26 @@ struct Lora {
 };
 
 struct Adapter {
-  // `ranks` are those of the pairs in turn.
-  explicit Adapter(std::vector<int> ranks, float scale = 0.5f) : words((size_t)LAYERS * LORA_PAIRS * 3) {
+  // `ranks` are those of the loras, again and again.
+  explicit Adapter(std::vector<int> ranks, float scale = 0.5f) : words((size_t)LAYERS * LORA_LAYERS * LORA_WORDS) {
     const int ins[] = {HIDDEN, HIDDEN, HIDDEN, Q_WIDTH, HIDDEN, HIDDEN, INNER};
     const int outs[] = {Q_WIDTH, KV_WIDTH, KV_WIDTH, HIDDEN, INNER, INNER, HIDDEN};
-    for (int i = 0; i < LAYERS * LORA_PAIRS; i++) {
+    for (int i = 0; i < LAYERS * LORA_LAYERS; i++) {
       const int rank = ranks[i % ranks.size()];
       most_rank = std::max(most_rank, rank);
-      Lora& own = pairs.emplace_back(ins[i % LORA_PAIRS], outs[i % LORA_PAIRS], rank);
+      Lora& own = loras.emplace_back(ins[i % LORA_LAYERS], outs[i % LORA_LAYERS], rank);
       own.scale = scale;
-      words[i * 3] = rank ? own.a.address() : 0, words[i * 3 + 1] = rank ? own.b.address() : 0;
-      words[i * 3 + 2] = rank ? rank | (word)std::bit_cast<unsigned>(own.scale) << 32 : 0;
+      words[i * LORA_WORDS] = rank ? own.a.address() : 0, words[i * LORA_WORDS + 1] = rank ? own.b.address() : 0;
+      words[i * LORA_WORDS + 2] = rank ? rank | (word)std::bit_cast<unsigned>(own.scale) << 32 : 0;
     }
   }
 
   int most_rank = 0;
-  std::vector<Lora> pairs;
+  std::vector<Lora> loras;
   Array<word> words;
 };
 
-// Keys and values of the first `at` positions; behind them there are no numbers.
+// Keys and values of the first `at` positions; behind them there is NaN.
 struct Sequence {
   explicit Sequence(int at) : at(at) {
     for (int first = 0; first <= at; first += PAGE) {
@@ -282,7 +288,7 @@ struct Reference {
       for (int i = 0; i < HIDDEN; i++) hidden[row][i] += y[row][i];
   }
 
-  // With what the adapters' pairs at these places add, one after another.
+  // With what the adapters' loras at these places add, one after another.
   std::vector<Numbers> product(const Weight& weight, const std::vector<Numbers>& x, int layer,
                                std::vector<int> places) const {
     auto y = weight.times(x, rows.size() > 8);
@@ -290,7 +296,7 @@ struct Reference {
       double* to = y[row].data();
       for (int place : places) {
         if (!rows[row].adapter) continue;
-        const Lora& own = rows[row].adapter->pairs[layer * LORA_PAIRS + place];
+        const Lora& own = rows[row].adapter->loras[layer * LORA_LAYERS + place];
         own.add(x[row], to);
         to += own.out;
       }
@@ -318,7 +324,7 @@ struct Reference {
   }
 
   // A head of queries or keys, normed and rotated.
-  Numbers turned(const double* x, const Array<bf16>& norm, int at) const {
+  Numbers rotated(const double* x, const Array<bf16>& norm, int at) const {
     const double own = factor(x, DIM), amplitude = SCALED ? (double)model.rotation[DIM / 2] : 1;
     const auto normed = [&](int i) { return amplitude * (QK_NORM ? x[i] * own * float_of(norm[i]) : x[i]); };
     Numbers y(DIM);
@@ -337,14 +343,14 @@ struct Reference {
     Numbers mixed;
     Numbers fresh[2];
     for (int head = 0; head < KV_HEADS; head++) {
-      for (double x : turned(&qkv[Q_WIDTH + head * DIM], own.k_norm, sequence.at)) fresh[0].push_back(x);
+      for (double x : rotated(&qkv[Q_WIDTH + head * DIM], own.k_norm, sequence.at)) fresh[0].push_back(x);
       for (int i = 0; i < DIM; i++) fresh[1].push_back(rounded(qkv[Q_WIDTH + KV_WIDTH + head * DIM + i]));
     }
     for (const Numbers& kind : fresh)
       keys_and_values[row].insert(keys_and_values[row].end(), kind.begin(), kind.end());
     for (int head = 0; head < HEADS; head++) {
-      const int from = head / SHARED;
-      const Numbers q = turned(&qkv[head * DIM], own.q_norm, sequence.at);
+      const int from = head / GQA_GROUP;
+      const Numbers q = rotated(&qkv[head * DIM], own.q_norm, sequence.at);
       const auto number = [&](int kind, int position, int i) -> double {
         if (position == sequence.at) return fresh[kind][from * DIM + i];
         return float_of(sequence.number(layer, kind, from, position, i));
@@ -354,9 +360,9 @@ struct Reference {
       for (int position = 0; position <= sequence.at; position++) {
         double score = 0;
         for (int i = 0; i < DIM; i++) score += q[i] * number(0, position, i);
-        const double share = std::exp(score / std::sqrt(DIM));
-        total += share;
-        for (int i = 0; i < DIM; i++) sums[i] += share * number(1, position, i);
+        const double weight = std::exp(score / std::sqrt(DIM));
+        total += weight;
+        for (int i = 0; i < DIM; i++) sums[i] += weight * number(1, position, i);
       }
       for (double sum : sums) mixed.push_back(rounded(sum / total));
     }
@@ -364,7 +370,7 @@ struct Reference {
   }
 };
 
-// In parts of the mean magnitude.
+// As fractions of the mean magnitude.
 struct Difference {
   double sum = 0, largest = 0, magnitude = 0;
   size_t count = 0;
@@ -388,7 +394,7 @@ class Engine {
   // Goes on as the last step whose plan was whole, if it may.
   void run(const std::vector<Row>& rows, bool goes_on, unsigned seed, const Array<float>& logits) {
     const Array<unsigned> sampled(rows.size());
-    goes_on = goes_on && pages_of(rows) == told_pages && rows[0].sequence->at != told_at;
+    goes_on = goes_on && pages_of(rows) == planned_pages && rows[0].sequence->at != planned_at;
     const Array<word> plan = goes_on ? going_on(rows, sampled) : planned(rows, sampled);
     poison(goes_on);
     const auto* memory = reinterpret_cast<const unsigned*>(workspace.data);
@@ -401,11 +407,11 @@ class Engine {
   }
 
   // As if the next step went on after another whole plan.
-  void lose_plan() { number++, told_at--; }
+  void lose_plan() { number++, planned_at--; }
 
  private:
   static constexpr size_t MOST = 64;  // rows that it has room for
-  static constexpr size_t WITHOUT_PLAN = SPLITS + room(4 * MOST * MOST_SPLITS * HEADS * (DIM + 2));
+  static constexpr size_t WITHOUT_PLAN = SPLITS + rounded(4 * MOST * MOST_SPLITS * HEADS * PARTIAL, 256);
   static constexpr size_t PLAN_BYTES = 1 << 16;
 
   static size_t pages_of(const std::vector<Row>& rows) {
@@ -414,20 +420,20 @@ class Engine {
     return pages;
   }
 
-  // As `Told` of step.rs.
+  // As `PlanEncoder` of plan.rs.
   Array<word> going_on(const std::vector<Row>& rows, const Array<unsigned>& sampled) const {
     Array<word> plan(1);
-    plan[0] = rows.size() | GOES_ON | (word)(rows[0].sequence->at - told_at) << 32 | number << 48;
+    plan[0] = rows.size() | GOES_ON | (word)(rows[0].sequence->at - planned_at) << 32 | number << 48;
     for (size_t i = 0; i < rows.size(); i++) sampled[i] = rows[i].id;
     return plan;
   }
 
   // As `plan` of step.rs. Every other id is a sample of another row's.
   Array<word> planned(const std::vector<Row>& rows, const Array<unsigned>& sampled) {
-    told_pages = pages_of(rows), told_at = rows[0].sequence->at;
+    planned_pages = pages_of(rows), planned_at = rows[0].sequence->at;
     size_t pages = 0;
     for (const Row& row : rows) pages = std::max(pages, row.sequence->pages.size());
-    const size_t words = 2 + pages, count = rows.size();
+    const size_t words = ROW_WORDS + pages, count = rows.size();
     Array<word> plan(HEADER + count * words);
     memset(plan.data, 0, plan.bytes);
     plan[0] = count | ++number << 48, plan[1] = words, plan[3] = WITHOUT_PLAN;
@@ -439,7 +445,7 @@ class Engine {
       own[1] = row.adapter ? row.adapter->words.address() : 0;
       if (row.adapter) plan[2] = std::max(plan[2], (word)row.adapter->most_rank);
       for (size_t page = 0; page < row.sequence->pages.size(); page++)
-        own[2 + page] = row.sequence->pages[page].address();
+        own[ROW_WORDS + page] = row.sequence->pages[page].address();
     }
     return plan;
   }
@@ -456,8 +462,8 @@ class Engine {
 
   // Of the last whole plan.
   word number = 0;
-  size_t told_pages = 0;
-  int told_at = 0;
+  size_t planned_pages = 0;
+  int planned_at = 0;
 
   Array<word> table;
   int blocks;
@@ -525,7 +531,7 @@ struct Test {
     for (const auto& [at, number] : own) *at = number;
   }
 
-  // A step that goes on after a plan that never came has no numbers for any row.
+  // A step that goes on after a plan that never came has NaN in every row.
   void lost_step(const std::vector<Row>& rows) {
     const Array<float> found(rows.size() * VOCAB);
     engine.run(rows, false, 0, found);
@@ -536,7 +542,7 @@ struct Test {
     for (size_t row = 0; row < rows.size(); row++) refused &= found[row * VOCAB] == found[row * VOCAB];
   }
 
-  // What was no number leaves nothing to the step behind it.
+  // NaN leaves nothing to the step behind it.
   void broken_step(std::vector<Row> rows, const Adapter& broken) {
     const Array<float> before(rows.size() * VOCAB), after(rows.size() * VOCAB);
     engine.run(rows, false, 0, before);

@@ -6,8 +6,8 @@
 //! file is mapped; nothing is repacked.
 
 use super::codes;
-use super::digits::{Digits, Format, Shape, digit_bits};
 use super::float::Float;
+use super::limbs::{Format, Limbs, Shape, limb_bits};
 use super::simd::{BYTES, Kernel, LANES, Level, Simd, prefetch};
 use super::tensor::Target;
 use crate::backend::{LinearWeights, QuantizedWeights};
@@ -54,16 +54,16 @@ impl Affine {
 
     /// How `rows` rows of x must be written for `Product`.
     pub fn format(&self, rows: usize, level: Level) -> Format {
-        // 16 bits beside halves, 24 beside f32; or 21 and 28, where digits have 7 bits.
+        // 16 bits beside halves, 24 beside f32; or 21 and 28, where limbs have 7 bits.
         let short = level == Level::Avx2 && self.layout.bits != 4;
-        let planes = 2 + usize::from(self.float == Float::F32) + usize::from(short);
-        let shape = match (rows, planes) {
+        let limbs = 2 + usize::from(self.float == Float::F32) + usize::from(short);
+        let shape = match (rows, limbs) {
             (..=FEW, _) => Shape::Rows,
             (..=8, 2) => Shape::Eights,
             _ => Shape::Sixteens,
         };
         let Quantization { group_size, bits } = self.layout;
-        Format { group_size, nibbles: bits == 4, planes, shape }
+        Format { group_size, int4: bits == 4, limbs, shape }
     }
 
     pub fn tensors(&self) -> [&Mapped; 3] {
@@ -89,6 +89,8 @@ impl Affine {
         self.columns * self.layout.bits / 8
     }
 
+    /// # Safety
+    /// `n` is a row of the weights.
     #[inline(always)]
     unsafe fn row(&self, n: usize) -> &[u8] {
         let bytes = self.row_bytes();
@@ -96,6 +98,9 @@ impl Affine {
     }
 
     /// Scales and biases `group..group + count` of row n.
+    ///
+    /// # Safety
+    /// The machine has S's level; `n` is a row, and has the groups `group..group + count`, at most 16.
     #[inline(always)]
     unsafe fn numbers<S: Simd>(&self, n: usize, group: usize, count: usize) -> [S::F; 2] {
         let place = n * self.groups + group;
@@ -108,7 +113,7 @@ impl Affine {
 
 pub struct Product<'a> {
     pub affine: &'a Affine,
-    pub x: &'a Digits,
+    pub x: &'a Limbs,
     pub format: Format,
     pub target: Target,
 }
@@ -146,14 +151,17 @@ thread_local! {
 impl Kernel for Product<'_> {
     type Output = ();
 
+    /// # Safety
+    /// `x` has the columns of the weights, as `format` for so many rows says; the target's columns are
+    /// rows of the weights, and no other thread's.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         // Taken, not borrowed in a closure: that would be compiled without the extension.
         let mut scratch = SCRATCH.take();
-        match (self.format.shape, self.format.planes, S::ACCUMULATORS) {
+        match (self.format.shape, self.format.limbs, S::ACCUMULATORS) {
             (Shape::Rows, 2, _) => self.few::<S, 2>(&mut scratch.0),
             (Shape::Rows, 3, _) => self.few::<S, 3>(&mut scratch.0),
-            (Shape::Rows, ..) if S::DIGIT_BITS < 8 => self.few::<S, 4>(&mut scratch.0),
+            (Shape::Rows, ..) if S::LIMB_BITS < 8 => self.few::<S, 4>(&mut scratch.0),
             (Shape::Eights, _, 24..) => self.many::<S, 1, 12>(&mut scratch),
             (Shape::Eights, _, 6..) => self.many::<S, 1, 6>(&mut scratch),
             (Shape::Eights, ..) => self.many::<S, 1, 4>(&mut scratch),
@@ -163,19 +171,21 @@ impl Kernel for Product<'_> {
             (Shape::Sixteens, 3, 24..) => self.many::<S, 3, 8>(&mut scratch),
             (Shape::Sixteens, 3, 6..) => self.many::<S, 3, 2>(&mut scratch),
             (Shape::Sixteens, 3, _) => self.many::<S, 3, 1>(&mut scratch),
-            (Shape::Sixteens, ..) if S::DIGIT_BITS < 8 => self.many::<S, 4, 1>(&mut scratch),
-            (_, planes, _) => unreachable!("{planes} digits"),
+            (Shape::Sixteens, ..) if S::LIMB_BITS < 8 => self.many::<S, 4, 1>(&mut scratch),
+            (_, limbs, _) => unreachable!("{limbs} limbs"),
         }
         SCRATCH.set(scratch);
     }
 }
 
 impl Product<'_> {
+    /// # Safety
+    /// As `run`; `x` has P limbs a number and at most `FEW` rows.
     #[inline(always)]
     unsafe fn few<S: Simd, const P: usize>(&self, codes: &mut Vec<u8>) {
         macro_rules! rows {
             ($($m:literal)*) => {
-                match (self.format.nibbles, self.x.rows) {
+                match (self.format.int4, self.x.rows) {
                     $((true, $m) => self.row_by_row::<S, P, $m, true>(codes),
                     (false, $m) => self.row_by_row::<S, P, $m, false>(codes),)*
                     (_, rows) => unreachable!("{rows} rows are more than few"),
@@ -185,8 +195,10 @@ impl Product<'_> {
         rows!(1 2 3 4 5 6)
     }
 
+    /// # Safety
+    /// As `run`; `x` has P limbs a number and M rows, and `INT4` says how codes lie.
     #[inline(always)]
-    unsafe fn row_by_row<S: Simd, const P: usize, const M: usize, const NIBBLES: bool>(
+    unsafe fn row_by_row<S: Simd, const P: usize, const M: usize, const INT4: bool>(
         &self,
         scratch: &mut Vec<u8>,
     ) {
@@ -206,7 +218,7 @@ impl Product<'_> {
                         scratch.as_ptr()
                     }
                 };
-                let y = self.dot_row::<S, P, M, NIBBLES>(first + place, codes);
+                let y = self.dot_row::<S, P, M, INT4>(first + place, codes);
                 for m in 0..M {
                     lanes[m][place] = y[m];
                 }
@@ -218,21 +230,24 @@ impl Product<'_> {
         }
     }
 
-    /// Row n of the weights with M rows of x, their sums still in lanes. `codes` are nibbles or
+    /// Row n of the weights with M rows of x, their sums still in lanes. `codes` are of 4 bits, or
     /// bytes.
+    ///
+    /// # Safety
+    /// As `row_by_row`; `n` is a row, and `codes` are all its codes.
     #[inline(always)]
-    unsafe fn dot_row<S: Simd, const P: usize, const M: usize, const NIBBLES: bool>(
+    unsafe fn dot_row<S: Simd, const P: usize, const M: usize, const INT4: bool>(
         &self,
         n: usize,
         codes: *const u8,
     ) -> [S::F; M] {
         let affine = self.affine;
-        let (groups, in_vector) = (affine.groups, if NIBBLES { 2 * BYTES } else { BYTES });
+        let (groups, in_vector) = (affine.groups, if INT4 { 2 * BYTES } else { BYTES });
         // A table has the scales of 16 groups, which are `step` vectors of codes.
         let step = LANES * self.format.group_size / in_vector;
         let bytes = affine.columns * BYTES / in_vector;
         let whole = bytes / BYTES;
-        let row = Row { x: self.x, shift: step.trailing_zeros(), bits: digit_bits::<S>(NIBBLES) };
+        let row = Row { x: self.x, shift: step.trailing_zeros(), bits: limb_bits::<S>(INT4) };
         let mut acc = [S::splat(0.0); M];
         for chunk in 0..groups.div_ceil(LANES) {
             let first = chunk * LANES;
@@ -252,17 +267,20 @@ impl Product<'_> {
                 let codes = codes.add((start + local) * BYTES);
                 prefetch(codes.wrapping_add(AHEAD));
                 let codes = S::bytes(codes);
-                row.block::<S, P, M, NIBBLES>(codes, start + local, local, &tables, &mut acc);
+                row.block::<S, P, M, INT4>(codes, start + local, local, &tables, &mut acc);
             }
             if here < step && !bytes.is_multiple_of(BYTES) && start + here == whole {
-                let codes = S::bytes_part(codes.add(whole * BYTES), bytes % BYTES);
-                row.block::<S, P, M, NIBBLES>(codes, whole, here, &tables, &mut acc);
+                let codes = S::bytes_partial(codes.add(whole * BYTES), bytes % BYTES);
+                row.block::<S, P, M, INT4>(codes, whole, here, &tables, &mut acc);
             }
         }
         acc
     }
 
-    /// Tiles of N rows of weights and 16 lanes of x, with V digits in each.
+    /// Tiles of N rows of weights and 16 lanes of x, with V limbs in each.
+    ///
+    /// # Safety
+    /// As `run`; a tile's vectors hold V limbs, and N is at most `WIDEST`.
     #[inline(always)]
     unsafe fn many<S: Simd, const V: usize, const N: usize>(
         &self,
@@ -295,6 +313,9 @@ impl Product<'_> {
     }
 
     /// What comes after the codes of N rows up to column `end`.
+    ///
+    /// # Safety
+    /// `first` is a row and `end` at most its columns; what it points to is only prefetched.
     #[inline(always)]
     unsafe fn ahead<const N: usize>(&self, first: usize, end: usize) -> Ahead {
         let (row_bytes, bits) = (self.affine.row_bytes(), self.affine.layout.bits);
@@ -308,6 +329,9 @@ impl Product<'_> {
     }
 
     /// Columns `first..` of a tile's rows of y, from lanes.
+    ///
+    /// # Safety
+    /// The machine has S's level; `row` and columns `first..` are within the target.
     #[inline(always)]
     unsafe fn store<S: Simd>(&self, row: usize, first: usize, out: &mut [[f32; LANES]]) {
         let (rows, lanes) = (self.format.shape.rows(), self.format.shape.lanes());
@@ -326,6 +350,9 @@ impl Product<'_> {
 
     /// Some columns of rows `first..first + count`: `codes` is `[row][CHUNK]`, `numbers`
     /// `[row][2][CHUNK / 32]`.
+    ///
+    /// # Safety
+    /// As `many`; the rows and columns are there, and `codes` and `numbers` have room for them.
     #[inline(always)]
     unsafe fn unpack<S: Simd>(
         &self,
@@ -342,7 +369,7 @@ impl Product<'_> {
             let codes = &mut codes[place * CHUNK..][..CHUNK];
             let exactly = &mut codes[..chunk.len()];
             match bits {
-                4 => codes::unpack_nibbles::<S>(row, codes),
+                4 => codes::unpack_int4::<S>(row, codes),
                 8 => exactly.copy_from_slice(row),
                 bits => codes::unpack(row, bits, exactly),
             }
@@ -357,6 +384,9 @@ impl Product<'_> {
     }
 
     /// Adds the products of some columns to `out`, and asks for the codes at `ahead` meanwhile.
+    ///
+    /// # Safety
+    /// As `many`; `codes` and `numbers` are what `unpack` made of this chunk, and `tile` is one of x.
     #[inline(always)]
     unsafe fn tile<S: Simd, const V: usize, const N: usize>(
         &self,
@@ -370,7 +400,7 @@ impl Product<'_> {
         let Quantization { bits, group_size } = self.affine.layout;
         let asks = (N * group_size * bits / 8).div_ceil(BYTES);
         let (steps, lanes) = (group_size / 8, self.format.shape.lanes());
-        let digit_bits = digit_bits::<S>(self.format.nibbles);
+        let limb_bits = limb_bits::<S>(self.format.int4);
         let (first, groups) = (chunk.start / group_size, chunk.len() / group_size);
         let (scales, biases) = (numbers.as_ptr(), numbers.as_ptr().add(CHUNK / 32));
         let mut y = [S::splat(0.0); N];
@@ -386,15 +416,15 @@ impl Product<'_> {
         }
         for group in 0..groups {
             let mut acc = [[S::izero(); V]; N];
-            let mut digits = self.x.tile(tile, first + group, 2 * steps * V);
+            let mut limbs = self.x.tile(tile, first + group, 2 * steps * V);
             for half in 0..2 {
                 let codes = codes.as_ptr().add(self.place(group * group_size, half));
                 for step in 0..steps {
-                    let mut x = [S::bytes(digits); V];
+                    let mut x = [S::bytes(limbs); V];
                     for v in 0..V {
-                        x[v] = S::bytes(digits.add(v * BYTES));
+                        x[v] = S::bytes(limbs.add(v * BYTES));
                     }
-                    digits = digits.add(V * BYTES);
+                    limbs = limbs.add(V * BYTES);
                     unrolled!(n < N, {
                         let codes = codes.add(n * CHUNK + 4 * step);
                         let codes = S::bytes_splat(codes);
@@ -407,7 +437,7 @@ impl Product<'_> {
             let scale = S::load(self.x.tile_scales(tile, first + group));
             ahead.ask(asks);
             unrolled!(n < N, {
-                let product = joined::<S, V>(acc[n], digit_bits);
+                let product = joined::<S, V>(acc[n], limb_bits);
                 let number = S::splat(*scales.add(2 * n * CHUNK / 32 + group));
                 y[n] = S::fma(product, S::mul(number, scale), y[n]);
             });
@@ -420,7 +450,7 @@ impl Product<'_> {
     /// Where the unpacked codes of half a group are, which begins at `column`.
     #[inline(always)]
     fn place(&self, column: usize, half: usize) -> usize {
-        match self.format.nibbles {
+        match self.format.int4 {
             true => column / 128 * 128 + column % 128 / 2 + half * BYTES,
             false => column + half * self.format.group_size / 2,
         }
@@ -454,7 +484,10 @@ impl Ahead {
     }
 }
 
-/// The sums of V digits' products, in units of the last.
+/// The sums of V limbs' products, in units of the last.
+///
+/// # Safety
+/// The machine has S's level.
 #[inline(always)]
 unsafe fn joined<S: Simd, const V: usize>(acc: [S::I; V], bits: u32) -> S::F {
     match V {
@@ -474,16 +507,19 @@ unsafe fn joined<S: Simd, const V: usize>(acc: [S::I; V], bits: u32) -> S::F {
 
 /// What a row of weights meets.
 struct Row<'a> {
-    x: &'a Digits,
+    x: &'a Limbs,
     shift: u32,
-    /// of a digit
+    /// of a limb
     bits: u32,
 }
 
 impl Row<'_> {
     /// Vector number `block` of the row, the `local`th of its tables.
+    ///
+    /// # Safety
+    /// As `dot_row`; `block` is a vector of the row, the `local`th of its tables.
     #[inline(always)]
-    unsafe fn block<S: Simd, const P: usize, const M: usize, const NIBBLES: bool>(
+    unsafe fn block<S: Simd, const P: usize, const M: usize, const INT4: bool>(
         &self,
         codes: S::B,
         block: usize,
@@ -491,20 +527,20 @@ impl Row<'_> {
         tables: &[S::Table; M],
         acc: &mut [S::F; M],
     ) {
-        let nibbles = S::nibbles(codes);
+        let int4 = S::unpack_int4(codes);
         for m in 0..M {
             let mut dots = [S::izero(); P];
             for p in 0..P {
-                // The second digit's products are added to the first's, in its units; so with the
+                // The second limb's products are added to the first's, in its units; so with the
                 // fourth and the third.
                 let before = if p % 2 == 1 { S::shift(dots[p - 1], self.bits) } else { S::izero() };
-                let digits = self.x.row(m, P).add(p * self.x.plane);
-                dots[p] = if NIBBLES {
-                    let digits = digits.add(block * 2 * BYTES);
-                    let even = S::dot(before, nibbles[0], S::bytes(digits));
-                    S::dot(even, nibbles[1], S::bytes(digits.add(BYTES)))
+                let limbs = self.x.row(m, P).add(p * self.x.limb_stride);
+                dots[p] = if INT4 {
+                    let limbs = limbs.add(block * 2 * BYTES);
+                    let even = S::dot(before, int4[0], S::bytes(limbs));
+                    S::dot(even, int4[1], S::bytes(limbs.add(BYTES)))
                 } else {
-                    S::dot(before, codes, S::bytes(digits.add(block * BYTES)))
+                    S::dot(before, codes, S::bytes(limbs.add(block * BYTES)))
                 };
             }
             let mut product = S::float(dots[1]);

@@ -6,9 +6,9 @@
 //! way, page by page (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
 
 use super::float::Float;
-use super::rows::{norm_factor, part};
+use super::rows::{load_partial, norm_factor};
 use super::simd::{Kernel, LANES, Simd, prefetch};
-use super::tensor::{Shared, Tensor};
+use super::tensor::{SendPtr, Tensor};
 use super::{AttentionWeights, Cpu, Page, Segment, lock};
 use crate::error::{Error, Result};
 use crate::runtime::memory;
@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 /// The positions of a page.
 const PAGE: usize = 64;
-/// The rows of a prefill that are one piece of work.
+/// The rows of a prefill that are one tile.
 const ROWS: usize = 16;
 
 /// Keys and values of one sequence in one layer. Forks share pages until one of them writes there.
@@ -33,12 +33,12 @@ pub struct Cache {
 /// A page's.
 struct Memory {
     bytes: Vec<u8>,
-    share: metrics::Share,
+    gauge: metrics::Share,
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        memory::give_back(self.share.amount());
+        memory::give_back(self.gauge.amount());
     }
 }
 
@@ -51,9 +51,9 @@ impl Memory {
         let mut bytes = vec![];
         bytes.try_reserve_exact(size).map_err(|_| no_memory(size))?;
         bytes.resize(size, 0);
-        let mut share = metrics::Share::of(&metrics::CPU_BYTES);
-        share.set(size);
-        Ok(Self { bytes, share })
+        let mut gauge = metrics::Share::of(&metrics::CPU_BYTES);
+        gauge.set(size);
+        Ok(Self { bytes, gauge })
     }
 }
 
@@ -232,7 +232,7 @@ pub fn attend(
         layout,
         rotation: &rotation,
         norms: attention.norms.as_ref(),
-        q: Shared(q.data_mut().as_mut_ptr()),
+        q: SendPtr(q.data_mut().as_mut_ptr()),
         stride: q.stride,
         k: &k,
         v: &v,
@@ -244,23 +244,23 @@ pub fn attend(
         unsafe { cpu.level.run(Prepare { step: &step, rows }) };
     });
     let mut out = cpu.spare.tensor(q.rows, q.width);
-    let target = Shared(out.data_mut().as_mut_ptr());
-    let pieces = step.pieces();
-    cpu.pool.each(pieces.len(), |piece| {
-        // SAFETY: a piece's heads and rows are its own.
-        unsafe { cpu.level.run(Attend { step: &step, piece: &pieces[piece], out: target }) };
+    let target = SendPtr(out.data_mut().as_mut_ptr());
+    let tiles = step.tiles();
+    cpu.pool.each(tiles.len(), |tile| {
+        // SAFETY: a tile's heads and rows are its own.
+        unsafe { cpu.level.run(Attend { step: &step, tile: &tiles[tile], out: target }) };
     });
     Ok(out)
 }
 
-/// What all pieces of a step share.
+/// What all tiles of a step share.
 struct Step<'a> {
     spec: &'a AttentionSpec,
     layout: Layout,
     rotation: &'a Rotation,
     norms: Option<&'a [Vec<f32>; 2]>,
     /// Normed and rotated in place; what comes out has rows as far apart.
-    q: Shared,
+    q: SendPtr,
     stride: usize,
     k: &'a Tensor,
     v: &'a Tensor,
@@ -268,8 +268,8 @@ struct Step<'a> {
     pages: &'a [Pages],
 }
 
-/// One key head's share in some rows of a segment.
-struct Piece {
+/// One head of keys, and some rows of a segment.
+struct Tile {
     segment: usize,
     head: usize,
     /// counted from the segment's first
@@ -277,23 +277,23 @@ struct Piece {
 }
 
 impl Step<'_> {
-    fn pieces(&self) -> Vec<Piece> {
-        let mut pieces = vec![];
+    fn tiles(&self) -> Vec<Tile> {
+        let mut tiles = vec![];
         for (segment, Segment { rows, .. }) in self.segments.iter().enumerate() {
             for first in (0..rows.len()).step_by(ROWS) {
                 for head in 0..self.layout.heads {
                     let rows = first..rows.len().min(first + ROWS);
-                    pieces.push(Piece { segment, head, rows });
+                    tiles.push(Tile { segment, head, rows });
                 }
             }
         }
         // The longest first: what is left at the end is short.
-        pieces.sort_by_key(|piece| std::cmp::Reverse(self.reach(piece)));
-        pieces
+        tiles.sort_by_key(|tile| std::cmp::Reverse(self.reach(tile)));
+        tiles
     }
 
-    fn reach(&self, piece: &Piece) -> usize {
-        self.segments[piece.segment].start + piece.rows.end
+    fn reach(&self, tile: &Tile) -> usize {
+        self.segments[tile.segment].start + tile.rows.end
     }
 }
 
@@ -306,6 +306,8 @@ struct Prepare<'a> {
 impl Kernel for Prepare<'_> {
     type Output = ();
 
+    /// # Safety
+    /// Each row is one thread's: its queries, and its positions in the pages, which are this sequence's own.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let step = self.step;
@@ -322,40 +324,47 @@ impl Kernel for Prepare<'_> {
 }
 
 impl Prepare<'_> {
+    /// # Safety
+    /// `row` is a row of q, and no other thread's.
     #[inline(always)]
     unsafe fn queries<S: Simd>(&self, row: usize) {
         let dim = self.step.layout.dim;
         let scale = self.step.spec.scale();
         let norm = self.step.norms.map(|[q, _]| &q[..]);
-        let mut turned = vec![0.0; dim];
+        let mut rotated = vec![0.0; dim];
         for head in 0..self.step.spec.heads {
             let q = self.step.q.at(row * self.step.stride + head * dim);
             let q = std::slice::from_raw_parts_mut(q, dim);
-            self.rotate::<S>(row, q, norm, scale, &mut turned);
-            q.copy_from_slice(&turned);
+            self.rotate::<S>(row, q, norm, scale, &mut rotated);
+            q.copy_from_slice(&rotated);
         }
     }
 
+    /// # Safety
+    /// `page` is a whole page that this thread may write to at `place`, which is below `PAGE`.
     #[inline(always)]
     unsafe fn keys_values<S: Simd>(&self, row: usize, page: *mut u8, place: usize) {
         let Layout { heads, dim, float } = self.step.layout;
         let wide = self.step.layout.value_dim();
         let norm = self.step.norms.map(|[_, k]| &k[..]);
-        let mut turned = vec![0.0; wide];
+        let mut rotated = vec![0.0; wide];
         for head in 0..heads {
             let k = &self.step.k.row(row)[head * dim..][..dim];
             let v = &self.step.v.row(row)[head * dim..][..dim];
-            self.rotate::<S>(row, k, norm, 1.0, &mut turned[..dim]);
+            self.rotate::<S>(row, k, norm, 1.0, &mut rotated[..dim]);
             let first = self.step.layout.keys(head) + place / LANES * LANES * dim + place % LANES;
-            put::<S>(float, page, first, LANES, &turned, dim);
-            turned[..dim].copy_from_slice(v);
-            turned[dim..].fill(0.0);
+            put::<S>(float, page, first, LANES, &rotated, dim);
+            rotated[..dim].copy_from_slice(v);
+            rotated[dim..].fill(0.0);
             let first = self.step.layout.values(head) + place * wide;
-            put::<S>(float, page, first, 1, &turned, dim);
+            put::<S>(float, page, first, 1, &rotated, dim);
         }
     }
 
     /// A head, normed where there is a norm, rotated by the row's position, times `scale`.
+    ///
+    /// # Safety
+    /// The machine has S's level; x, `out` and the norm have the head's width, and the rotation has `row`.
     #[inline(always)]
     unsafe fn rotate<S: Simd>(
         &self,
@@ -377,26 +386,34 @@ impl Prepare<'_> {
             let lanes = LANES.min(half - place);
             let low = S::mul(factor, weighted::<S>(x, norm, place, lanes));
             let high = S::mul(factor, weighted::<S>(x, norm, half + place, lanes));
-            let (cos, sin) = (part::<S>(cos, place, lanes), part::<S>(sin, place, lanes));
-            let turned =
+            let (cos, sin) =
+                (load_partial::<S>(cos, place, lanes), load_partial::<S>(sin, place, lanes));
+            let rotated =
                 [S::sub(S::mul(low, cos), S::mul(high, sin)), S::fma(low, sin, S::mul(high, cos))];
-            S::store_part(out.as_mut_ptr().add(place), turned[0], lanes);
-            S::store_part(out.as_mut_ptr().add(half + place), turned[1], lanes);
+            S::store_partial(out.as_mut_ptr().add(place), rotated[0], lanes);
+            S::store_partial(out.as_mut_ptr().add(half + place), rotated[1], lanes);
         }
     }
 }
 
 /// Lanes of x, times the norm's weight where there is one.
+///
+/// # Safety
+/// As `load_partial`, for x and the norm.
 #[inline(always)]
 unsafe fn weighted<S: Simd>(x: &[f32], norm: Option<&[f32]>, place: usize, lanes: usize) -> S::F {
-    let x = part::<S>(x, place, lanes);
+    let x = load_partial::<S>(x, place, lanes);
     match norm {
-        Some(norm) => S::mul(x, part::<S>(norm, place, lanes)),
+        Some(norm) => S::mul(x, load_partial::<S>(norm, place, lanes)),
         None => x,
     }
 }
 
 /// Writes x to numbers `first`, `first + step`, ... of a page.
+///
+/// # Safety
+/// The machine has S's level; `page` holds numbers of this type up to `first + (count - 1) * step`, x has
+/// `count`, and no other thread uses those places.
 #[inline(always)]
 unsafe fn put<S: Simd>(
     float: Float,
@@ -408,7 +425,7 @@ unsafe fn put<S: Simd>(
 ) {
     for start in (0..count).step_by(LANES) {
         let lanes = LANES.min(count - start);
-        let x = part::<S>(x, start, lanes);
+        let x = load_partial::<S>(x, start, lanes);
         let mut halves = [0u16; LANES];
         let mut floats = [0f32; LANES];
         match float {
@@ -432,13 +449,15 @@ unsafe fn put<S: Simd>(
 
 struct Attend<'a> {
     step: &'a Step<'a>,
-    piece: &'a Piece,
-    out: Shared,
+    tile: &'a Tile,
+    out: SendPtr,
 }
 
 impl Kernel for Attend<'_> {
     type Output = ();
 
+    /// # Safety
+    /// The tile's heads and rows of `out` are no other thread's; all pages up to its last position are written.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         match self.step.layout.float {
@@ -449,11 +468,14 @@ impl Kernel for Attend<'_> {
 }
 
 impl Attend<'_> {
-    /// Some queries at a time: each has a row, and a head that reads the piece's key head.
+    /// Some queries at a time: each has a row, and a head that reads the tile's key head.
+    ///
+    /// # Safety
+    /// As `run`; `HALF` says how the pages lie.
     #[inline(always)]
     unsafe fn queries<S: Simd, const HALF: bool>(&self) {
         let shared_by = self.step.spec.group();
-        let Piece { head, ref rows, .. } = *self.piece;
+        let Tile { head, ref rows, .. } = *self.tile;
         let query =
             |index: usize| (rows.start + index / shared_by, head * shared_by + index % shared_by);
         let count = rows.len() * shared_by;
@@ -469,13 +491,16 @@ impl Attend<'_> {
     }
 
     /// -> how many there were
+    ///
+    /// # Safety
+    /// As `run`; the queries are the tile's, in ascending rows.
     #[inline(always)]
     unsafe fn some<S: Simd, const HALF: bool, const Q: usize>(
         &self,
         queries: [(usize, usize); Q],
     ) -> usize {
         let step = self.step;
-        let segment = &step.segments[self.piece.segment];
+        let segment = &step.segments[self.tile.segment];
         let Layout { dim, .. } = step.layout;
         let mut q = [std::ptr::null::<f32>(); Q];
         let mut limits = [0; Q];
@@ -492,7 +517,7 @@ impl Attend<'_> {
             scores: [[0.0; PAGE]; Q],
         };
         for page in 0..end.div_ceil(PAGE) {
-            let base = step.pages[self.piece.segment].0[page];
+            let base = step.pages[self.tile.segment].0[page];
             let first = page * PAGE;
             let count = PAGE.min(end - first);
             self.score::<S, HALF, Q>(base, count, &q, &mut state);
@@ -501,7 +526,7 @@ impl Attend<'_> {
                 scores[seen..count.next_multiple_of(LANES)].fill(f32::NEG_INFINITY);
             }
             state.soften::<S>(count, step.layout.value_dim());
-            let next = step.pages[self.piece.segment].0.get(page + 1).copied();
+            let next = step.pages[self.tile.segment].0.get(page + 1).copied();
             self.mix::<S, HALF, Q>(base, next.unwrap_or(base), count, &mut state);
         }
         for (place, (row, head)) in queries.into_iter().enumerate() {
@@ -516,6 +541,9 @@ impl Attend<'_> {
     }
 
     /// `scores[query][position] = q . k`
+    ///
+    /// # Safety
+    /// `page` is a whole page, each q has `dim` numbers, and `count` is at most `PAGE`.
     #[inline(always)]
     unsafe fn score<S: Simd, const HALF: bool, const Q: usize>(
         &self,
@@ -525,9 +553,9 @@ impl Attend<'_> {
         state: &mut State<Q>,
     ) {
         let dim = self.step.layout.dim;
-        let keys = self.step.layout.keys(self.piece.head);
+        let keys = self.step.layout.keys(self.tile.head);
         let float = self.step.layout.float.bytes();
-        let ahead = page.wrapping_add(self.step.layout.values(self.piece.head) * float);
+        let ahead = page.wrapping_add(self.step.layout.values(self.tile.head) * float);
         for block in 0..count.div_ceil(LANES) {
             // Two sums a query: the next addition need not wait for the last.
             let mut acc = [[S::splat(0.0); 2]; Q];
@@ -551,6 +579,9 @@ impl Attend<'_> {
     }
 
     /// `acc[query] += scores[query][position] * v[position]`; asks for the keys of the next page.
+    ///
+    /// # Safety
+    /// `page` is a whole page, `state` has scores for `count` positions; `next` need not exist.
     #[inline(always)]
     unsafe fn mix<S: Simd, const HALF: bool, const Q: usize>(
         &self,
@@ -560,9 +591,9 @@ impl Attend<'_> {
         state: &mut State<Q>,
     ) {
         let wide = self.step.layout.value_dim();
-        let values = self.step.layout.values(self.piece.head);
+        let values = self.step.layout.values(self.tile.head);
         let float = self.step.layout.float.bytes();
-        let ahead = next.wrapping_add(self.step.layout.keys(self.piece.head) * float);
+        let ahead = next.wrapping_add(self.step.layout.keys(self.tile.head) * float);
         for d in (0..wide).step_by(2 * LANES) {
             let both = d + LANES < wide;
             let second = if both { d + LANES } else { d };
@@ -592,6 +623,9 @@ impl Attend<'_> {
 }
 
 /// 16 numbers of a page.
+///
+/// # Safety
+/// The machine has S's level, and 16 numbers of the page's type lie from `place` on.
 #[inline(always)]
 unsafe fn number<S: Simd, const HALF: bool>(page: *const u8, place: usize) -> S::F {
     match HALF {
@@ -610,7 +644,10 @@ struct State<const Q: usize> {
 }
 
 impl<const Q: usize> State<Q> {
-    /// Turns the scores of a page into weights beside those of the pages before.
+    /// Makes of the scores of a page weights beside those of the pages before.
+    ///
+    /// # Safety
+    /// The machine has S's level; scores behind `count` are minus infinity up to a multiple of 16.
     #[inline(always)]
     unsafe fn soften<S: Simd>(&mut self, count: usize, wide: usize) {
         for query in 0..Q {

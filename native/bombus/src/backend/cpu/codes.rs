@@ -19,8 +19,11 @@ pub fn unpack(packed: &[u8], bits: usize, codes: &mut [u8]) {
 }
 
 /// Codes of 4 bits as bytes: of each 128, those at even places, then the others, 64 behind them.
+///
+/// # Safety
+/// The machine has S's level; `codes` has two bytes for each of `packed`, up to whole vectors.
 #[inline(always)]
-pub unsafe fn unpack_nibbles<S: Simd>(packed: &[u8], codes: &mut [u8]) {
+pub unsafe fn unpack_int4<S: Simd>(packed: &[u8], codes: &mut [u8]) {
     debug_assert!(packed.len().next_multiple_of(BYTES) * 2 <= codes.len());
     let (lines, rest) = packed.as_chunks::<BYTES>();
     let mut codes = codes.as_mut_ptr();
@@ -29,13 +32,15 @@ pub unsafe fn unpack_nibbles<S: Simd>(packed: &[u8], codes: &mut [u8]) {
         codes = codes.add(2 * BYTES);
     }
     if !rest.is_empty() {
-        spread::<S>(S::bytes_part(rest.as_ptr(), rest.len()), codes);
+        spread::<S>(S::bytes_partial(rest.as_ptr(), rest.len()), codes);
     }
 }
 
+/// # Safety
+/// The machine has S's level, and two vectors may be written at `codes`.
 #[inline(always)]
 unsafe fn spread<S: Simd>(line: S::B, codes: *mut u8) {
-    let [even, odd] = S::nibbles(line);
+    let [even, odd] = S::unpack_int4(line);
     S::bytes_store(codes, even);
     S::bytes_store(codes.add(BYTES), odd);
 }

@@ -39,6 +39,8 @@ const TILE: usize = 4;
 impl Kernel for Product<'_> {
     type Output = ();
 
+    /// # Safety
+    /// `x` has the columns of the weights; the target's columns are rows of the weights, and no other thread's.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         for first in self.target.range.clone().step_by(TILE) {
@@ -56,6 +58,8 @@ impl Kernel for Product<'_> {
 }
 
 impl Product<'_> {
+    /// # Safety
+    /// As `run`; rows `row..row + M` of x and `first..first + count` of the weights are there.
     #[inline(always)]
     unsafe fn tile<S: Simd, const M: usize>(&self, first: usize, count: usize, row: usize) {
         let columns = self.dense.columns;

@@ -27,16 +27,20 @@ impl Float {
     }
 
     /// Numbers `place..place + count` from `p` on, at most 16, zeros behind them.
+    ///
+    /// # Safety
+    /// The machine has S's level, and `count` numbers of this type lie at `p`, from number `place` on;
+    /// `count` is at most 16.
     #[inline(always)]
     pub unsafe fn load<S: Simd>(self, p: *const u8, place: usize, count: usize) -> S::F {
         let p = p.add(place * self.bytes());
         match (self, count) {
             (Float::F32, LANES) => S::load(p.cast()),
-            (Float::F32, _) => S::load_part(p.cast(), count),
+            (Float::F32, _) => S::load_partial(p.cast(), count),
             (Float::F16, LANES) => S::load_f16(p.cast()),
             (Float::Bf16, LANES) => S::load_bf16(p.cast()),
-            (Float::F16, _) => S::load_half_part::<false>(p.cast(), count),
-            (Float::Bf16, _) => S::load_half_part::<true>(p.cast(), count),
+            (Float::F16, _) => S::load_half_partial::<false>(p.cast(), count),
+            (Float::Bf16, _) => S::load_half_partial::<true>(p.cast(), count),
         }
     }
 

@@ -1,7 +1,7 @@
 //! The backend for plain CPUs, in Rust: kernels of our own on the mapped checkpoint.
 //!
 //! Every operation is done when it returns. Activations are f32 throughout; where they meet
-//! quantized weights they are written as whole numbers, more exact than bf16 (`digits`), so that
+//! quantized weights they are written as limbs of 8 bits, more exact than bf16 (`limbs`), so that
 //! the same row comes out alike in a prefill, alone and in a batch but for the order of sums.
 
 // The kernels are unsafe from end to end: what they ask of a caller stands at `simd::Kernel` and
@@ -14,9 +14,10 @@ mod affine;
 mod attention;
 mod codes;
 mod dense;
-mod digits;
 mod float;
+mod limbs;
 mod linear;
+mod lora;
 mod pool;
 pub mod quantize;
 mod rows;
@@ -25,6 +26,7 @@ mod simd;
 mod tensor;
 #[cfg(test)]
 mod tests;
+mod weights;
 
 pub use pool::{PoolGuard, default_threads};
 pub use simd::Level;
@@ -37,15 +39,16 @@ use crate::files::safetensors::TensorView;
 use crate::sampler::{Draw, Sample};
 use crate::spec::AttentionSpec;
 use attention::{Attention, Cache, Rotation};
-use digits::{Digits, Format};
 use float::Float;
-use linear::{Delta, Linear, Lora};
+use limbs::{Format, Limbs};
+use linear::Linear;
+use lora::{Delta, Lora};
 use pool::Pool;
-use rows::{Gated, Norm, RmsNorm, Sum};
+use rows::{Norm, RmsNorm, Sum, SwiGlu};
 use sample::Samples;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tensor::{Shared, Spare, Tensor};
+use tensor::{SendPtr, Spare, Tensor};
 
 /// How to use the CPU.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -68,7 +71,7 @@ pub struct Cpu {
     pool: Pool,
     level: Level,
     spare: Spare,
-    digits: Arc<Mutex<Vec<(Format, Digits)>>>,
+    limbs: Arc<Mutex<Vec<(Format, Limbs)>>>,
     rotation: Arc<Mutex<Rotation>>,
     /// Where the weights are: an answer counts only if none of these has changed.
     files: Arc<Mutex<Vec<Arc<MappedFile>>>>,
@@ -91,14 +94,14 @@ impl Cpu {
             pool,
             level,
             spare: Spare::default(),
-            digits: Arc::default(),
+            limbs: Arc::default(),
             rotation: Arc::default(),
             files: Arc::default(),
         })
     }
 
-    fn load(&self, parts: &[LinearWeights]) -> Result<Linear> {
-        let linear = Linear::load(parts)?;
+    fn load(&self, fused: &[LinearWeights]) -> Result<Linear> {
+        let linear = Linear::load(fused)?;
         let mut files = lock(&self.files);
         for file in linear.files() {
             if !files.iter().any(|known| Arc::ptr_eq(known, file)) {
@@ -116,7 +119,7 @@ impl Cpu {
     /// `[rows, width]` from what `work` writes into each row.
     fn map(&self, rows: usize, width: usize, work: impl Fn(usize, &mut [f32]) + Sync) -> Tensor {
         let mut out = self.spare.tensor(rows, width);
-        let (target, stride) = (Shared(out.data_mut().as_mut_ptr()), out.stride);
+        let (target, stride) = (SendPtr(out.data_mut().as_mut_ptr()), out.stride);
         self.pool.rows(rows, width, |range| {
             for row in range {
                 // SAFETY: each row is written by one thread.
@@ -132,14 +135,13 @@ impl Backend for Cpu {
     type Tensor = Tensor;
     type Norm = Norm;
     type Linear = Linear;
-    type Embedding = Linear;
     type Attention = Attention;
     type Lora = Lora;
     type Cache = Vec<Cache>;
     type Samples = Samples;
     type Guard = PoolGuard;
 
-    const DEFERS: bool = false;
+    const ASYNC: bool = false;
 
     fn guard(&self) -> PoolGuard {
         self.pool.guard()
@@ -149,12 +151,8 @@ impl Backend for Cpu {
         Ok(Norm { weight: Float::read(weight)?, float: Float::of(weight.dtype)? })
     }
 
-    fn linear(&self, parts: &[LinearWeights]) -> Result<Linear> {
-        self.load(parts)
-    }
-
-    fn embedding(&self, weights: &LinearWeights) -> Result<Linear> {
-        self.load(std::slice::from_ref(weights))
+    fn linear(&self, fused: &[LinearWeights]) -> Result<Linear> {
+        self.load(fused)
     }
 
     fn attention_layer(
@@ -247,10 +245,10 @@ impl Backend for Cpu {
         attention::attend(self, attention, qkv, segments, &mut caches)
     }
 
-    fn gated(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         Ok(self.map(gate.rows, gate.width, |row, out| {
             // SAFETY: all three are of one width.
-            unsafe { self.level.run(Gated { gate: gate.row(row), up: up.row(row), out }) };
+            unsafe { self.level.run(SwiGlu { gate: gate.row(row), up: up.row(row), out }) };
         }))
     }
 
@@ -261,13 +259,8 @@ impl Backend for Cpu {
         }))
     }
 
-    fn select(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
+    fn gather_rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
         Ok(self.map(rows.len(), x.width, |row, out| out.copy_from_slice(x.row(rows[row]))))
-    }
-
-    fn unembed(&self, embedding: &Linear, x: &Tensor, loras: &[LoraRows<Self>]) -> Result<Tensor> {
-        let mut logits = self.project(embedding, x, loras)?;
-        logits.pop().ok_or_else(|| Error::Backend("an embedding is one part".into()))
     }
 
     fn sample(&self, logits: &Tensor, draws: &[Draw]) -> Result<Samples> {

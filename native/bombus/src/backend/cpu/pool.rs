@@ -16,12 +16,12 @@ use std::time::{Duration, Instant};
 /// How long a thread without work waits for more before it sleeps: longer than it takes to hand
 /// out a token, shorter than anybody notices.
 const PATIENCE: Duration = Duration::from_micros(300);
-/// The pieces of a thread's share: enough for a thread that is slow for a while, and each large
+/// The chunks of a thread's range: enough for a thread that is slow for a while, and each large
 /// enough to be read at the memory's speed.
-const PIECES: usize = 8;
+const CHUNKS: usize = 8;
 /// Fewer numbers than this are done before a second thread has begun.
 const SERIAL: usize = 6 * 1024;
-/// Looks at the clock once in so many turns.
+/// The clock is read once in so many spins.
 const SPINS: u32 = 200;
 
 /// The number of threads where nobody says otherwise: physical cores, as far as this process may
@@ -31,14 +31,14 @@ pub fn default_threads() -> usize {
     num_cpus::get_physical().clamp(1, allowed)
 }
 
-/// A share of the process's pool.
+/// Some threads of the process's pool.
 #[derive(Clone)]
 pub struct Pool {
     threads: usize,
-    shared: &'static Shared,
+    global: &'static Global,
 }
 
-struct Shared {
+struct Global {
     tickets: Tickets,
     /// Locked while a region runs.
     workers: Mutex<Vec<Arc<Worker>>>,
@@ -47,12 +47,12 @@ struct Shared {
 /// Whoever holds it runs its steps; others wait in the order in which they came.
 #[derive(Default)]
 struct Tickets {
-    /// the next ticket, and the one whose turn it is
+    /// the next ticket to hand out, and the one that is served
     tickets: Mutex<(u64, u64)>,
     changed: Condvar,
 }
 
-/// A turn at the cores, given back when it is dropped.
+/// The right to use the cores, given back when it is dropped.
 pub struct PoolGuard(&'static Tickets);
 
 struct Worker {
@@ -78,21 +78,21 @@ unsafe impl Send for Worker {}
 
 impl Pool {
     pub fn new(threads: usize) -> std::io::Result<Self> {
-        static SHARED: OnceLock<Shared> = OnceLock::new();
-        let shared = SHARED
-            .get_or_init(|| Shared { tickets: Tickets::default(), workers: Mutex::default() });
-        let mut workers = lock(&shared.workers);
+        static GLOBAL: OnceLock<Global> = OnceLock::new();
+        let global = GLOBAL
+            .get_or_init(|| Global { tickets: Tickets::default(), workers: Mutex::default() });
+        let mut workers = lock(&global.workers);
         while workers.len() + 1 < threads {
             let index = workers.len() + 1;
             workers.push(Worker::spawn(index)?);
         }
         drop(workers);
-        Ok(Self { threads, shared })
+        Ok(Self { threads, global })
     }
 
-    /// Waits until no other model has the cores. Without a turn, single regions take turns.
+    /// Waits until no other model has the cores. Without a guard, single regions of two models alternate.
     pub fn guard(&self) -> PoolGuard {
-        self.shared.tickets.take()
+        self.global.tickets.take()
     }
 
     /// Calls `work` once for each thread number, at once, and returns when all are done.
@@ -101,7 +101,7 @@ impl Pool {
             return work(0);
         }
         let panicked = AtomicBool::new(false);
-        let workers = lock(&self.shared.workers);
+        let workers = lock(&self.global.workers);
         let workers = &workers[..self.threads - 1];
         // SAFETY: the lifetime is forgotten, but nothing returns from here before every worker
         // is done with it: `Wait` waits even where `work` panics on this thread.
@@ -116,12 +116,12 @@ impl Pool {
     }
 
     /// Calls `work` for ranges that make up `0..items`, multiples of `grain` but for the last. Each
-    /// thread has a share of its own, side by side in memory; one that is done helps the others.
+    /// thread has a range of its own, side by side in memory; one that is done helps the others.
     pub fn split(&self, items: usize, grain: usize, work: impl Fn(Range<usize>) + Sync) {
         let grains = items.div_ceil(grain);
-        let piece = grains.div_ceil(self.threads * PIECES);
-        let pieces = grains.div_ceil(piece.max(1));
-        let first = |thread: usize| pieces * thread / self.threads;
+        let chunk = grains.div_ceil(self.threads * CHUNKS);
+        let chunks = grains.div_ceil(chunk.max(1));
+        let first = |thread: usize| chunks * thread / self.threads;
         let next: Vec<AtomicUsize> =
             (0..self.threads).map(|thread| AtomicUsize::new(first(thread))).collect();
         self.run(&|thread| {
@@ -131,8 +131,8 @@ impl Pool {
                     if place >= first(other + 1) {
                         break;
                     }
-                    let start = place * piece * grain;
-                    work(start..items.min(start + piece * grain));
+                    let start = place * chunk * grain;
+                    work(start..items.min(start + chunk * grain));
                 }
             }
         });
@@ -274,7 +274,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_thread_and_every_item_has_its_turn() {
+    fn every_thread_and_every_item_is_served() {
         let pool = Pool::new(3).unwrap();
         let _guard = pool.guard();
         for items in [0, 1, 2, 7, 100] {
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn turns_come_one_after_another() {
+    fn one_guard_is_held_at_a_time() {
         let holders = AtomicUsize::new(0);
         std::thread::scope(|scope| {
             for _ in 0..4 {

@@ -40,10 +40,10 @@ pub fn quantize(
     let width = columns * float.bytes();
     let work = rows.div_ceil(threads.max(1));
     std::thread::scope(|scope| {
-        let parts = w.bytes.chunks(work * width);
-        let parts =
-            parts.zip(weight.chunks_mut(work * packed)).zip(numbers.chunks_mut(work * groups));
-        for ((w, weight), numbers) in parts {
+        let chunks = w.bytes.chunks(work * width);
+        let chunks =
+            chunks.zip(weight.chunks_mut(work * packed)).zip(numbers.chunks_mut(work * groups));
+        for ((w, weight), numbers) in chunks {
             scope.spawn(move || {
                 let rows = w.chunks_exact(width).zip(weight.chunks_exact_mut(packed));
                 for ((w, weight), numbers) in rows.zip(numbers.chunks_exact_mut(groups)) {
@@ -59,11 +59,11 @@ pub fn quantize(
     });
     let shaped = |last| w.shape_with_last(last);
     let [scales, biases] = [0, 1].map(|which| numbers.iter().map(move |n| n[which]).collect());
-    let part = |numbers: Vec<f32>, shape| Array::new(w.dtype, shape, bytes(w.dtype, &numbers)?);
+    let array = |numbers: Vec<f32>, shape| Array::new(w.dtype, shape, bytes(w.dtype, &numbers)?);
     Ok(Quantized {
         weight: Array::new(Dtype::U32, shaped(columns * bits / 32), weight)?,
-        scales: part(scales, shaped(groups))?,
-        biases: Some(part(biases, shaped(groups))?),
+        scales: array(scales, shaped(groups))?,
+        biases: Some(array(biases, shaped(groups))?),
     })
 }
 
@@ -121,8 +121,8 @@ impl<'a> Rows<'a> {
         let mut unpacked = vec![0; self.columns];
         codes::unpack(&self.weight[n * packed..][..packed], bits, &mut unpacked);
         let numbers = self.scales[n * groups..].iter().zip(&self.biases[n * groups..]);
-        let parts = out.chunks_exact_mut(group_size).zip(unpacked.chunks_exact(group_size));
-        for ((out, codes), (scale, bias)) in parts.zip(numbers) {
+        let chunks = out.chunks_exact_mut(group_size).zip(unpacked.chunks_exact(group_size));
+        for ((out, codes), (scale, bias)) in chunks.zip(numbers) {
             out.iter_mut().zip(codes).for_each(|(w, code)| *w = scale * f32::from(*code) + bias);
         }
     }
@@ -151,17 +151,17 @@ pub fn matmul(
     let count = xs.len().checked_div(inputs).unwrap_or(0);
     let mut y = vec![0.0; count * outputs];
     match transpose {
-        // Row n of the matrix makes column n of y: a row of this, turned afterwards.
+        // Row n of the matrix makes column n of y: a row of this, transposed afterwards.
         true => {
-            let mut turned = vec![0.0; count * outputs];
-            spread(&mut turned, count, threads, |n, out| {
+            let mut transposed = vec![0.0; count * outputs];
+            spread(&mut transposed, count, threads, |n, out| {
                 let mut row = vec![0.0; inputs];
                 rows.row(n, &mut row);
                 let dots = xs.chunks_exact(inputs).map(|x| dot(x, &row));
                 out.iter_mut().zip(dots).for_each(|(y, dot)| *y = dot);
             });
             for (place, y) in y.iter_mut().enumerate() {
-                *y = turned[place % outputs * count + place / outputs];
+                *y = transposed[place % outputs * count + place / outputs];
             }
         }
         false => {
@@ -195,13 +195,13 @@ fn spread(out: &mut [f32], width: usize, threads: usize, work: impl Fn(usize, &m
     if rows == 0 {
         return;
     }
-    let share = rows.div_ceil(threads.max(1));
+    let each = rows.div_ceil(threads.max(1));
     let work = &work;
     std::thread::scope(|scope| {
-        for (part, out) in out.chunks_mut(share * width).enumerate() {
+        for (chunk, out) in out.chunks_mut(each * width).enumerate() {
             scope.spawn(move || {
                 for (row, out) in out.chunks_exact_mut(width).enumerate() {
-                    work(part * share + row, out);
+                    work(chunk * each + row, out);
                 }
             });
         }

@@ -1,14 +1,14 @@
 //! Sampling, row by row. The filters are those of `sampler`, in its order.
 
-use super::rows::part;
+use super::rows::load_partial;
 use super::simd::{Kernel, LANES, Simd};
-use super::tensor::{Shared, Tensor};
+use super::tensor::{SendPtr, Tensor};
 use super::{Cpu, Draw, Sample, lock};
 use crate::sampler::Logprobs;
 use std::cell::RefCell;
 use std::sync::Mutex;
 
-/// One token for each row; none where its logits were no numbers.
+/// One token for each row; none where its logits hold NaN.
 pub struct Samples(Vec<Option<Sample>>);
 
 impl Samples {
@@ -61,10 +61,10 @@ fn with_normalizer(cpu: &Cpu, logits: &[f32]) -> impl Fn(f32) -> f32 {
     move |logit| (f64::from(logit - highest) - total) as f32
 }
 
-/// ln p of one target for each row; not a number where a logit of the row is none
+/// ln p of one target for each row; NaN where a logit of the row is NaN
 pub fn log_probs(cpu: &Cpu, logits: &Tensor, targets: &[u32]) -> Vec<f32> {
     let mut log_probs = vec![0.0; logits.rows];
-    let out = Shared(log_probs.as_mut_ptr());
+    let out = SendPtr(log_probs.as_mut_ptr());
     cpu.pool.each(logits.rows, |row| {
         let (logits, target) = (logits.row(row), targets[row] as usize);
         let log_prob = with_normalizer(cpu, logits)(logits[target]);
@@ -118,14 +118,14 @@ fn position(mut found: impl Iterator<Item = bool>) -> Option<u32> {
     found.position(|found| found).map(|place| place as u32)
 }
 
-/// The first place where the cumulative sum passes the draw's share of the whole; the most
+/// The first place where the cumulative sum passes the draw's fraction of the whole; the most
 /// probable one where it never does, since sums in another order may fall short by a rounding.
 fn invert(weights: impl Iterator<Item = f64>, total: f64, uniform: f32) -> Option<u32> {
-    let share = f64::from(uniform) * total;
+    let passed = f64::from(uniform) * total;
     let (mut sum, mut best) = (0.0, (0.0, None));
     for (place, weight) in weights.enumerate() {
         sum += weight;
-        if sum > share {
+        if sum > passed {
             return Some(place as u32);
         }
         if weight > best.0 {
@@ -179,7 +179,7 @@ fn with_weights<T>(work: impl FnOnce(&mut Vec<f32>) -> T) -> T {
     WEIGHTS.with_borrow_mut(work)
 }
 
-/// The highest logit; not a number where one of them is none.
+/// The highest logit; NaN where one of them is NaN.
 fn highest(cpu: &Cpu, logits: &[f32]) -> f32 {
     // SAFETY: the kernel only reads the slice.
     unsafe { cpu.level.run(Highest(logits)) }
@@ -197,6 +197,8 @@ struct Highest<'a>(&'a [f32]);
 impl Kernel for Highest<'_> {
     type Output = f32;
 
+    /// # Safety
+    /// Nothing but the machine's level, as of `Kernel::run`.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) -> f32 {
         let logits = self.0;
@@ -211,7 +213,7 @@ impl Kernel for Highest<'_> {
                 _ => S::splat(f32::NEG_INFINITY),
             };
             peak = S::max(peak, x);
-            // Infinities are no fault, but infinity times 0 is no number.
+            // Infinities are no fault, but infinity times 0 is NaN.
             check = S::fma(S::max(S::splat(f32::MIN), S::min(S::splat(f32::MAX), x)), zero, check);
         }
         let rest = &logits[logits.len() / LANES * LANES..];
@@ -234,6 +236,8 @@ const SUM: usize = 64 * LANES;
 impl Kernel for Weigh<'_> {
     type Output = f64;
 
+    /// # Safety
+    /// There are as many weights as logits.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) -> f64 {
         let mut total = 0.0;
@@ -242,11 +246,11 @@ impl Kernel for Weigh<'_> {
             let mut sum = S::splat(0.0);
             for place in (0..logits.len()).step_by(LANES) {
                 let lanes = LANES.min(logits.len() - place);
-                let x = S::sub(part::<S>(logits, place, lanes), S::splat(self.highest));
+                let x = S::sub(load_partial::<S>(logits, place, lanes), S::splat(self.highest));
                 let weight = S::exp(S::div(x, S::splat(self.temperature)));
-                S::store_part(weights.as_mut_ptr().add(place), weight, lanes);
+                S::store_partial(weights.as_mut_ptr().add(place), weight, lanes);
                 // The lanes behind the last are taken as they were stored: not at all.
-                sum = S::add(sum, part::<S>(weights, place, lanes));
+                sum = S::add(sum, load_partial::<S>(weights, place, lanes));
             }
             total += f64::from(S::sum(sum));
         }

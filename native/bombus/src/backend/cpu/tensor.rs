@@ -64,14 +64,14 @@ impl Drop for Tensor {
 
 /// A pointer that threads may share, each writing where no other does.
 #[derive(Clone, Copy)]
-pub struct Shared(pub *mut f32);
+pub struct SendPtr(pub *mut f32);
 
 // SAFETY: whoever writes through it says why nobody else writes or reads there.
-unsafe impl Sync for Shared {}
+unsafe impl Sync for SendPtr {}
 // SAFETY: as above.
-unsafe impl Send for Shared {}
+unsafe impl Send for SendPtr {}
 
-impl Shared {
+impl SendPtr {
     /// # Safety
     /// As for `pointer::add`; a method, so that closures take all of `self`.
     pub unsafe fn at(self, offset: usize) -> *mut f32 {
@@ -83,12 +83,14 @@ impl Shared {
 /// Some columns of an output, whose rows are `stride` numbers apart.
 #[derive(Clone)]
 pub struct Target {
-    pub y: Shared,
+    pub y: SendPtr,
     pub range: Range<usize>,
     pub stride: usize,
 }
 
 impl Target {
+    /// # Safety
+    /// `row` and `column` are within the output that `y` points to.
     #[inline(always)]
     pub unsafe fn at(&self, row: usize, column: usize) -> *mut f32 {
         self.y.at(row * self.stride + column)

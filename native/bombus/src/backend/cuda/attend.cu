@@ -17,34 +17,34 @@ const bf16* values = reinterpret_cast<const bf16*>(v) + (size_t)kv_head * positi
 unsigned char* shared = dynamic_shared();
 
 // Rows of a tile; what is not there is the last that is.
-auto fetch = [&](unsigned char* to, const bf16* from, int at, int all) {
+auto copy_tile = [&](unsigned char* to, const bf16* from, int at, int all) {
   for (int i = threadIdx.x; i < TILE * DIM / 8; i += 128) {
     const int row = i / (DIM / 8), column = i % (DIM / 8);
     copy_async(to + row * STRIDE + column * 16, from + (size_t)min(at + row, all - 1) * DIM + column * 8);
   }
 };
-fetch(shared, queries, 0, rows - first);
+copy_tile(shared, queries, 0, rows - first);
 commit_copies();
 wait_copies<0>();
 __syncthreads();
-unsigned q_parts[DIM / 16][4];
+unsigned q_fragments[DIM / 16][4];
 #pragma unroll
 for (int i = 0; i < DIM / 16; i++)
-  load_matrices(q_parts[i], shared + (warp * 16 + lane % 16) * STRIDE + i * 32 + lane / 16 * 16);
+  load_matrices(q_fragments[i], shared + (warp * 16 + lane % 16) * STRIDE + i * 32 + lane / 16 * 16);
 __syncthreads();
 
 const int seen = min(start + first + TILE, positions);  // by the last of these rows
 const int key_tiles = (seen + TILE - 1) / TILE;
 float sums[DIM / 8][4] = {}, largest[2] = {LEAST, LEAST}, total[2] = {};
-fetch(shared, keys, 0, positions);
-fetch(shared + TILE_BYTES, values, 0, positions);
+copy_tile(shared, keys, 0, positions);
+copy_tile(shared + TILE_BYTES, values, 0, positions);
 commit_copies();
 for (int tile = 0; tile < key_tiles; tile++) {
   unsigned char* own = shared + tile % 2 * 2 * TILE_BYTES;
   if (tile + 1 < key_tiles) {
     unsigned char* next = shared + (tile + 1) % 2 * 2 * TILE_BYTES;
-    fetch(next, keys, (tile + 1) * TILE, positions);
-    fetch(next + TILE_BYTES, values, (tile + 1) * TILE, positions);
+    copy_tile(next, keys, (tile + 1) * TILE, positions);
+    copy_tile(next + TILE_BYTES, values, (tile + 1) * TILE, positions);
   }
   commit_copies();
   wait_copies<1>();
@@ -57,8 +57,8 @@ for (int tile = 0; tile < key_tiles; tile++) {
       // Keys j * 8 .. + 16, numbers i * 16 .. + 16.
       unsigned b[4];
       load_matrices(b, own + (j * 8 + lane / 16 * 8 + lane % 8) * STRIDE + i * 32 + lane / 8 % 2 * 16);
-      multiply(scores[j], q_parts[i][0], q_parts[i][1], q_parts[i][2], q_parts[i][3], b[0], b[1]);
-      multiply(scores[j + 1], q_parts[i][0], q_parts[i][1], q_parts[i][2], q_parts[i][3], b[2], b[3]);
+      multiply(scores[j], q_fragments[i][0], q_fragments[i][1], q_fragments[i][2], q_fragments[i][3], b[0], b[1]);
+      multiply(scores[j + 1], q_fragments[i][0], q_fragments[i][1], q_fragments[i][2], q_fragments[i][3], b[2], b[3]);
     }
   constexpr float SCALE = 1.44269504f;
   const float scale = rsqrtf((float)DIM) * SCALE;

@@ -1,7 +1,8 @@
 //! Attention of a prompt's rows over pages of keys and values.
 
 use super::kernel::{Kernel, Launch, Source};
-use super::pages::{Addresses, POSITIONS, Pool, Sequence};
+use super::layout::PAGE_POSITIONS;
+use super::pages::{Addresses, Pool, Sequence};
 use super::{NUMBERS, PRIMITIVES, Shape, on_card};
 use crate::backend::{Segment, arrays};
 use crate::error::Result;
@@ -23,7 +24,7 @@ pub struct PagedAttention {
 
 impl PagedAttention {
     pub fn new(shape: Shape, rope: &Rope, addresses: Rc<Addresses>) -> Result<Self> {
-        let page_bytes = shape.layers * 2 * shape.kv_heads * POSITIONS * shape.dim * 2;
+        let page_bytes = shape.layers * 2 * shape.kv_heads * PAGE_POSITIONS * shape.dim * 2;
         let pool = Pool::new(addresses, page_bytes)?;
         let append = Kernel::new(&Source {
             name: c"bombus_append",

@@ -1,4 +1,4 @@
-// Barriers in shared memory that count bytes too, and copies that tell them (sm_90 and later).
+// Barriers in shared memory that count bytes too, and copies that arrive there (sm_90 and later).
 
 typedef unsigned long long Barrier;
 

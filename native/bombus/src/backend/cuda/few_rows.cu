@@ -75,6 +75,6 @@ __syncthreads();
 for (int i = threadIdx.x; i < M * 16; i += WARPS * 32) {
   const int n = i / 16, r = i % 16;
   float sum = 0.f;
-  for (int part = 0; part < WARPS; part++) sum += partial[part][n / 8][r][n % 8];
+  for (int other = 0; other < WARPS; other++) sum += partial[other][n / 8][r][n % 8];
   y[(size_t)n * N + blockIdx.x * 16 + r] = sum;
 }

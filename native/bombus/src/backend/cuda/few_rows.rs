@@ -15,7 +15,7 @@ const THREADS: i32 = 4 * 32;
 /// Of the inputs, a warp takes so many at once: `STEP`.
 const STEP: i32 = 256;
 
-/// Whether the kernel is made for this product of the usual kind: x: `[rows, in]`, weight: `[out, in / 8]`.
+/// Whether the kernel is made for this product of int4 in groups of 64: x: `[rows, in]`, weight: `[out, in / 8]`.
 pub fn serves(x: &Array, weight: &Array) -> bool {
     x.dim(0) <= MOST_ROWS && x.dim(1) % STEP == 0 && weight.dim(0) % 16 == 0
 }

@@ -1,4 +1,4 @@
-// The highest logit of each row, the first of equals, and whether any is no number: a block for each row.
+// The highest logit of each row, the first of equals, and whether any is NaN: a block for each row.
 // logits: [rows, VOCAB] in float32 -> ids, broken: [rows]
 const float* own = logits + (size_t)blockIdx.x * VOCAB;
 constexpr float LEAST = -3.402823466e38f;

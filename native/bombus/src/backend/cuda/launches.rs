@@ -110,15 +110,15 @@ mod tests {
                             OWNER.store(0, SeqCst);
                             Ok(())
                         };
-                        let turn = LAUNCHES.take(owner, finish).unwrap();
+                        let guard = LAUNCHES.take(owner, finish).unwrap();
                         let before = OWNER.swap(owner, SeqCst);
                         assert!(before == 0 || before == owner, "{before} beside {owner}");
                         std::thread::yield_now();
                         if step % 7 == 0 {
                             OWNER.store(0, SeqCst);
-                            drop((flying.take(), turn));
+                            drop((flying.take(), guard));
                         } else {
-                            flying = Some(turn);
+                            flying = Some(guard);
                         }
                     }
                     OWNER.store(0, SeqCst);

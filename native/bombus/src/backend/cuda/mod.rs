@@ -7,6 +7,7 @@ mod attention;
 pub mod few_rows;
 mod kernel;
 pub mod launches;
+mod layout;
 pub mod operations;
 mod packed;
 mod pages;
@@ -14,11 +15,10 @@ mod plan;
 mod step;
 
 pub use attention::{PagedAttention, stacked};
+pub use layout::{MOST_ROWS, Shape, TILE_ROWS};
 pub use packed::Packed;
 pub use pages::{Addresses, Sequence};
-pub use step::{
-    LayerArrays, MOST_IN_A_TILE, MOST_ROWS, MatrixArrays, ModelArrays, Phase, Row, Step,
-};
+pub use step::{LayerArrays, MatrixArrays, ModelArrays, Phase, Row, Step};
 
 use crate::error::Result;
 use kernel::{Kernel, Launch, Source};
@@ -30,31 +30,6 @@ use super::arrays;
 const PRIMITIVES: &str = include_str!("primitives.cuh");
 const BARRIERS: &str = include_str!("barriers.cuh");
 const NUMBERS: &str = include_str!("numbers.cuh");
-
-/// What the kernels are compiled for.
-#[derive(Clone, Copy)]
-pub struct Shape {
-    pub hidden: usize,
-    pub inner: usize,
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub dim: usize,
-    pub layers: usize,
-    pub vocab: usize,
-    pub eps: f32,
-    pub theta: f32,
-    /// of heads of q and k
-    pub qk_norm: bool,
-    pub qkv_bias: bool,
-    /// Whether frequencies are others than theta's own.
-    pub scaled: bool,
-}
-
-impl Shape {
-    pub fn qkv_width(&self) -> usize {
-        (self.heads + 2 * self.kv_heads) * self.dim
-    }
-}
 
 /// A copy in the card's own memory: what comes from a file is in memory that both share, and moves between
 /// them page by page.

@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 const THREADS: i32 = 256;
 
 struct Operations {
-    gated: Kernel,
+    swiglu: Kernel,
     dense: Kernel,
     greedy: Kernel,
 }
@@ -25,12 +25,12 @@ fn operations() -> Option<&'static Operations> {
 impl Operations {
     fn new() -> Result<Self> {
         let header = [PRIMITIVES, NUMBERS].concat();
-        let gated = Kernel::new(&Source {
-            name: c"bombus_gated",
+        let swiglu = Kernel::new(&Source {
+            name: c"bombus_swiglu",
             inputs: &[c"gate", c"up"],
             outputs: &[c"y"],
             header: &header,
-            body: include_str!("gated.cu"),
+            body: include_str!("swiglu.cu"),
             contiguous: false,
             shared: 0,
         })?;
@@ -52,12 +52,12 @@ impl Operations {
             contiguous: true,
             shared: 0,
         })?;
-        Ok(Self { gated, dense, greedy })
+        Ok(Self { swiglu, dense, greedy })
     }
 }
 
 /// `silu(gate) * up`, `[rows, width]`; none where the kernel does not take them.
-pub fn gated(gate: &Array, up: &Array) -> Result<Option<Array>> {
+pub fn swiglu(gate: &Array, up: &Array) -> Result<Option<Array>> {
     let fits = |x: &Array| {
         x.dtype() == Dtype::Bfloat16 && x.strides()[1] == 1 && x.strides()[0].is_multiple_of(8)
     };
@@ -66,7 +66,7 @@ pub fn gated(gate: &Array, up: &Array) -> Result<Option<Array>> {
         return Ok(None);
     }
     let Some(operations) = operations() else { return Ok(None) };
-    let mut outputs = operations.gated.run(&Launch {
+    let mut outputs = operations.swiglu.run(&Launch {
         inputs: &[gate, up],
         outputs: &[(&[rows, width], Dtype::Bfloat16)],
         blocks: (rows * (width / 8) + THREADS - 1) / THREADS,
@@ -91,7 +91,7 @@ pub fn dense(codes: &Array, scales: &Array, biases: &Array) -> Result<Option<Arr
 }
 
 /// logits: `[rows, vocab]` in float32 -> the place of the highest of each row, the first of equals, and
-/// whether one is no number; MLX takes a pass for each of these.
+/// whether one is NaN; MLX takes a pass for each of these.
 pub fn greedy(logits: &Array) -> Result<Option<[Array; 2]>> {
     let Some(operations) = operations() else { return Ok(None) };
     let (rows, vocab) = (logits.dim(0), logits.dim(1));

@@ -1,13 +1,13 @@
-//! Pairs of adapters as the kernel for steps takes them.
+//! LoRA A and B as the kernel for steps takes them.
 
+use super::layout::MOST_RANK;
 use super::pages::Addresses;
-use super::step::MOST_RANK;
 use super::{arrays, on_card};
 use crate::error::Result;
 use mlx_rs::{Array, Dtype, ops};
 use std::rc::Rc;
 
-/// A pair for one linear layer: a `[in, rank]`, b `[out, rank]`; both in bfloat16, with zeros to a rank that
+/// LoRA A and B of one linear layer: a `[in, rank]`, b `[out, rank]`; both in bfloat16, with zeros to a rank that
 /// is a multiple of eight.
 pub struct Packed {
     a: Array,
@@ -53,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pair_without_numbers_is_not_for_the_kernel() {
+    fn what_holds_nan_is_not_for_the_kernel() {
         arrays::tests::on_cpu(|| {
             for (number, serves) in [(1.0, true), (f32::NAN, false), (f32::INFINITY, false)] {
                 let a = Array::from_slice(&[0.5, number], &[1, 2]);
@@ -64,22 +64,22 @@ mod tests {
     }
 
     #[test]
-    fn pairs_are_filled_up_to_a_multiple_of_eight() {
+    fn ranks_are_filled_up_to_a_multiple_of_eight() {
         arrays::tests::on_cpu(|| {
             let (inputs, rank, outputs) = (16, 11, 4);
             let numbers = |rows: usize, columns: usize| {
                 let numbers: Vec<f32> = (0..rows * columns).map(|number| number as f32).collect();
                 Array::from_slice(&numbers, &[rows as i32, columns as i32])
             };
-            let pair = Packed::new(&numbers(inputs, rank), &numbers(rank, outputs), 2.0);
-            let pair = pair.unwrap().unwrap();
+            let lora = Packed::new(&numbers(inputs, rank), &numbers(rank, outputs), 2.0);
+            let lora = lora.unwrap().unwrap();
             let read = |x: &Array| {
                 let x = x.as_dtype(Dtype::Float32).unwrap();
                 x.eval().unwrap();
                 arrays::values::<f32>(&x).unwrap()
             };
-            let (a, b) = (read(&pair.a), read(&pair.b));
-            assert_eq!((pair.rank, a.len(), b.len()), (16, 16 * inputs, outputs * 16));
+            let (a, b) = (read(&lora.a), read(&lora.b));
+            assert_eq!((lora.rank, a.len(), b.len()), (16, 16 * inputs, outputs * 16));
             for r in 0..16 {
                 for input in 0..inputs {
                     let expected = if r < rank { (input * rank + r) as f32 } else { 0.0 };

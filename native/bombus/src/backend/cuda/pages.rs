@@ -5,15 +5,14 @@
 
 use super::PagedAttention;
 use super::kernel::{Kernel, Launch, Source};
-use crate::backend::{Page as Piece, arrays};
+use super::layout::PAGE_POSITIONS;
+use crate::backend::{Page as Block, arrays};
 use crate::error::{Error, Result};
 use mlx_rs::{Array, Dtype, ops, transforms};
 use std::cell::RefCell;
 use std::ops::Range;
 use std::rc::Rc;
 
-/// `PAGE` of the kernels.
-pub const POSITIONS: usize = 64;
 /// Bytes that are asked of MLX at once, about.
 const SLAB: usize = 64 << 20;
 
@@ -149,18 +148,18 @@ impl Sequence {
     }
 
     pub fn fork(&self, positions: usize) -> Self {
-        let pages = positions.div_ceil(POSITIONS).min(self.pages.len());
+        let pages = positions.div_ceil(PAGE_POSITIONS).min(self.pages.len());
         Self { pages: self.pages[..pages].to_vec(), ..Self::new(&self.attention, &self.pool) }
     }
 
-    pub fn pages(&self) -> Vec<Piece> {
+    pub fn pages(&self) -> Vec<Block> {
         let bytes = self.pool.page_bytes;
-        self.pages.iter().map(|page| Piece { id: page.address as usize, bytes }).collect()
+        self.pages.iter().map(|page| Block { id: page.address as usize, bytes }).collect()
     }
 
     /// Makes these positions its own to write to.
     pub fn reserve(&mut self, positions: Range<usize>) -> Result<()> {
-        for index in positions.start / POSITIONS..positions.end.div_ceil(POSITIONS) {
+        for index in positions.start / PAGE_POSITIONS..positions.end.div_ceil(PAGE_POSITIONS) {
             match self.pages.get(index) {
                 None => self.pages.push(Rc::new(self.pool.page()?)),
                 Some(shared) if Rc::strong_count(shared) > 1 => {

@@ -1,12 +1,11 @@
-//! What the kernel for steps is told of a step.
+//! The plan of a step: what the fused kernel reads of it.
 
-/// Words before those of the rows, as the kernel has them.
-pub const HEADER: usize = 4;
+use super::layout::{GOES_ON, HEADER};
 
-/// A plan as the card has it: where a step goes on as the last one did, one word says so. A whole plan lies in
+/// Encodes plans: where a step goes on as the last one did, one word says so. A whole plan lies in
 /// memory of the processor's, which a card takes some 90 us to fetch; 8 bytes do not.
 #[derive(Default)]
-pub struct Told {
+pub struct PlanEncoder {
     plan: Vec<u64>,
     /// How many steps ago.
     steps: u64,
@@ -14,15 +13,14 @@ pub struct Told {
     number: u64,
 }
 
-impl Told {
-    const GOES_ON: u64 = 1 << 31;
+impl PlanEncoder {
     const MOST_STEPS: u64 = 1 << 15;
 
-    /// What to tell the card: see `plan` of `layout.cuh`.
-    pub fn tell(&mut self, mut plan: Vec<u64>, sampled: bool) -> Vec<u64> {
+    /// The words to send: see `plan` of `layout.cuh`.
+    pub fn encode(&mut self, mut plan: Vec<u64>, sampled: bool) -> Vec<u64> {
         if sampled && self.goes_on(&plan) {
             self.steps += 1;
-            return vec![plan[0] | Self::GOES_ON | self.steps << 32 | self.number << 48];
+            return vec![plan[0] | GOES_ON as u64 | self.steps << 32 | self.number << 48];
         }
         self.number = (self.number + 1) % (1 << 16);
         self.steps = 0;
@@ -59,16 +57,20 @@ mod tests {
             plan
         };
         let sampled = |row: u32| u32::MAX - row;
-        let mut told = Told::default();
+        let mut encoder = PlanEncoder::default();
         let first = plan(&[(5, 9), (6, 70)], 1);
         let numbered = |mut plan: Vec<u64>, number: u64| {
             plan[0] |= number << 48;
             plan
         };
-        assert_eq!(told.tell(first.clone(), false), numbered(first, 1));
+        assert_eq!(encoder.encode(first.clone(), false), numbered(first, 1));
         for steps in 1..4 {
             let next = plan(&[(sampled(0), 9 + steps), (sampled(1), 70 + steps)], 1);
-            assert_eq!(told.tell(next, true), [2 | 1 << 31 | steps << 32 | 1 << 48], "{steps}");
+            assert_eq!(
+                encoder.encode(next, true),
+                [2 | 1 << 31 | steps << 32 | 1 << 48],
+                "{steps}"
+            );
         }
         // Another token, place, order, page, number of rows, and a step again.
         let others = [
@@ -80,10 +82,10 @@ mod tests {
             plan(&[(sampled(0), 18)], 2),
         ];
         for (other, number) in others.into_iter().zip(2..) {
-            assert_eq!(told.tell(other.clone(), true), numbered(other, number), "{number}");
+            assert_eq!(encoder.encode(other.clone(), true), numbered(other, number), "{number}");
         }
         let last = plan(&[(sampled(0), 19)], 2);
-        assert_eq!(told.tell(last.clone(), true), [1 | 1 << 31 | 1 << 32 | 7 << 48]);
-        assert_eq!(told.tell(last.clone(), true), numbered(last, 8));
+        assert_eq!(encoder.encode(last.clone(), true), [1 | 1 << 31 | 1 << 32 | 7 << 48]);
+        assert_eq!(encoder.encode(last.clone(), true), numbered(last, 8));
     }
 }

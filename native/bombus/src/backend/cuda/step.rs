@@ -1,32 +1,25 @@
 //! A token for each of some sequences, all layers in one launch of `step.cuh`.
 
 use super::kernel::{Kernel, Launch, Source};
+use super::layout::{
+    self, HEADER, LAYER_STAMPS, MOST_TILES, ROW_WORDS, SHARED_LIMIT, Shape, TILE_ROWS,
+};
 use super::pages::{Addresses, Sequence};
-use super::plan::{HEADER, Told};
-use super::{BARRIERS, NUMBERS, PRIMITIVES, Shape, arrays, multiprocessors, on_card};
+use super::plan::PlanEncoder;
+use super::{BARRIERS, NUMBERS, PRIMITIVES, arrays, multiprocessors, on_card};
 use crate::backend::Token;
 use crate::error::{Error, Result};
 use mlx_rs::{Array, Dtype, ops, transforms};
 use std::cell::RefCell;
 use std::ffi::CString;
 
-/// As the kernel has them.
-pub const MOST_ROWS: usize = 256;
-const MOST_SPLITS: usize = 32;
-pub const MOST_RANK: usize = 64;
-const TURNS: usize = 4;
-const SHARDS: usize = 2;
-
-/// All that a block may have: more than one on a multiprocessor is not wanted.
-const SHARED_BYTES: usize = 227 * 1024;
-
 const SOURCES: [&str; 9] = [
     include_str!("step/layout.cuh"),
     include_str!("step/block.cuh"),
-    include_str!("step/fetch.cuh"),
-    include_str!("step/pairs.cuh"),
-    include_str!("step/adapters.cuh"),
-    include_str!("step/finish.cuh"),
+    include_str!("step/producers.cuh"),
+    include_str!("step/lora.cuh"),
+    include_str!("step/shrink_expand.cuh"),
+    include_str!("step/epilogue.cuh"),
     include_str!("step/product.cuh"),
     include_str!("step/attention.cuh"),
     include_str!("step/step.cuh"),
@@ -37,37 +30,22 @@ const BLOCK: &str = "\n#undef __global__\n\
      #define __global__ __attribute__((global)) __launch_bounds__(ALL_THREADS, 1)\n";
 
 /// The kernel, compiled for so many tiles of eight rows at once.
-struct Form {
+struct Specialization {
     kernel: Kernel,
     /// `ALL_THREADS`
     threads: usize,
 }
 
-impl Form {
+impl Specialization {
     fn new(shape: &Shape, tiles: usize) -> Result<Self> {
-        let Shape { hidden, inner, heads, kv_heads, dim, layers, vocab, eps, theta, .. } = *shape;
-        let numbers = [
-            ("TILES", tiles),
-            ("HIDDEN", hidden),
-            ("INNER", inner),
-            ("HEADS", heads),
-            ("KV_HEADS", kv_heads),
-            ("DIM", dim),
-            ("LAYERS", layers),
-            ("VOCAB", vocab),
-            ("EPS_BITS", eps.to_bits() as usize),
-            ("THETA_BITS", theta.to_bits() as usize),
-            ("QK_NORM", usize::from(shape.qk_norm)),
-            ("QKV_BIAS", usize::from(shape.qkv_bias)),
-            ("SCALED", usize::from(shape.scaled)),
-        ];
         // MLX knows a kernel by its name.
-        let mut name = String::from("bombus_step");
-        let mut header = [PRIMITIVES, BARRIERS, NUMBERS].concat();
-        for (constant, number) in numbers {
+        let mut name = format!("bombus_step_{tiles}");
+        for (_, number) in shape.constants() {
             name.push_str(&format!("_{number}"));
-            header.push_str(&format!("constexpr int {constant} = {number};\n"));
         }
+        let mut header = [PRIMITIVES, BARRIERS, NUMBERS].concat();
+        header.push_str(&format!("constexpr int TILES = {tiles};\n"));
+        header.push_str(&layout::header(shape));
         header.extend(SOURCES);
         header.push_str(BLOCK);
         let kernel = Kernel::new(&Source {
@@ -77,30 +55,24 @@ impl Form {
             header: &header,
             body: include_str!("step/launch.cu"),
             contiguous: true,
-            shared: SHARED_BYTES,
+            shared: SHARED_LIMIT,
         })?;
-        // 16 warps that multiply; with one tile three that finish and one that fetches, else two that fetch.
-        let warps = if tiles == 1 { 20 } else { 18 };
-        Ok(Self { kernel, threads: 32 * warps })
+        Ok(Self { kernel, threads: layout::threads(tiles) })
     }
 }
 
-/// Rows go through the tensor cores by eight: so many at once where there are more.
-pub const MOST_IN_A_TILE: usize = 8;
-const TILES: usize = 4;
-
 pub struct Step {
     pub shape: Shape,
-    one_tile: Form,
-    tiles: Form,
+    one_tile: Specialization,
+    tiles: Specialization,
     blocks: usize,
     /// Scales and biases as the kernel wants them.
-    _small: Vec<Array>,
+    _scales_biases: Vec<Array>,
     /// Addresses of all weights, and of the adapters'.
     table: Array,
     workspace: RefCell<Workspace>,
-    /// What the card was told last.
-    told: RefCell<Told>,
+    /// Has the last plan that was sent.
+    encoder: RefCell<PlanEncoder>,
     /// In place of samples where there are none.
     no_samples: Array,
 }
@@ -116,23 +88,23 @@ pub struct Row<'a> {
 
 impl Step {
     pub fn new(model: &ModelArrays, shape: Shape, addresses: &Addresses) -> Result<Self> {
-        let (table, small) = table(model, addresses)?;
+        let (table, scales_biases) = table(model, addresses)?;
         Ok(Self {
-            one_tile: Form::new(&shape, 1)?,
-            tiles: Form::new(&shape, TILES)?,
+            one_tile: Specialization::new(&shape, 1)?,
+            tiles: Specialization::new(&shape, MOST_TILES)?,
             blocks: multiprocessors()?,
-            _small: small,
+            _scales_biases: scales_biases,
             table,
             workspace: RefCell::new(Workspace::new(&shape, 32, 1024)?),
-            told: RefCell::default(),
+            encoder: RefCell::default(),
             no_samples: Array::from_slice(&[0u32], &[1]),
             shape,
         })
     }
 
-    /// What the card was told last may never have reached it.
+    /// The last plan that was sent may never have reached the card.
     pub fn forget_plan(&self) {
-        self.told.take();
+        self.encoder.take();
     }
 
     /// -> logits `[rows, vocab]` in float32
@@ -150,14 +122,14 @@ impl Step {
             *workspace = Workspace::new(&self.shape, rows, words)?;
         }
         plan[3] = workspace.bytes as u64;
-        let plan = self.told.borrow_mut().tell(plan, previous.is_some());
+        let plan = self.encoder.borrow_mut().encode(plan, previous.is_some());
         let plan = Array::from_slice(&plan, &[plan.len() as i32]);
-        let form = if count <= MOST_IN_A_TILE { &self.one_tile } else { &self.tiles };
-        let mut outputs = form.kernel.run(&Launch {
+        let specialized = if count <= TILE_ROWS { &self.one_tile } else { &self.tiles };
+        let mut outputs = specialized.kernel.run(&Launch {
             inputs: &[&self.table, &plan, previous.unwrap_or(&self.no_samples), &workspace.array],
             outputs: &[(&[count as i32, self.shape.vocab as i32], Dtype::Float32)],
             blocks: self.blocks as i32,
-            threads: form.threads as i32,
+            threads: specialized.threads as i32,
             constants: &[],
         })?;
         Ok(outputs.swap_remove(0))
@@ -165,8 +137,8 @@ impl Step {
 
     /// How long the phases of the last step took, all layers together; it must have been read.
     pub fn profile(&self) -> Result<Vec<Phase>> {
-        let count = stamps(&self.shape);
-        let from = STAMPS as i32 / 4;
+        let count = self.shape.stamps();
+        let from = self.shape.area("STAMPS") as i32 / 4;
         let words = arrays::index(&self.workspace.borrow().array, from..from + 2 * count as i32)?;
         let words = words.contiguous()?.view::<u64>()?;
         words.eval()?;
@@ -178,10 +150,10 @@ impl Step {
         let layers = self.shape.layers;
         let mut phases = vec![Phase { name: "embedding", seconds: took(0), weights: 0 }];
         for (place, name) in ["qkv", "attention", "o", "gate, up", "down"].into_iter().enumerate() {
-            let seconds = (0..layers).map(|layer| took(1 + layer * 5 + place)).sum();
+            let seconds = (0..layers).map(|layer| took(1 + layer * LAYER_STAMPS + place)).sum();
             phases.push(Phase { name, seconds, weights: layers * self.shape.bytes(name) });
         }
-        let seconds = took(1 + layers * 5);
+        let seconds = took(1 + layers * LAYER_STAMPS);
         phases.push(Phase { name: "head", seconds, weights: self.shape.bytes("head") });
         Ok(phases)
     }
@@ -193,7 +165,7 @@ impl Step {
             row.sequence.reserve(row.position..row.position + 1)?;
             pages = pages.max(row.sequence.addresses().len());
         }
-        let words = 2 + pages;
+        let words = ROW_WORDS + pages;
         let mut plan = vec![0u64; HEADER + rows.len() * words];
         let mut highest = 0;
         for (row, own) in rows.iter().zip(plan[HEADER..].chunks_exact_mut(words)) {
@@ -206,7 +178,10 @@ impl Step {
                 own[1] = address;
                 highest = rank.max(highest);
             }
-            own[2..].iter_mut().zip(row.sequence.addresses()).for_each(|(word, page)| *word = page);
+            own[ROW_WORDS..]
+                .iter_mut()
+                .zip(row.sequence.addresses())
+                .for_each(|(word, page)| *word = page);
         }
         plan[..3].copy_from_slice(&[rows.len() as u64, words as u64, highest as u64]);
         Ok(plan)
@@ -240,47 +215,64 @@ pub struct ModelArrays<'a> {
     pub rotation: &'a Array,
 }
 
-/// The addresses of all weights, in the order of the kernel, and what was made of some of them.
+/// The addresses of all weights, each at its word, and what was made of some of them.
 fn table(model: &ModelArrays, addresses: &Addresses) -> Result<(Array, Vec<Array>)> {
-    let (mut words, mut made) = (vec![], vec![]);
-    let mut matrix = |matrix: MatrixArrays, gated: bool, words: &mut Vec<Array>| -> Result<()> {
+    let layers = model.layers.len();
+    let none = Array::from_slice(&[0u64], &[1]);
+    let mut words = vec![none; layers * layout::LAYER_WORDS + layout::MODEL_WORDS];
+    let mut made = vec![];
+    let mut matrix = |word: usize, matrix: MatrixArrays, swiglu: bool| -> Result<_> {
         let [codes, scales, biases] = matrix;
-        let small = small(scales, biases, gated)?;
-        words.extend([addresses.of(codes)?, addresses.of(&small)?]);
-        made.push(small);
-        Ok(())
+        let scales_biases = swizzled(scales, biases, swiglu)?;
+        let own = [addresses.of(codes)?, addresses.of(&scales_biases)?];
+        made.push(scales_biases);
+        Ok(own.into_iter().enumerate().map(move |(index, address)| (word + index, address)))
     };
-    for layer in &model.layers {
-        matrix(layer.qkv, false, &mut words)?;
-        matrix(layer.o, false, &mut words)?;
-        matrix(layer.gate_up, true, &mut words)?;
-        matrix(layer.down, false, &mut words)?;
+    for (index, layer) in model.layers.iter().enumerate() {
+        let own = &mut words[index * layout::LAYER_WORDS..][..layout::LAYER_WORDS];
+        let matrices = [
+            (layout::QKV, layer.qkv, false),
+            (layout::O, layer.o, false),
+            (layout::GATE_UP, layer.gate_up, true),
+            (layout::DOWN, layer.down, false),
+        ];
+        for (word, arrays, swiglu) in matrices {
+            matrix(word, arrays, swiglu)?.for_each(|(word, address)| own[word] = address);
+        }
         let [q_norm, k_norm] = layer.head_norms.map_or([None; 2], |[q, k]| [Some(q), Some(k)]);
-        let norms = [Some(layer.input_norm), Some(layer.post_norm), q_norm, k_norm];
-        for array in norms.into_iter().chain([layer.bias]) {
-            words.push(match array {
-                Some(array) => addresses.of(array)?,
-                None => Array::from_slice(&[0u64], &[1]),
-            });
+        let arrays = [
+            (layout::INPUT_NORM, Some(layer.input_norm)),
+            (layout::POST_NORM, Some(layer.post_norm)),
+            (layout::Q_NORM, q_norm),
+            (layout::K_NORM, k_norm),
+            (layout::BIAS, layer.bias),
+        ];
+        for (word, array) in arrays {
+            if let Some(array) = array {
+                own[word] = addresses.of(array)?;
+            }
         }
     }
-    matrix(model.head, false, &mut words)?;
-    for array in [model.norm].into_iter().chain(model.embedding).chain([model.rotation]) {
-        words.push(addresses.of(array)?);
+    let own = &mut words[layers * layout::LAYER_WORDS..];
+    matrix(layout::HEAD, model.head, false)?.for_each(|(word, address)| own[word] = address);
+    own[layout::NORM] = addresses.of(model.norm)?;
+    own[layout::ROTATION] = addresses.of(model.rotation)?;
+    for (index, array) in model.embedding.into_iter().enumerate() {
+        own[layout::EMBEDDING + index] = addresses.of(array)?;
     }
     let table = ops::concatenate(&words, 0)?;
     transforms::eval([&table])?;
     Ok((table, made))
 }
 
-/// Scales and biases `[out, in / 64]` as `Matrix` of the kernel has them: 16 outputs by 4 groups, of a gate
-/// and what it lets through eight outputs each in turn; at the end there may be more outputs and groups.
-fn small(scales: &Array, biases: &Array, gated: bool) -> Result<Array> {
+/// Scales and biases `[out, in / 64]` as `Matrix` of the kernel has them: 16 outputs by 4 groups, of gate
+/// and up eight outputs each, alternately; at the end there may be more outputs and groups.
+fn swizzled(scales: &Array, biases: &Array, swiglu: bool) -> Result<Array> {
     let (outputs, groups) = (scales.dim(0), scales.dim(1));
     let words = |x: &Array| x.view::<u16>().and_then(|words| words.as_dtype(Dtype::Uint32));
     let high = Array::from_slice(&[1u32 << 16], &[1]);
     let mut both = words(scales)?.add(words(biases)?.multiply(high)?)?;
-    if gated {
+    if swiglu {
         both = both.reshape(&[2, outputs / 16, 8, groups])?.transpose_axes(&[1, 0, 2, 3])?;
         both = both.reshape(&[outputs, groups])?;
     }
@@ -291,7 +283,7 @@ fn small(scales: &Array, biases: &Array, gated: bool) -> Result<Array> {
     on_card(&both.flatten(None, None)?)
 }
 
-/// A part of a step.
+/// A phase of a step.
 pub struct Phase {
     pub name: &'static str,
     pub seconds: f64,
@@ -299,15 +291,7 @@ pub struct Phase {
     pub weights: usize,
 }
 
-/// Where the kernel notes its phases: bytes.
-const STAMPS: usize = 256;
-
-/// The numbers that the kernel notes of its phases.
-fn stamps(shape: &Shape) -> usize {
-    5 * shape.layers + 5
-}
-
-/// What lies between the phases, as `Step` of the kernel divides it, and behind that a copy of the plan.
+/// What lies between the phases, as `Shape::areas` divides it, and behind that a copy of the plan.
 struct Workspace {
     array: Array,
     /// It has room for so many rows, and words of a plan.
@@ -319,23 +303,7 @@ struct Workspace {
 
 impl Workspace {
     fn new(shape: &Shape, rows: usize, plan: usize) -> Result<Self> {
-        let Shape { hidden, inner, heads, kv_heads, dim, .. } = *shape;
-        let fixed = [
-            STAMPS,
-            8 * stamps(shape),
-            4 * MOST_ROWS * kv_heads,
-            4 * MOST_ROWS * hidden,
-            4 * MOST_ROWS * (hidden / 16),
-            4 * MOST_ROWS * shape.qkv_width(),
-            2 * MOST_ROWS * hidden,
-            2 * MOST_ROWS * heads * dim,
-            2 * MOST_ROWS * inner,
-            8 * TURNS * SHARDS * MOST_ROWS * 3 * MOST_RANK,
-            4 * MOST_ROWS * dim,
-            // splits
-            4 * rows * MOST_SPLITS * heads * (dim + 2),
-        ];
-        let bytes = fixed.into_iter().map(|bytes| bytes.next_multiple_of(256)).sum::<usize>();
+        let bytes = shape.workspace(rows);
         let array = ops::zeros::<u32>(&[(bytes / 4 + plan * 2) as i32])?;
         transforms::eval([&array])?;
         Ok(Self { array, rows, plan, bytes })
@@ -364,7 +332,7 @@ mod tests {
     #[test]
     fn scales_and_biases_lie_by_sixteen_outputs_and_four_groups() {
         arrays::tests::on_cpu(|| {
-            for (outputs, groups, gated) in [(96, 5, false), (200, 4, false), (64, 6, true)] {
+            for (outputs, groups, swiglu) in [(96, 5, false), (200, 4, false), (64, 6, true)] {
                 let number = |output: usize, group: usize| (output * groups + group) as u16;
                 let all = || {
                     (0..outputs).flat_map(|output| (0..groups).map(move |group| (output, group)))
@@ -374,21 +342,21 @@ mod tests {
                     let numbers = Array::from_slice(&numbers, &[outputs as i32, groups as i32]);
                     numbers.view::<half::bf16>().unwrap()
                 };
-                let small = small(&numbers(0), &numbers(2000), gated).unwrap();
-                let small = arrays::values::<u32>(&small).unwrap();
+                let swizzled = swizzled(&numbers(0), &numbers(2000), swiglu).unwrap();
+                let swizzled = arrays::values::<u32>(&swizzled).unwrap();
                 let quads = groups.div_ceil(4);
-                assert_eq!(small.len(), outputs.next_multiple_of(64) * quads * 4);
+                assert_eq!(swizzled.len(), outputs.next_multiple_of(64) * quads * 4);
                 for (output, group) in all() {
-                    // Of a gate's 16, eight are of what it lets through.
+                    // Of 16 rows of a tile, eight are gate's and eight are up's.
                     let half = outputs / 2;
-                    let (tile, row) = match (gated, output < half) {
+                    let (tile, row) = match (swiglu, output < half) {
                         (false, _) => (output / 16, output % 16),
                         (true, true) => (output / 8, output % 8),
                         (true, false) => ((output - half) / 8, 8 + (output - half) % 8),
                     };
-                    let word = small[((tile * quads + group / 4) * 16 + row) * 4 + group % 4];
+                    let word = swizzled[((tile * quads + group / 4) * 16 + row) * 4 + group % 4];
                     let number = u32::from(number(output, group));
-                    assert_eq!(word, number | (number + 2000) << 16, "{output} {group} {gated}");
+                    assert_eq!(word, number | (number + 2000) << 16, "{output} {group} {swiglu}");
                 }
             }
         });

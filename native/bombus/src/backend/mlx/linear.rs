@@ -1,4 +1,4 @@
-//! Linear layers, quantized or dense, and the adapters' pairs.
+//! Linear layers, quantized or dense, and LoRA.
 
 use super::{Adapted, Device, LinearWeights, LoraRows, LoraWeights, Mlx, arrays, cuda};
 use crate::error::{Error, Result};
@@ -39,12 +39,12 @@ enum Weight {
 }
 
 impl Linear {
-    pub fn load(parts: &[LinearWeights], device: Device) -> Result<Self> {
+    pub fn load(layers: &[LinearWeights], device: Device) -> Result<Self> {
         let mut blocks = vec![];
-        for block in parts.chunk_by(fusible) {
+        for block in layers.chunk_by(can_fuse) {
             let mut end = 0;
-            let ends = block.iter().map(|part| {
-                end += part.out_features as i32;
+            let ends = block.iter().map(|layer| {
+                end += layer.out_features as i32;
                 end
             });
             let mut splits: Vec<i32> = ends.collect();
@@ -85,8 +85,8 @@ impl Linear {
     }
 
     /// A layer's bias, `[out]`.
-    pub fn bias(&self, part: usize) -> Result<Option<Array>> {
-        let (block, place, _) = self.block(part);
+    pub fn bias(&self, index: usize) -> Result<Option<Array>> {
+        let (block, place, _) = self.block(index);
         let Some(bias) = &block.bias else { return Ok(None) };
         match block.splits[..] {
             [] => Ok(Some(bias.clone())),
@@ -102,24 +102,24 @@ impl Linear {
         }
     }
 
-    /// The matrix that a layer is part of, and the first of its rows there.
-    fn part(&self, part: usize) -> (&Weight, usize) {
-        let (block, _, first) = self.block(part);
+    /// The matrix that a layer is in, and the first of its rows there.
+    fn weight(&self, index: usize) -> (&Weight, usize) {
+        let (block, _, first) = self.block(index);
         (&block.weight, first)
     }
 
     /// The block that a layer is in, its place and its first row there.
-    fn block(&self, part: usize) -> (&Block, usize, usize) {
+    fn block(&self, index: usize) -> (&Block, usize, usize) {
         let mut before = 0;
         for block in &self.blocks {
-            if part <= before + block.splits.len() {
-                let place = part - before;
+            if index <= before + block.splits.len() {
+                let place = index - before;
                 let first = place.checked_sub(1).map_or(0, |split| block.splits[split]);
                 return (block, place, first as usize);
             }
             before += block.splits.len() + 1;
         }
-        unreachable!("layer {part} of {before}")
+        unreachable!("layer {index} of {before}")
     }
 
     /// The bytes of its weights.
@@ -133,7 +133,7 @@ impl Linear {
         self.blocks.iter().map(bytes).sum()
     }
 
-    /// All parts as one, where that is so and they are quantized.
+    /// All layers as one, where that is so and they are quantized.
     pub fn matrix(&self) -> Option<Matrix<'_>> {
         let [Block { weight: Weight::Quantized(quantized), .. }] = &self.blocks[..] else {
             return None;
@@ -154,7 +154,7 @@ impl Linear {
 }
 
 /// What the kernels for NVIDIA cards are made for.
-const USUAL: Quantization = Quantization { group_size: 64, bits: 4 };
+const INT4_GROUP64: Quantization = Quantization { group_size: 64, bits: 4 };
 
 /// A quantized weight: its codes, scales and biases.
 pub struct Matrix<'a> {
@@ -166,13 +166,13 @@ pub struct Matrix<'a> {
 
 impl Matrix<'_> {
     /// 4 bits in groups of 64, and bfloat16.
-    pub fn is_usual(&self) -> bool {
-        self.layout == USUAL && self.arrays[1].dtype() == Dtype::Bfloat16
+    pub fn is_int4_group64(&self) -> bool {
+        self.layout == INT4_GROUP64 && self.arrays[1].dtype() == Dtype::Bfloat16
     }
 }
 
 /// Whether two layers may be one matrix.
-fn fusible(one: &LinearWeights, other: &LinearWeights) -> bool {
+fn can_fuse(one: &LinearWeights, other: &LinearWeights) -> bool {
     match (&one.quantized, &other.quantized) {
         _ if one.bias.is_some() != other.bias.is_some() => false,
         (Some(one), Some(other)) => {
@@ -184,24 +184,25 @@ fn fusible(one: &LinearWeights, other: &LinearWeights) -> bool {
 }
 
 /// The biases of layers that are one matrix.
-fn bias(parts: &[LinearWeights], device: Device) -> Result<Option<Array>> {
-    let biases: Option<Vec<_>> = parts.iter().map(|part| part.bias.as_ref()).collect();
+fn bias(layers: &[LinearWeights], device: Device) -> Result<Option<Array>> {
+    let biases: Option<Vec<_>> = layers.iter().map(|layer| layer.bias.as_ref()).collect();
     let Some(biases) = biases else { return Ok(None) };
     let stacked = stack(&mut biases.into_iter().map(arrays::load))?;
     Ok(Some(if device.is_cuda() { cuda::on_card(&stacked)? } else { stacked }))
 }
 
 impl Weight {
-    fn load(parts: &[LinearWeights], device: Device) -> Result<Self> {
+    fn load(layers: &[LinearWeights], device: Device) -> Result<Self> {
         let stack = |arrays: &mut dyn Iterator<Item = Result<Array>>| {
             let stacked = stack(arrays)?;
             if device.is_cuda() { cuda::on_card(&stacked) } else { Ok(stacked) }
         };
-        let weight = stack(&mut parts.iter().map(|part| arrays::load(&part.weight)))?;
-        let quantized: Option<Vec<_>> = parts.iter().map(|part| part.quantized.as_ref()).collect();
+        let weight = stack(&mut layers.iter().map(|layer| arrays::load(&layer.weight)))?;
+        let quantized: Option<Vec<_>> =
+            layers.iter().map(|layer| layer.quantized.as_ref()).collect();
         let Some(quantized) = quantized else { return Ok(Weight::Dense(weight)) };
-        let scales = stack(&mut quantized.iter().map(|part| arrays::load(&part.scales)))?;
-        let biases = stack(&mut quantized.iter().map(|part| arrays::load(&part.biases)))?;
+        let scales = stack(&mut quantized.iter().map(|layer| arrays::load(&layer.scales)))?;
+        let biases = stack(&mut quantized.iter().map(|layer| arrays::load(&layer.biases)))?;
         let layout = quantized[0].layout;
         Ok(Weight::Quantized(Quantized { weight, scales, biases, layout, device }))
     }
@@ -244,14 +245,15 @@ impl Quantized {
     /// None where MLX's own product is the better one.
     fn cuda_matmul(&self, x: &Array) -> Result<Option<Array>> {
         let Self { weight, scales, biases, layout, .. } = self;
-        let usual = *layout == USUAL && [x, scales].map(Array::dtype) == [Dtype::Bfloat16; 2];
-        if usual
+        let int4_group64 =
+            *layout == INT4_GROUP64 && [x, scales].map(Array::dtype) == [Dtype::Bfloat16; 2];
+        if int4_group64
             && cuda::few_rows::serves(x, weight)
             && let Some(kernel) = cuda::few_rows::kernel()
         {
             return kernel.matmul(x, weight, scales, biases).map(Some);
         }
-        let dense = match usual {
+        let dense = match int4_group64 {
             true => cuda::operations::dense(weight, scales, biases)?,
             false => None,
         };
@@ -278,18 +280,18 @@ fn rounds(x: &Array) -> bool {
     x.dtype() == Dtype::Float32 && x.dim(0) > 1
 }
 
-/// Stacks rows now, so that the parts' memory comes back.
-fn stack(parts: impl Iterator<Item = Result<Array>>) -> Result<Array> {
-    let parts = parts.collect::<Result<Vec<_>>>()?;
-    if let [one] = &parts[..] {
+/// Stacks rows now, so that the layers' memory comes back.
+fn stack(layers: impl Iterator<Item = Result<Array>>) -> Result<Array> {
+    let layers = layers.collect::<Result<Vec<_>>>()?;
+    if let [one] = &layers[..] {
         return Ok(one.clone());
     }
-    let stacked = ops::concatenate(&parts, 0)?;
+    let stacked = ops::concatenate(&layers, 0)?;
     transforms::eval([&stacked])?;
     Ok(stacked)
 }
 
-/// One adapter's pair for one layer: a `[in, rank]`, b `[rank, out]`.
+/// LoRA A and B of one layer: a `[in, rank]`, b `[rank, out]`.
 pub struct Lora {
     a: Array,
     b: Array,
@@ -298,7 +300,7 @@ pub struct Lora {
     factors: Option<Array>,
     /// or the whole of a token's embedding
     by_token: bool,
-    /// For the kernel that takes whole steps, where it serves this pair.
+    /// For the kernel that takes whole steps, where it serves this LoRA.
     pub packed: Option<Rc<cuda::Packed>>,
 }
 
@@ -331,12 +333,12 @@ impl Lora {
     fn norms(&self, adapted: Adapted<Mlx>, by_column: bool) -> Result<Array> {
         // Dequantized, the largest matrices are too large for one go.
         const AT_ONCE: usize = 16 * 1024;
-        let (linear, part, [left, right]) = match adapted {
-            Adapted::Projection(linear, part) => (linear, part, [&self.b.t(), &self.a.t()]),
+        let (linear, index, [left, right]) = match adapted {
+            Adapted::Projection(linear, index) => (linear, index, [&self.b.t(), &self.a.t()]),
             Adapted::TiedHead(embedding) => (embedding, 0, [&self.b.t(), &self.a.t()]),
             Adapted::Embedding(embedding) => (embedding, 0, [&self.a, &self.b]),
         };
-        let (weight, first) = linear.part(part);
+        let (weight, first) = linear.weight(index);
         let count = left.dim(0) as usize;
         let mut sums = vec![];
         for start in (0..count).step_by(AT_ONCE) {
@@ -391,28 +393,28 @@ impl Lora {
     }
 }
 
-/// `y`, with what the adapters of output `part` make of their rows: `apply` says what.
+/// `y`, with what the adapters of layer `index` make of their rows: `apply` says what.
 pub fn apply_loras(
     y: Array,
-    part: usize,
+    index: usize,
     loras: &[LoraRows<Mlx>],
     apply: impl Fn(&Range<usize>, &Lora, Array) -> Result<Array>,
 ) -> Result<Array> {
-    let mut pieces = vec![];
+    let mut blocks = vec![];
     let mut done = 0;
-    for LoraRows { rows, lora, .. } in loras.iter().filter(|lora| lora.part == part) {
+    for LoraRows { rows, lora, .. } in loras.iter().filter(|lora| lora.index == index) {
         if done < rows.start {
-            pieces.push(arrays::rows(&y, &(done..rows.start))?);
+            blocks.push(arrays::rows(&y, &(done..rows.start))?);
         }
-        pieces.push(apply(rows, lora, arrays::rows(&y, rows)?)?);
+        blocks.push(apply(rows, lora, arrays::rows(&y, rows)?)?);
         done = rows.end;
     }
     let all = y.dim(0) as usize;
-    match pieces.len() {
+    match blocks.len() {
         0 => return Ok(y),
-        _ if done < all => pieces.push(arrays::rows(&y, &(done..all))?),
-        1 => return Ok(pieces.remove(0)),
+        _ if done < all => blocks.push(arrays::rows(&y, &(done..all))?),
+        1 => return Ok(blocks.remove(0)),
         _ => {}
     }
-    Ok(ops::concatenate(&pieces, 0)?)
+    Ok(ops::concatenate(&blocks, 0)?)
 }

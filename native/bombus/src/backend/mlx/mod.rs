@@ -48,17 +48,17 @@ impl Mlx {
     fn apply_dora(
         &self,
         linear: &Linear,
-        part: usize,
+        index: usize,
         x: &Array,
         lora: &Lora,
         y: Array,
     ) -> Result<Array> {
-        let bias = linear.bias(part)?;
+        let bias = linear.bias(index)?;
         let y = match (self.device, &bias) {
             // mlx-lm's DoRA multiplies with dense weights, whose products are added in float32
             // everywhere; those with quantized ones are so on a GPU only.
-            (Device::Cpu, _) => linear.product(&x.as_dtype(Dtype::Float32)?)?.swap_remove(part),
-            (Device::Gpu, Some(_)) => linear.product(x)?.swap_remove(part),
+            (Device::Cpu, _) => linear.product(&x.as_dtype(Dtype::Float32)?)?.swap_remove(index),
+            (Device::Gpu, Some(_)) => linear.product(x)?.swap_remove(index),
             (Device::Gpu, None) => y,
         };
         let y = lora.apply(x, y)?;
@@ -73,14 +73,13 @@ impl Backend for Mlx {
     type Tensor = Array;
     type Norm = Array;
     type Linear = Linear;
-    type Embedding = Linear;
     type Attention = Attention;
     type Lora = Lora;
     type Cache = Cache;
     type Samples = Samples;
     type Guard = ();
 
-    const DEFERS: bool = true;
+    const ASYNC: bool = true;
 
     /// This backend's stream is the thread's default.
     fn scope<T>(&self, work: impl FnOnce() -> T) -> T {
@@ -93,12 +92,8 @@ impl Backend for Mlx {
         arrays::load(weight)
     }
 
-    fn linear(&self, parts: &[LinearWeights]) -> Result<Linear> {
-        Linear::load(parts, self.device)
-    }
-
-    fn embedding(&self, weights: &LinearWeights) -> Result<Linear> {
-        Linear::load(std::slice::from_ref(weights), self.device)
+    fn linear(&self, fused: &[LinearWeights]) -> Result<Linear> {
+        Linear::load(fused, self.device)
     }
 
     fn attention_layer(
@@ -164,11 +159,11 @@ impl Backend for Mlx {
 
     fn project(&self, linear: &Linear, x: &Array, loras: &[LoraRows<Self>]) -> Result<Vec<Array>> {
         let outputs = linear.apply(x)?.into_iter().enumerate();
-        let add = |(part, y)| {
-            linear::apply_loras(y, part, loras, |rows, lora, y| {
+        let add = |(index, y)| {
+            linear::apply_loras(y, index, loras, |rows, lora, y| {
                 let x = arrays::rows(x, rows)?;
                 match lora.is_dora() {
-                    true => self.apply_dora(linear, part, &x, lora, y),
+                    true => self.apply_dora(linear, index, &x, lora, y),
                     false => lora.apply(&x, y),
                 }
             })
@@ -204,11 +199,11 @@ impl Backend for Mlx {
         cuda::stacked(&outputs)
     }
 
-    fn gated(&self, gate: &Array, up: &Array) -> Result<Array> {
+    fn swiglu(&self, gate: &Array, up: &Array) -> Result<Array> {
         if self.device.is_cuda()
-            && let Some(gated) = cuda::operations::gated(gate, up)?
+            && let Some(swiglu) = cuda::operations::swiglu(gate, up)?
         {
-            return Ok(gated);
+            return Ok(swiglu);
         }
         let silu = gate.multiply(ops::sigmoid(gate)?)?;
         Ok(silu.multiply(up)?)
@@ -218,16 +213,11 @@ impl Backend for Mlx {
         Ok(x.add(y)?)
     }
 
-    fn select(&self, x: &Array, rows: &[usize]) -> Result<Array> {
+    fn gather_rows(&self, x: &Array, rows: &[usize]) -> Result<Array> {
         if rows.iter().copied().eq(0..x.dim(0) as usize) {
             return Ok(x.clone());
         }
         Ok(take_axis(x, arrays::indices(rows), 0)?)
-    }
-
-    fn unembed(&self, embedding: &Linear, x: &Array, loras: &[LoraRows<Self>]) -> Result<Array> {
-        let mut logits = self.project(embedding, x, loras)?;
-        logits.pop().ok_or_else(|| Error::Backend("an embedding is one part".into()))
     }
 
     fn sample(&self, logits: &Array, draws: &[Draw]) -> Result<Samples> {
@@ -293,15 +283,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_are_selected_in_any_order() {
+    fn rows_are_gathered_in_any_order() {
         let backend = Mlx::new(Device::Cpu).unwrap();
         backend.scope(|| {
             let x = Array::from_slice(&[1f32, 2.0, 3.0], &[3, 1]);
             for rows in [vec![0, 1, 2], vec![2, 0, 1], vec![1]] {
-                let selected = backend.select(&x, &rows).unwrap().contiguous().unwrap();
-                selected.eval().unwrap();
+                let gathered = backend.gather_rows(&x, &rows).unwrap().contiguous().unwrap();
+                gathered.eval().unwrap();
                 let expected: Vec<f32> = rows.iter().map(|row| *row as f32 + 1.0).collect();
-                assert_eq!(arrays::values::<f32>(&selected).unwrap(), expected);
+                assert_eq!(arrays::values::<f32>(&gathered).unwrap(), expected);
             }
         });
     }

@@ -145,10 +145,10 @@ fn quantize_mlx(w: &MlxArray, scheme: Scheme, stream: &Stream) -> Result<[Option
                 MlxArray::from_ptr(array)
             })
         };
-        let parts = [result(0), result(1), result(2)];
+        let arrays = [result(0), result(1), result(2)];
         mlx_sys::mlx_vector_array_free(results);
         checked(status, scheme)?;
-        Ok(parts)
+        Ok(arrays)
     }
 }
 

@@ -10,7 +10,7 @@ use mlx_rs::{Array, Dtype, ops};
 /// What is sampled, `[rows]` each, and may not have been computed yet.
 pub struct Samples {
     pub ids: Array,
-    /// Whether the row's logits hold what is no number; its id then means nothing.
+    /// Whether the row's logits hold NaN; its id then means nothing.
     broken: Array,
     logprobs: Option<Tops>,
     /// of a kernel that is behind them: held until they are read
@@ -142,12 +142,12 @@ fn draw_tokens(logits: &Array, draws: &[Draw]) -> Result<Array> {
     Ok(take_along_axis(&order, invert(&kept, draws)?, -1)?)
 }
 
-/// The first place where the cumulative sum passes the draw's share of the whole.
+/// The first place where the cumulative sum passes the draw's fraction of the whole.
 fn invert(weights: &Array, draws: &[Draw]) -> Result<Array> {
     let sums = weights.cumsum(-1, false, true)?;
     let total = sums.max_axis(-1, true)?;
-    let share = column(draws, |draw| draw.uniform).multiply(total)?;
-    Ok(argmax_axis(sums.gt(share)?, -1, true)?)
+    let passed = column(draws, |draw| draw.uniform).multiply(total)?;
+    Ok(argmax_axis(sums.gt(passed)?, -1, true)?)
 }
 
 /// probs: sorted, the highest first

@@ -6,7 +6,7 @@ use super::adapter_tables::AdapterTables;
 use super::program::{self, Reason};
 use crate::backend::cuda::launches::{self, LaunchGuard};
 use crate::backend::cuda::{
-    Addresses, MOST_IN_A_TILE, MOST_ROWS, PagedAttention, Phase, Row, Step, stacked,
+    Addresses, MOST_ROWS, PagedAttention, Phase, Row, Step, TILE_ROWS, stacked,
 };
 use crate::backend::mlx::{Cache, Mlx, Samples, synchronize};
 use crate::backend::{Backend, Batch, Entry, Token, arrays};
@@ -124,7 +124,7 @@ impl Fused {
         let theirs = decoder.forward(&mut first_tokens(std::slice::from_mut(&mut cache)), None)?;
         let theirs = theirs.as_dtype(Dtype::Float32)?;
         let size = theirs.abs()?.mean(false)?;
-        for rows in [1, MOST_IN_A_TILE + 1] {
+        for rows in [1, TILE_ROWS + 1] {
             let sequence = |_| Cache::Paged(self.attention.sequence());
             let mut caches: Vec<_> = (0..rows).map(sequence).collect();
             let own = self.step(&mut first_tokens(&mut caches), None)?;
@@ -168,7 +168,7 @@ impl Fused {
             return Ok(logits);
         }
         let others = decoder.forward(&mut rest, previous)?.as_dtype(Dtype::Float32)?;
-        decoder.backend.select(&stacked(&[logits, others])?, &places)
+        decoder.backend.gather_rows(&stacked(&[logits, others])?, &places)
     }
 
     /// The logits `[rows, vocab]` of single rows; more than the kernel takes go in several launches.

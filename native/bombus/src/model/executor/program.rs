@@ -87,7 +87,7 @@ fn layer(layer: &Layer<Mlx>) -> Result<LayerArrays<'_>, Reason> {
 }
 
 fn matrix(linear: &Linear) -> Result<MatrixArrays<'_>, Reason> {
-    let matrix = linear.matrix().filter(|matrix| matrix.is_usual());
+    let matrix = linear.matrix().filter(|matrix| matrix.is_int4_group64());
     let other = "not all weights are in 4 bits, groups of 64 and bfloat16";
     matrix.map(|matrix| matrix.arrays).ok_or_else(|| other.into())
 }

@@ -33,7 +33,7 @@ pub fn load<B: Backend>(
     let layers: Result<_> =
         (0..spec.layers.len()).map(|index| checkpoint.layer(index, &backend)).collect();
     let decoder = Decoder {
-        embed_tokens: backend.embedding(&checkpoint.linear(&spec.embedding())?)?,
+        embed_tokens: backend.linear(&[checkpoint.linear(&spec.embedding())?])?,
         layers: layers?,
         norm: backend.norm(&checkpoint.norm(NORM, spec.hidden)?)?,
         lm_head: match spec.head {

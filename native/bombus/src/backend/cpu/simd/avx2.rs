@@ -6,6 +6,8 @@ use std::arch::x86_64::*;
 #[derive(Clone, Copy)]
 pub struct Avx2;
 
+/// # Safety
+/// The machine has AVX2, FMA and F16C, and what the kernel asks of its caller holds.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run::<Avx2>()
@@ -24,35 +26,48 @@ macro_rules! halves {
 
 // No closures here: they would be compiled without the extension.
 
+/// # Safety
+/// The machine has F16C, and 8 numbers lie at `p`.
 #[inline(always)]
 unsafe fn f16_half(p: *const u16) -> __m256 {
     _mm256_cvtph_ps(_mm_loadu_si128(p.cast()))
 }
 
+/// # Safety
+/// The machine has AVX2, and 8 numbers lie at `p`.
 #[inline(always)]
 unsafe fn bf16_half(p: *const u16) -> __m256 {
     let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
     _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
 }
 
+/// # Safety
+/// The machine has AVX2.
 #[inline(always)]
 unsafe fn power_half(n: __m256) -> __m256 {
     let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
 }
 
+/// # Safety
+/// The machine has AVX2.
 #[inline(always)]
 unsafe fn sum_pairs(a: __m256) -> __m256 {
     _mm256_add_ps(a, _mm256_permute_ps::<0b10_11_00_01>(a))
 }
 
 /// The sum of each.
+///
+/// # Safety
+/// The machine has AVX2.
 #[inline(always)]
 pub unsafe fn sums(a: __m256, b: __m256, c: __m256, d: __m256) -> __m128 {
     let four = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps::<1>(four))
 }
 
+/// # Safety
+/// The machine has AVX2.
 #[inline(always)]
 unsafe fn uninterleaved(x: F) -> F {
     let even = _mm256_castps_pd(_mm256_shuffle_ps::<0b10_00_10_00>(x[0], x[1]));
@@ -63,12 +78,16 @@ unsafe fn uninterleaved(x: F) -> F {
     ]
 }
 
+/// # Safety
+/// The machine has AVX2.
 #[inline(always)]
-unsafe fn dot_half(acc: __m256i, codes: __m256i, digits: __m256i) -> __m256i {
-    let pairs = _mm256_maddubs_epi16(codes, digits);
+unsafe fn dot_half(acc: __m256i, codes: __m256i, limbs: __m256i) -> __m256i {
+    let pairs = _mm256_maddubs_epi16(codes, limbs);
     _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
 }
 
+/// # Safety
+/// The machine has AVX2, and the entries are in the table.
 #[inline(always)]
 unsafe fn expand_half(table: &[f32; LANES], first: usize, shift: u32) -> __m256 {
     let low = _mm_broadcast_ss(table.get_unchecked(first >> shift));
@@ -76,6 +95,7 @@ unsafe fn expand_half(table: &[f32; LANES], first: usize, shift: u32) -> __m256 
     _mm256_set_m128(high, low)
 }
 
+// What each method asks of its caller stands at `Simd`.
 impl Simd for Avx2 {
     type F = F;
     type I = [__m256i; 2];
@@ -83,7 +103,7 @@ impl Simd for Avx2 {
     type Table = [f32; LANES];
 
     // vpmaddubsw adds two products in 16 bits: 2 * 255 * 64 fits.
-    const DIGIT_BITS: u32 = 7;
+    const LIMB_BITS: u32 = 7;
     const ACCUMULATORS: usize = 6;
 
     #[inline(always)]
@@ -102,10 +122,10 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn load_part(p: *const f32, n: usize) -> F {
-        let mut part = [0.0; LANES];
-        copy_bytes(p.cast(), part.as_mut_ptr().cast(), n * size_of::<f32>());
-        Self::load(part.as_ptr())
+    unsafe fn load_partial(p: *const f32, n: usize) -> F {
+        let mut padded = [0.0; LANES];
+        copy_bytes(p.cast(), padded.as_mut_ptr().cast(), n * size_of::<f32>());
+        Self::load(padded.as_ptr())
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u16) -> F {
@@ -121,10 +141,10 @@ impl Simd for Avx2 {
         _mm256_storeu_ps(p.add(8), x[1]);
     }
     #[inline(always)]
-    unsafe fn store_part(p: *mut f32, x: F, n: usize) {
-        let mut part = [0.0; LANES];
-        Self::store(part.as_mut_ptr(), x);
-        std::ptr::copy_nonoverlapping(part.as_ptr(), p, n);
+    unsafe fn store_partial(p: *mut f32, x: F, n: usize) {
+        let mut padded = [0.0; LANES];
+        Self::store(padded.as_mut_ptr(), x);
+        std::ptr::copy_nonoverlapping(padded.as_ptr(), p, n);
     }
     #[inline(always)]
     unsafe fn store_f16(p: *mut u16, x: F) {
@@ -218,10 +238,10 @@ impl Simd for Avx2 {
         [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())]
     }
     #[inline(always)]
-    unsafe fn bytes_part(p: *const u8, n: usize) -> [__m256i; 2] {
-        let mut part = [0u8; 64];
-        std::ptr::copy_nonoverlapping(p, part.as_mut_ptr(), n);
-        Self::bytes(part.as_ptr())
+    unsafe fn bytes_partial(p: *const u8, n: usize) -> [__m256i; 2] {
+        let mut padded = [0u8; 64];
+        std::ptr::copy_nonoverlapping(p, padded.as_mut_ptr(), n);
+        Self::bytes(padded.as_ptr())
     }
     #[inline(always)]
     unsafe fn bytes_splat(p: *const u8) -> [__m256i; 2] {
@@ -233,7 +253,7 @@ impl Simd for Avx2 {
         _mm256_storeu_si256(p.add(32).cast(), x[1]);
     }
     #[inline(always)]
-    unsafe fn nibbles(a: [__m256i; 2]) -> [[__m256i; 2]; 2] {
+    unsafe fn unpack_int4(a: [__m256i; 2]) -> [[__m256i; 2]; 2] {
         let low = _mm256_set1_epi8(15);
         let shifted = [_mm256_srli_epi16::<4>(a[0]), _mm256_srli_epi16::<4>(a[1])];
         [
@@ -242,8 +262,8 @@ impl Simd for Avx2 {
         ]
     }
     #[inline(always)]
-    unsafe fn dot(acc: [__m256i; 2], codes: [__m256i; 2], digits: [__m256i; 2]) -> [__m256i; 2] {
-        [dot_half(acc[0], codes[0], digits[0]), dot_half(acc[1], codes[1], digits[1])]
+    unsafe fn dot(acc: [__m256i; 2], codes: [__m256i; 2], limbs: [__m256i; 2]) -> [__m256i; 2] {
+        [dot_half(acc[0], codes[0], limbs[0]), dot_half(acc[1], codes[1], limbs[1])]
     }
 
     #[inline(always)]

@@ -6,6 +6,9 @@ use std::arch::x86_64::*;
 #[derive(Clone, Copy)]
 pub struct Avx512;
 
+/// # Safety
+/// The machine has AVX2, FMA, F16C, and AVX-512 with F, BW, DQ, VL and VNNI; what the kernel asks of its
+/// caller holds.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run::<Avx512>()
@@ -30,18 +33,21 @@ fn mask(n: usize) -> __mmask16 {
     ((1u32 << n) - 1) as __mmask16
 }
 
+/// # Safety
+/// The machine has AVX-512 (F and DQ).
 #[inline(always)]
 unsafe fn half_sums(a: __m512) -> __m256 {
     _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a))
 }
 
+// What each method asks of its caller stands at `Simd`.
 impl Simd for Avx512 {
     type F = __m512;
     type I = __m512i;
     type B = __m512i;
     type Table = __m512;
 
-    const DIGIT_BITS: u32 = 8;
+    const LIMB_BITS: u32 = 8;
     const ACCUMULATORS: usize = 24;
 
     #[inline(always)]
@@ -60,7 +66,7 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
-    unsafe fn load_part(p: *const f32, n: usize) -> __m512 {
+    unsafe fn load_partial(p: *const f32, n: usize) -> __m512 {
         _mm512_maskz_loadu_ps(mask(n), p)
     }
     #[inline(always)]
@@ -77,7 +83,7 @@ impl Simd for Avx512 {
         _mm512_storeu_ps(p, x)
     }
     #[inline(always)]
-    unsafe fn store_part(p: *mut f32, x: __m512, n: usize) {
+    unsafe fn store_partial(p: *mut f32, x: __m512, n: usize) {
         _mm512_mask_storeu_ps(p, mask(n), x)
     }
     #[inline(always)]
@@ -173,7 +179,7 @@ impl Simd for Avx512 {
         _mm512_loadu_si512(p.cast())
     }
     #[inline(always)]
-    unsafe fn bytes_part(p: *const u8, n: usize) -> __m512i {
+    unsafe fn bytes_partial(p: *const u8, n: usize) -> __m512i {
         let mask = if n < 64 { (1u64 << n) - 1 } else { u64::MAX };
         _mm512_maskz_loadu_epi8(mask, p.cast())
     }
@@ -186,13 +192,13 @@ impl Simd for Avx512 {
         _mm512_storeu_si512(p.cast(), x)
     }
     #[inline(always)]
-    unsafe fn nibbles(a: __m512i) -> [__m512i; 2] {
+    unsafe fn unpack_int4(a: __m512i) -> [__m512i; 2] {
         let low = _mm512_set1_epi8(15);
         [_mm512_and_si512(a, low), _mm512_and_si512(_mm512_srli_epi16::<4>(a), low)]
     }
     #[inline(always)]
-    unsafe fn dot(acc: __m512i, codes: __m512i, digits: __m512i) -> __m512i {
-        _mm512_dpbusd_epi32(acc, codes, digits)
+    unsafe fn dot(acc: __m512i, codes: __m512i, limbs: __m512i) -> __m512i {
+        _mm512_dpbusd_epi32(acc, codes, limbs)
     }
 
     #[inline(always)]

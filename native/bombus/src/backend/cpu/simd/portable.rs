@@ -30,13 +30,14 @@ fn f16_to_f32(half: u16) -> f32 {
     f32::from_bits(sign | finite.to_bits() | infinite)
 }
 
+// What each method asks of its caller stands at `Simd`.
 impl Simd for Portable {
     type F = F;
     type I = [i32; LANES];
     type B = [u8; BYTES];
     type Table = F;
 
-    const DIGIT_BITS: u32 = 8;
+    const LIMB_BITS: u32 = 8;
     const ACCUMULATORS: usize = 4;
 
     #[inline(always)]
@@ -52,10 +53,10 @@ impl Simd for Portable {
         std::array::from_fn(|lane| *p.add(lane % count))
     }
     #[inline(always)]
-    unsafe fn load_part(p: *const f32, n: usize) -> F {
-        let mut part = [0.0; LANES];
-        copy_bytes(p.cast(), part.as_mut_ptr().cast(), n * size_of::<f32>());
-        part
+    unsafe fn load_partial(p: *const f32, n: usize) -> F {
+        let mut padded = [0.0; LANES];
+        copy_bytes(p.cast(), padded.as_mut_ptr().cast(), n * size_of::<f32>());
+        padded
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u16) -> F {
@@ -71,7 +72,7 @@ impl Simd for Portable {
         p.cast::<F>().write_unaligned(x)
     }
     #[inline(always)]
-    unsafe fn store_part(p: *mut f32, x: F, n: usize) {
+    unsafe fn store_partial(p: *mut f32, x: F, n: usize) {
         std::ptr::copy_nonoverlapping(x.as_ptr(), p, n)
     }
     #[inline(always)]
@@ -172,10 +173,10 @@ impl Simd for Portable {
         p.cast::<[u8; BYTES]>().read_unaligned()
     }
     #[inline(always)]
-    unsafe fn bytes_part(p: *const u8, n: usize) -> [u8; BYTES] {
-        let mut part = [0; BYTES];
-        std::ptr::copy_nonoverlapping(p, part.as_mut_ptr(), n);
-        part
+    unsafe fn bytes_partial(p: *const u8, n: usize) -> [u8; BYTES] {
+        let mut padded = [0; BYTES];
+        std::ptr::copy_nonoverlapping(p, padded.as_mut_ptr(), n);
+        padded
     }
     #[inline(always)]
     unsafe fn bytes_splat(p: *const u8) -> [u8; BYTES] {
@@ -187,12 +188,12 @@ impl Simd for Portable {
         p.cast::<[u8; BYTES]>().write_unaligned(x)
     }
     #[inline(always)]
-    unsafe fn nibbles(a: [u8; BYTES]) -> [[u8; BYTES]; 2] {
+    unsafe fn unpack_int4(a: [u8; BYTES]) -> [[u8; BYTES]; 2] {
         [a.map(|a| a & 15), a.map(|a| a >> 4)]
     }
     #[inline(always)]
-    unsafe fn dot(acc: [i32; LANES], codes: [u8; BYTES], digits: [u8; BYTES]) -> [i32; LANES] {
-        let product = |place| i32::from(codes[place]) * i32::from(digits[place] as i8);
+    unsafe fn dot(acc: [i32; LANES], codes: [u8; BYTES], limbs: [u8; BYTES]) -> [i32; LANES] {
+        let product = |place| i32::from(codes[place]) * i32::from(limbs[place] as i8);
         std::array::from_fn(|lane| {
             let first = 4 * lane;
             acc[lane]

@@ -57,9 +57,9 @@ proptest! {
                     }
                     segments.push(Segment { rows: end..end + take, start: done[user] });
                     end += take;
-                    for (part, width) in widths.into_iter().enumerate() {
-                        let from = &sequences[user][part][done[user] * width..];
-                        rows[part].extend_from_slice(&from[..take * width]);
+                    for (kind, width) in widths.into_iter().enumerate() {
+                        let from = &sequences[user][kind][done[user] * width..];
+                        rows[kind].extend_from_slice(&from[..take * width]);
                     }
                     users.push(user);
                 }
@@ -97,7 +97,7 @@ fn attended(
     norms: &[Vec<f64>; 2],
 ) -> Vec<Vec<f64>> {
     let AttentionSpec { head_dim: dim, heads, kv_heads, .. } = *spec;
-    let turned = |x: &[f32], norm: &[f64], position: usize| -> Vec<f64> {
+    let rotated = |x: &[f32], norm: &[f64], position: usize| -> Vec<f64> {
         let x: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
         let mean = x.iter().map(|x| x.powi(2)).sum::<f64>() / dim as f64;
         let x: Vec<f64> = match spec.qk_norm {
@@ -107,7 +107,7 @@ fn attended(
             }
             None => x,
         };
-        let turn = |place: usize| {
+        let number = |place: usize| {
             let pair = place % (dim / 2);
             let wave = f64::from(spec.rope.theta).powf(2.0 * pair as f64 / dim as f64);
             let (sin, cos) = (position as f64 / wave).sin_cos();
@@ -116,12 +116,12 @@ fn attended(
                 false => x[pair] * sin + x[place] * cos,
             }
         };
-        (0..dim).map(turn).collect()
+        (0..dim).map(number).collect()
     };
     let positions = v.len() / (kv_heads * dim);
     let all = |x: &[f32], norm: &[f64], heads: usize| -> Vec<Vec<f64>> {
         let rows = x.chunks_exact(dim).enumerate();
-        rows.map(|(row, x)| turned(x, norm, row / heads)).collect()
+        rows.map(|(row, x)| rotated(x, norm, row / heads)).collect()
     };
     let (queries, keys) = (all(q, &norms[0], heads), all(k, &norms[1], kv_heads));
     let one = |position: usize, head: usize| -> Vec<f64> {

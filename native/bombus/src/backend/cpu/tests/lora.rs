@@ -3,13 +3,13 @@
 use super::*;
 use crate::backend::{LoraRows, LoraWeights};
 
-/// A pair in PEFT's orientation or mlx-lm's, for one part of a layer and some rows of x.
+/// A pair in PEFT's orientation or mlx-lm's, for one of fused layers and some rows of x.
 #[derive(Clone, Debug)]
 struct Case {
     rank: usize,
     dtype: Dtype,
     transposed: bool,
-    part: usize,
+    index: usize,
     rows: Range<usize>,
     scale: f32,
 }
@@ -18,11 +18,11 @@ fn pairs() -> impl Strategy<Value = Case> {
     let rank = prop_oneof![1usize..20, prop::sample::select(vec![32usize, 33, 64, 127])];
     let rows = (0usize..8, 1usize..6);
     (rank, floats(), any::<bool>(), 0usize..2, rows, -20.0f32..20.0).prop_map(
-        |(rank, dtype, transposed, part, (start, count), scale)| Case {
+        |(rank, dtype, transposed, index, (start, count), scale)| Case {
             rank,
             dtype,
             transposed,
-            part,
+            index,
             rows: start..start + count,
             scale,
         },
@@ -54,9 +54,9 @@ proptest! {
         let (rows, mut numbers) = (13, Numbers(seed));
         let x = numbers.take(rows * inputs);
         let mut tensors = vec![];
-        for (part, outputs) in outputs.iter().enumerate() {
+        for (index, outputs) in outputs.iter().enumerate() {
             let zeros = bytes(&vec![0.0; outputs * inputs], dtype);
-            tensors.push((format!("w{part}"), dtype, vec![*outputs, inputs], zeros));
+            tensors.push((format!("w{index}"), dtype, vec![*outputs, inputs], zeros));
         }
         let mut halves = vec![];
         for (place, case) in cases.iter().enumerate() {
@@ -67,17 +67,17 @@ proptest! {
                 rounded(&values, case.dtype)
             };
             let a = half("a", [inputs, case.rank], &mut numbers);
-            halves.push((a, half("b", [case.rank, outputs[case.part]], &mut numbers)));
+            halves.push((a, half("b", [case.rank, outputs[case.index]], &mut numbers)));
         }
         let named: Vec<_> = tensors.iter()
             .map(|(name, dtype, shape, bytes)| (name.as_str(), *dtype, shape.clone(), bytes.clone()))
             .collect();
         let (_folder, files) = write(&named);
         let require = |name: String| files.require(&name).unwrap();
-        let weights = |part: usize| LinearWeights {
-            weight: require(format!("w{part}")),
+        let weights = |index: usize| LinearWeights {
+            weight: require(format!("w{index}")),
             quantized: None,
-            bias: None, out_features: outputs[part],
+            bias: None, out_features: outputs[index],
         };
         for cpu in cpus() {
             let linear = cpu.linear(&[weights(0), weights(1)]).unwrap();
@@ -89,20 +89,20 @@ proptest! {
                     scale: case.scale,
                     magnitude: None,
                 };
-                cpu.lora(&weights, Adapted::Projection(&linear, case.part)).unwrap()
+                cpu.lora(&weights, Adapted::Projection(&linear, case.index)).unwrap()
             };
             let loras: Vec<Lora> = cases.iter().enumerate().map(load).collect();
             let used: Vec<LoraRows<Cpu>> = cases.iter().zip(&loras)
-                .map(|(case, lora)| LoraRows { part: case.part, rows: case.rows.clone(), lora })
+                .map(|(case, lora)| LoraRows { index: case.index, rows: case.rows.clone(), lora })
                 .collect();
             let y = cpu.project(&linear, &tensor(&cpu, rows, &x), &used).unwrap();
-            for (part, &outputs) in outputs.iter().enumerate() {
+            for (index, &outputs) in outputs.iter().enumerate() {
                 for row in 0..rows {
                     let x = &x[row * inputs..][..inputs];
                     let exact: Vec<Exact> = (0..outputs).map(|output| {
                         let mut exact = Exact { value: 0.0, error: 1e-30 };
                         let own = cases.iter().zip(&halves).filter(|(case, _)| {
-                            case.part == part && case.rows.contains(&row)
+                            case.index == index && case.rows.contains(&row)
                         });
                         for (case, (a, b)) in own {
                             let (mut value, mut size) = (0.0, 0.0);
@@ -120,14 +120,14 @@ proptest! {
                             let scale = f64::from(case.scale);
                             exact.value += scale * value;
                             exact.error += scale.abs() * size * (rounding + sums);
-                            // The smallest of a half are rounded as parts of its largest.
+                            // The smallest of a half are rounded as fractions of its largest.
                             exact.error += if dtype == Dtype::F32 { 0.0 } else {
                                 scale.abs() * (inputs * case.rank) as f64 * 2.0 * 2f64.powi(-24)
                             };
                         }
                         exact
                     }).collect();
-                    check(cpu.level, y[part].row(row), &exact);
+                    check(cpu.level, y[index].row(row), &exact);
                 }
             }
         }

@@ -1,12 +1,12 @@
 //! Products with weights beside the exact ones. What they may be off by follows from the formats:
-//! the digits of x, and the roundings of sums in f32.
+//! the limbs of x, and the roundings of sums in f32.
 
 use super::*;
 
-/// A rounding of f32, as a part of the number.
+/// A rounding of f32, as a fraction of the number.
 const ROUNDING: f64 = 1.0 / (1u64 << 24) as f64;
 
-/// What x is like: its digits are those of a group's largest.
+/// What x is like: its limbs are those of a group's largest.
 #[derive(Clone, Copy, Debug)]
 enum Kind {
     Plain,
@@ -51,8 +51,8 @@ fn layers() -> impl Strategy<Value = Layer> {
     let group_size = prop::sample::select(vec![32usize, 64, 128]);
     let layout = prop::option::weighted(0.85, (bits, group_size));
     let out_features = prop_oneof![1usize..9, 1usize..64, 60usize..200];
-    let parts = (layout, floats(), out_features, any::<bool>());
-    parts.prop_map(|(layout, dtype, out_features, centred)| Layer {
+    let fields = (layout, floats(), out_features, any::<bool>());
+    fields.prop_map(|(layout, dtype, out_features, centred)| Layer {
         layout,
         dtype,
         out_features,
@@ -60,9 +60,9 @@ fn layers() -> impl Strategy<Value = Layer> {
     })
 }
 
-/// How many units of the last digit the largest x has.
-fn units(bits: i32, digits: i32) -> f64 {
-    (2f64.powi(bits - 1) - 1.0) * 2f64.powi(bits * (digits - 1))
+/// How many units of the last limb the largest x has.
+fn units(bits: i32, limbs: i32) -> f64 {
+    (2f64.powi(bits - 1) - 1.0) * 2f64.powi(bits * (limbs - 1))
 }
 
 /// The tensors of a layer in the file, and its weights: `[out][in]` of number and the sizes of what
@@ -94,13 +94,13 @@ impl Layer {
             (format!("{name}.b"), dtype, shape, bytes(&biases, dtype)),
         ];
         let (scales, biases) = (rounded(&scales, dtype), rounded(&biases, dtype));
-        let parts = |(place, code): (usize, &u8)| {
+        let terms = |(place, code): (usize, &u8)| {
             let group = place / group_size;
             (scales[group] * f64::from(*code), biases[group])
         };
-        let parts: Vec<(f64, f64)> = codes.iter().enumerate().map(parts).collect();
-        let weights = parts.iter().map(|(product, bias)| product + bias).collect();
-        let sizes = parts.iter().map(|(product, bias)| product.abs() + bias.abs()).collect();
+        let terms: Vec<(f64, f64)> = codes.iter().enumerate().map(terms).collect();
+        let weights = terms.iter().map(|(product, bias)| product + bias).collect();
+        let sizes = terms.iter().map(|(product, bias)| product.abs() + bias.abs()).collect();
         Made { tensors, weights, sizes }
     }
 
@@ -113,11 +113,11 @@ impl Layer {
         Made { tensors, weights, sizes }
     }
 
-    /// Half the last digit's unit, as a part of the largest x of a group.
+    /// Half the last limb's unit, as a fraction of the largest x of a group.
     fn unit(&self, level: Level) -> f64 {
         match (self.layout, level, self.dtype) {
             (None, ..) => 0.0,
-            // Digits of 7 bits, and one more of them.
+            // Limbs of 7 bits, and one more of them.
             (Some((bits, _)), Level::Avx2, dtype) if bits != 4 => {
                 0.5 / units(7, if dtype == Dtype::F32 { 4 } else { 3 })
             }
@@ -225,7 +225,7 @@ proptest! {
             out_features: layer.out_features,
         };
         for cpu in cpus() {
-            let embedding = cpu.embedding(&weights).unwrap();
+            let embedding = cpu.linear(std::slice::from_ref(&weights)).unwrap();
             let ids: Vec<Token> = (0..layer.out_features as u32).rev().map(Token::Id).collect();
             let x = cpu.embed(&embedding, &ids, None, &[]).unwrap();
             let of = made.weights.chunks_exact(columns).zip(made.sizes.chunks_exact(columns));

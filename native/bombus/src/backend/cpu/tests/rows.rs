@@ -18,12 +18,12 @@ proptest! {
         let norm = numbers.take(width);
         let (_folder, files) = write(&[("n", dtype, vec![width], bytes(&norm, dtype))]);
         let norm = rounded(&norm, dtype);
-        let of = |value: f64, parts: f64| Exact { value, error: parts * 2f64.powi(-24) };
+        let of = |value: f64, units: f64| Exact { value, error: units * 2f64.powi(-24) };
         for cpu in cpus() {
             let [a, b] = [&x, &y].map(|values| tensor(&cpu, rows, values));
             let normed = cpu.rms_norm(&a, &cpu.norm(&files.require("n").unwrap()).unwrap(), 1e-6);
-            let (normed, gated) = (normed.unwrap(), cpu.gated(&a, &b).unwrap());
-            let (sum, picked) = (cpu.add(&a, &b).unwrap(), cpu.select(&a, &[rows - 1, 0]).unwrap());
+            let (normed, swiglu) = (normed.unwrap(), cpu.swiglu(&a, &b).unwrap());
+            let (sum, picked) = (cpu.add(&a, &b).unwrap(), cpu.gather_rows(&a, &[rows - 1, 0]).unwrap());
             let targets: Vec<u32> = (0..rows).map(|row| (row * 7 % width) as u32).collect();
             let log_probs = cpu.log_probs(&a, &targets).unwrap();
             for (row, (x, y)) in x.chunks(width).zip(y.chunks(width)).enumerate() {
@@ -37,7 +37,7 @@ proptest! {
                 // e^x to 2 units in the last place, and three operations.
                 let silu = pairs().map(|(x, y)| x / (1.0 + (-x).exp()) * y);
                 let exact: Vec<_> = silu.map(|value| of(value, 8.0 * value.abs())).collect();
-                check(cpu.level, gated.row(row), &exact);
+                check(cpu.level, swiglu.row(row), &exact);
                 let exact: Vec<_> = pairs().map(|(x, y)| of(x + y, (x + y).abs())).collect();
                 check(cpu.level, sum.row(row), &exact);
                 let total: f64 = pairs().map(|(x, _)| x.exp()).sum();

@@ -1,7 +1,15 @@
-// Attention of single rows over pages of keys and values, on tensor cores.
+// Attention of single rows goes over pages of keys and values, on tensor cores (split K: Dao et al., "Flash-Decoding",
+// 2023).
 //
-// Tasks: a row, a head of keys and values, and some of its pages, for a team of four warps. Of a page, each makes the
-// scores of 16 positions, [query heads, positions], and with those of all a fourth of the output's numbers.
+// A task is a row, a head of keys and values, and some of its pages (a split), for a team of four warps. The query
+// heads of the head are the rows of a tile, so each key and value is read once for all of them. Of a page:
+//   score_page   each warp makes the scores of 16 positions, [query heads, positions], into the team's memory
+//   mix_page     each warp takes all 64 scores, and a fourth of the values' numbers; the softmax is made on the way
+// The row's own key and value come from `qkv`, and go into their page on the way. Older keys are read before the
+// barrier that q, k and v come with.
+//
+// Splits of a row's head meet in the workspace. Whoever is the last joins them: tasks are not bound to blocks, but the
+// numbers do not depend on who joins.
 
 constexpr int TEAM_WARPS = TEAM / 32, OWN_VALUES = DIM / TEAM_WARPS / 8;  // tiles of eight
 
@@ -55,10 +63,10 @@ struct Values {
 };
 
 __device__ inline const bf16* keys_in(const Task& task, int index, int layer) {
-  return in_page(planned(task.row)[2 + index], layer, 0, task.head) + tile_column() * 8;
+  return in_page(planned(task.row)[ROW_WORDS + index], layer, 0, task.head) + tile_column() * 8;
 }
 __device__ inline const bf16* values_in(const Task& task, int index, int layer) {
-  return in_page(planned(task.row)[2 + index], layer, 1, task.head) + (size_t)warp() % TEAM_WARPS * OWN_VALUES * 8 * PAGE;
+  return in_page(planned(task.row)[ROW_WORDS + index], layer, 1, task.head) + (size_t)warp() % TEAM_WARPS * OWN_VALUES * 8 * PAGE;
 }
 
 // `older` positions of the page were there before.
@@ -131,18 +139,18 @@ struct HeadNorms {
 
 // Queries of a row's head of keys, and the key and value of the row itself: to memory, those also to their
 // page if this is the last split.
-__device__ inline void ready_heads(Team& memory, const HeadNorms& norms, const Task& task, int layer) {
+__device__ inline void prepare_heads(Team& memory, const HeadNorms& norms, const Task& task, int layer) {
   const int team_warp = warp() % TEAM_WARPS;
   const bool last = task.end == pages_of(task.at);
   const float* from = qkv() + (size_t)task.row * QKV_WIDTH;
-  Angle turned[DIM / 64];
+  Angle own_angles[DIM / 64];
 #pragma unroll
-  for (int i = 0; i < DIM / 64; i++) turned[i] = angles()[task.row * (DIM / 2) + lane() + 32 * i];
+  for (int i = 0; i < DIM / 64; i++) own_angles[i] = angles()[task.row * (DIM / 2) + lane() + 32 * i];
   // Heads of queries, then the key and the value.
 #pragma unroll 1
-  for (int i = team_warp; i < SHARED + (last ? 2 : 0); i += TEAM_WARPS) {
-    const int kind = i - SHARED;
-    const int column = kind < 0 ? (task.head * SHARED + i) * DIM : Q_WIDTH + kind * KV_WIDTH + task.head * DIM;
+  for (int i = team_warp; i < GQA_GROUP + (last ? 2 : 0); i += TEAM_WARPS) {
+    const int kind = i - GQA_GROUP;
+    const int column = kind < 0 ? (task.head * GQA_GROUP + i) * DIM : Q_WIDTH + kind * KV_WIDTH + task.head * DIM;
     float x[DIM / 32];
 #pragma unroll
     for (int j = 0; j < DIM / 32; j++) x[j] = from[column + lane() + 32 * j];
@@ -152,12 +160,12 @@ __device__ inline void ready_heads(Team& memory, const HeadNorms& norms, const T
       for (int j = 0; j < DIM / 32; j++) norm[j] = widen(kind < 0 ? norms.numbers[0][j] : norms.numbers[1][j]);
       norm_head<DIM>(x, norm, eps());
     }
-    if (kind < 1) rotate_head<DIM>(x, turned);
+    if (kind < 1) rotate_head<DIM>(x, own_angles);
     bf16* to = kind < 0 ? memory.q[i] : memory.fresh[kind];
 #pragma unroll
     for (int j = 0; j < DIM / 32; j++) to[lane() + 32 * j] = narrow(x[j]);
     if (kind < 0) continue;
-    bf16* page = in_page(planned(task.row)[2 + task.at / PAGE], layer, kind, task.head);
+    bf16* page = in_page(planned(task.row)[ROW_WORDS + task.at / PAGE], layer, kind, task.head);
 #pragma unroll
     for (int j = 0; j < DIM / 32; j++) {
       const int number = lane() + 32 * j;
@@ -211,34 +219,34 @@ __device__ inline void mix_page(const Team& memory, int page, int seen, const Va
   for (int i = 0; i < OWN_VALUES; i++) found.values[i][0] *= fade, found.values[i][1] *= fade;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    unsigned shares[4];
+    unsigned weights[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const float one = exp2f(scores[half][2 * i] - largest), other = exp2f(scores[half][2 * i + 1] - largest);
       found.sum += one + other;
-      shares[i] = pack_bf16(one, other);
+      weights[i] = pack_bf16(one, other);
     }
 #pragma unroll
     for (int i = 0; i < OWN_VALUES; i++) {
       const uint4 v = values.numbers[i][half];
-      multiply_upper(found.values[i], shares[0], shares[1], v.x, v.y);
-      multiply_upper(found.values[i], shares[2], shares[3], v.z, v.w);
+      multiply_upper(found.values[i], weights[0], weights[1], v.x, v.y);
+      multiply_upper(found.values[i], weights[2], weights[3], v.z, v.w);
     }
   }
 }
 
 // Of a row's head of keys, what a thread has of the output.
-constexpr int OWN_OUTPUTS = (SHARED * DIM + TEAM - 1) / TEAM;
+constexpr int OWN_OUTPUTS = (GQA_GROUP * DIM + TEAM - 1) / TEAM;
 __device__ inline int own_output(int i) { return threadIdx.x % TEAM + i * TEAM; }
 
 // a of the next product for them, for eight of the rank.
 struct MixedSide {
-  Side side;
+  LoraMatrix matrix;
   word* to;  // what of x a^T the lane adds to
   uint4 a[OWN_OUTPUTS];
 
-  __device__ void ask(const Task& task, int i, int rank) {
-    a[i] = eight_of(side, task.head * SHARED * DIM + min(own_output(i), SHARED * DIM - 1), rank);
+  __device__ void prefetch(const Task& task, int i, int rank) {
+    a[i] = eight_of(matrix, task.head * GQA_GROUP * DIM + min(own_output(i), GQA_GROUP * DIM - 1), rank);
   }
 };
 
@@ -250,19 +258,19 @@ __device__ inline void set_mixed(Team& memory, const Task& task, MixedSide& next
 #pragma unroll
   for (int i = 0; i < OWN_OUTPUTS; i++) {
     const int k = own_output(i);
-    const bf16 own = k < SHARED * DIM ? narrow(memory.output[k]) : 0;
-    if (k < SHARED * DIM) mixed()[placed(task.row, task.head * SHARED * DIM + k, Q_WIDTH)] = own;
+    const bf16 own = k < GQA_GROUP * DIM ? narrow(memory.output[k]) : 0;
+    if (k < GQA_GROUP * DIM) mixed()[swizzled(task.row, task.head * GQA_GROUP * DIM + k, Q_WIDTH)] = own;
     x[i] = widen(own);
   }
 #pragma unroll 1
-  for (int rank = 0; rank < next.side.rank; rank += 8) {
+  for (int rank = 0; rank < next.matrix.rank; rank += 8) {
     float sums[8] = {};
 #pragma unroll
     for (int i = 0; i < OWN_OUTPUTS; i++) {
       add_times(sums, x[i], next.a[i]);
-      next.ask(task, i, rank + 8);
+      next.prefetch(task, i, rank + 8);
     }
-    float sum = share_sums(sums);
+    float sum = reduce_column(sums);
     sum += __shfl_xor_sync(0xffffffff, sum, 1);
     sum += __shfl_xor_sync(0xffffffff, sum, 2);
     add_fixed(tile_column() == 0, next.to + rank, sum);
@@ -274,7 +282,7 @@ __device__ inline void put_down(Team& memory, const Task& task, Found& found) {
   found.sum += __shfl_xor_sync(0xffffffff, found.sum, 1);
   found.sum += __shfl_xor_sync(0xffffffff, found.sum, 2);
   team_sync(warp() / TEAM_WARPS, TEAM);  // scores have been used
-  if (tile_row() >= SHARED) return;
+  if (tile_row() >= GQA_GROUP) return;
   const int team_warp = warp() % TEAM_WARPS;
   float* to = task.splits > 1 ? split_at(task.row, task.head, task.split, tile_row()) : memory.output + tile_row() * DIM;
   const float factor = task.splits > 1 ? 1.f : 1.f / found.sum;
@@ -299,21 +307,21 @@ __device__ inline bool join(Team& memory, const Task& task) {
   __threadfence();
   // How much each split counts.
 #pragma unroll 1
-  for (int h = thread / 32; h < SHARED; h += TEAM_WARPS) {
+  for (int h = thread / 32; h < GQA_GROUP; h += TEAM_WARPS) {
     const float* own = split_at(task.row, task.head, min(lane(), task.splits - 1), h) + DIM;
     const float largest = lane() < task.splits ? own[0] : LEAST;
-    const float share = exp2f(largest - warp_max(largest));
-    const float total = warp_sum(lane() < task.splits ? share * own[1] : 0.f);
-    memory.shares[h][lane()] = share / total;
+    const float weight_of_split = exp2f(largest - warp_max(largest));
+    const float total = warp_sum(lane() < task.splits ? weight_of_split * own[1] : 0.f);
+    memory.weights[h][lane()] = weight_of_split / total;
   }
   team_sync(team, TEAM);
 #pragma unroll 1
-  for (int i = thread; i < SHARED * DIM; i += TEAM) {
+  for (int i = thread; i < GQA_GROUP * DIM; i += TEAM) {
     const int h = i / DIM, d = i % DIM;
     float sum = 0.f;
 #pragma unroll 4
     for (int split = 0; split < task.splits; split++)
-      sum += memory.shares[h][split] * split_at(task.row, task.head, split, h)[d];
+      sum += memory.weights[h][split] * split_at(task.row, task.head, split, h)[d];
     memory.output[i] = sum;
   }
   return true;
@@ -344,7 +352,7 @@ __device__ __noinline__ void attend(int layer) {
       if (page == task.first) {
         if (!waited) wait_grid_here();
         waited = true;
-        ready_heads(memory, norms, task, layer);
+        prepare_heads(memory, norms, task, layer);
       }
       read_values(v, older, values);
       if (page == task.first) team_sync(team, TEAM);
@@ -354,10 +362,10 @@ __device__ __noinline__ void attend(int layer) {
       mix_page(memory, page, min(older + 1, PAGE), values, found);
     }
     // Not by blocks: whichever joins the splits, the numbers must be the same.
-    MixedSide next = {adapted() ? shrinker(at, task.row, 0) : Side{},
+    MixedSide next = {adapted() ? lora_a(at, task.row, 0) : LoraMatrix{},
                       low_rank(at.number + 1, task.head & (shards() - 1), task.row) + tile_row()};
 #pragma unroll
-    for (int i = 0; i < OWN_OUTPUTS; i++) next.ask(task, i, 0);
+    for (int i = 0; i < OWN_OUTPUTS; i++) next.prefetch(task, i, 0);
     put_down(memory, task, found);
     if (task.splits == 1 || join(memory, task)) set_mixed(memory, task, next);
   }

@@ -1,7 +1,14 @@
-// A block of the persistent kernel: its part of the plan, where its memory is, and how it waits for the others.
+// A block has a state, its memory, and barriers that all blocks meet at.
 //
-// What all its threads share lies in shared memory, and phases are functions of their own: the compiler would else
-// keep registers for all phases at once, and most of them in memory.
+// What all threads of a block know lies in shared memory, and phases are functions of their own. The compiler would
+// else keep registers for all phases at once, and spill most of them.
+//
+// A barrier of all blocks has two halves: `arrive_grid` says that this block's outputs are there, `wait_grid` waits
+// for those of the others. Between the two a block prefetches what the next phase needs and no phase writes: weights,
+// norms, LoRA, older keys. Blocks wait for each other, so all of them must be on the card at once (launches.rs).
+//
+// A counter that does not come far enough for some seconds (it always should) fails the step: all blocks give up, and
+// logits are NaN. A step that goes on after a plan that never came does the same at once.
 
 constexpr unsigned PATIENCE = 1u << 23;
 
@@ -12,8 +19,8 @@ struct State {
   float* logits;
   unsigned char* workspace;
   int count, row_words, most_rank;  // of the plan
-  int steps;                        // since it was told
-  bool refused;                     // told to go on, it cannot
+  int steps;                        // since the last whole plan
+  bool refused;                     // it goes on after a plan that never came
   unsigned barriers, phase;         // thread 0's
 };
 
@@ -25,8 +32,8 @@ __device__ inline int* first_tasks() { return in_shared<int>(FIRST_TASKS); }
 __device__ inline int* positions() { return in_shared<int>(POSITIONS); }
 __device__ inline unsigned char* stage(int slot) { return in_shared<unsigned char>(FIRST_STAGE) + slot * STAGE_BYTES; }
 __device__ inline uint4* inputs(int slot) { return in_shared<uint4>(FIRST_INPUTS + slot * INPUT_BYTES); }
-__device__ inline float2* sums_of(int turn, int warp) {
-  return in_shared<float2>(ALL_SUMS) + (turn * WARPS + warp) * OWN_SUMS;
+__device__ inline float2* sums_of(int buffer, int warp) {
+  return in_shared<float2>(ALL_SUMS) + (buffer * WARPS + warp) * OWN_SUMS;
 }
 __device__ inline Team& team_memory(int team) { return in_shared<Team>(FIRST_INPUTS)[team]; }
 
@@ -61,15 +68,15 @@ __device__ inline unsigned* attended() { return in_workspace<unsigned>(ATTENDED)
 __device__ inline float* hidden() { return in_workspace<float>(HIDDEN_AT); }
 __device__ inline float* squares() { return in_workspace<float>(SQUARES); }
 __device__ inline float* qkv() { return in_workspace<float>(QKV_AT); }
-// inputs of products, as `placed`
+// inputs of products, as `swizzled`
 __device__ inline bf16* normed() { return in_workspace<bf16>(NORMED); }
 __device__ inline bf16* mixed() { return in_workspace<bf16>(MIXED); }
 __device__ inline bf16* active() { return in_workspace<bf16>(ACTIVE); }
 // [rows, DIM / 2]
 __device__ inline Angle* angles() { return in_workspace<Angle>(ANGLES); }
 // [rows, kv heads, splits, heads, PARTIAL]
-__device__ inline float* split_at(int row, int head, int split, int shared) {
-  const size_t index = (((size_t)row * KV_HEADS + head) * MOST_SPLITS + split) * SHARED + shared;
+__device__ inline float* split_at(int row, int head, int split, int query) {
+  const size_t index = (((size_t)row * KV_HEADS + head) * MOST_SPLITS + split) * GQA_GROUP + query;
   return in_workspace<float>(SPLITS) + index * PARTIAL;
 }
 
@@ -115,7 +122,7 @@ __device__ inline void begin(const word* table, const word* plan, const unsigned
     for (int i = 0; i < INPUT_STAGES; i++)
       begin_barrier(&own.inputs_full[i], 1), begin_barrier(&own.inputs_empty[i], WARPS);
     for (int i = 0; i < SUMS; i++) begin_barrier(&own.summed[i], WARPS), begin_barrier(&own.taken[i], 2);
-    begin_barrier(&own.ready, 1);
+    begin_barrier(&own.inputs_ready, 1);
     fence_copies();
     if (blockIdx.x == 0) stamps()[0] = nanoseconds();
     stamp();
@@ -134,7 +141,7 @@ __device__ inline void wait_for(const unsigned* counter, unsigned target) {
   }
 }
 
-// All blocks wait for each other: this one has done its part ...
+// All blocks wait for each other: this one has done its phase ...
 __device__ __noinline__ static void arrive_grid() {
   if (TILES > 1) fence_copies();
   sync();
@@ -154,17 +161,17 @@ __device__ inline void wait_grid_here() {
 }
 __device__ __noinline__ static void wait_grid() { wait_grid_here(); }
 
-// The same, before a product: its inputs may be fetched. A call would wait for all that has been asked for.
+// The same, before a product: its inputs may be loaded. A call would wait for all loads that are under way.
 __device__ inline void wait_inputs_here() {
   wait_grid_here();
   if (TILES > 1 && threadIdx.x == 0) {
     fence_copies();
-    arrive(&signals().ready);
+    arrive(&signals().inputs_ready);
   }
 }
 __device__ __noinline__ static void wait_inputs() { wait_inputs_here(); }
 
-// By one thread: a step that went wrong has no numbers for any row.
+// By one thread: a step that went wrong has NaN in every row.
 __device__ inline void spoil_logits() {
   for (int row = 0; row < rows(); row++) state().logits[(size_t)row * VOCAB] = __uint_as_float(0x7fc00000);
 }

@@ -1,7 +1,27 @@
-// One token for each of some sequences: the whole model in one launch.
+// The fused step makes one token for each of some sequences: a whole model in one launch.
 //
-// As many blocks as the card has multiprocessors stay for all phases, with a barrier after each: a launch for
-// every phase would cost more than the phase. A product is made in units of 16 to 64 outputs for all rows.
+// A persistent kernel has as many blocks as the card has multiprocessors; they stay for all phases. A launch for each
+// phase would cost more than the phase. `|` is a barrier of all blocks:
+//
+//   embed |  [ q, k, v | attention | o | gate, up | down ] x LAYERS  | head
+//
+//   phase      reads in the workspace                writes there
+//   embed      -                                     hidden, squares, normed, angles
+//   q, k, v    normed, squares                       qkv
+//   attention  qkv, angles, and pages                mixed, and its own position in a page
+//   o          mixed, hidden                         hidden, squares, normed
+//   gate, up   normed, squares                       active = silu(gate) * up
+//   down       active, hidden                        hidden, squares, normed
+//   head       normed, squares                       logits
+//
+// Each phase also adds its outputs' x a^T for the next product (lora.cuh). In a block, with one tile of rows:
+//
+//   producer warp      [weights of all products, one behind another: it waits for free stages, never at a |]
+//   16 compute warps   [embed] | [ multiply ] | [ attend ] | [ multiply ] | ...
+//   3 epilogue warps           | [ add up the warps' sums, epilogue ] | ...
+//
+// With more tiles the compute warps run the epilogue, and a second producer brings inputs behind each |. Why: at few
+// rows a step takes as long as its weights take to arrive, so these must never stop arriving.
 
 __device__ inline float embedded(const word* weight, int id, int n) {
   const unsigned* codes = reinterpret_cast<const unsigned*>(weight[0]) + (size_t)id * (HIDDEN / 8);
@@ -16,7 +36,7 @@ __device__ inline Angle rotation_of(int at, int pair) {
   return angle_of(at, pair, DIM, reinterpret_cast<const float*>(state().table[LAYERS * LAYER_WORDS + ROTATION]));
 }
 
-template <Form FORM> __device__ __noinline__ void embed() {
+template <Specialization SPECIAL> __device__ __noinline__ void embed() {
   const Product at(-1);
   const word* weight = state().table + LAYERS * LAYER_WORDS + EMBEDDING;
   const bf16* norm = reinterpret_cast<const bf16*>(state().table[INPUT_NORM]);
@@ -29,21 +49,21 @@ template <Form FORM> __device__ __noinline__ void embed() {
     for (int tile = warp() / 2; tile * 8 < rows(); tile += WARPS / 2) {
       const int n = unit * 16 + tile_row();
       const Outputs out = {{n, n + 8}, tile * 8 + 2 * tile_column() + warp() % 2};
-      Shares<FORM, 2, 3> shares;
-      shares.ask(at, out.row, n);
+      Shrink<SPECIAL, 2, 3> shrink;
+      shrink.prefetch(at, out.row, n);
       float x0 = 0.f, x1 = 0.f;
       if (out.row < rows()) {
         int id = state().steps ? -1 - out.row : (int)(unsigned)planned(out.row)[0];
         if (id < 0) id = (int)state().sampled[-1 - id];
         x0 = embedded(weight, id, n), x1 = embedded(weight, id, n + 8);
       }
-      shares.ready(at, out.row);
-      set_hidden(at, out, HiddenPlace::of(out), x0, x1, norm[n], norm[n + 8], shares);
+      shrink.prepare(at, out.row);
+      set_hidden(at, out, HiddenPlace::of(out), x0, x1, norm[n], norm[n + 8], shrink);
     }
 }
 
 // Brings a layer's norms into the card's cache.
-__device__ inline void fetch_norms(int layer) {
+__device__ inline void prefetch_norms(int layer) {
   constexpr int LINES = (HIDDEN * 2 + 127) / 128;
 #pragma unroll 1
   for (int i = threadIdx.x; i < 2 * LINES + 4; i += THREADS) {
@@ -68,12 +88,12 @@ __device__ inline word* copy_plan() {
 // What is kept of a layer, by a warp.
 __device__ inline void keep(int layer) {
   keep_words(layer);
-  if (TILES == 1 && adapted() && layer < LAYERS) keep_pairs(layer);
+  if (TILES == 1 && adapted() && layer < LAYERS) keep_loras(layer);
 }
 
 // The first inputs, by the warps that multiply.
 __device__ inline void begin_rows() {
-  if (TILES > 1 && adapted()) keep_sides(Product(-1));
+  if (TILES > 1 && adapted()) keep_matrices(Product(-1));
   sync();
   if (warp() >= WARPS) return;
   if (adapted()) embed<ROWS_BY_LANES>();
@@ -92,19 +112,19 @@ __device__ __noinline__ void compute() {
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++) {
     const int product = layer * PRODUCTS;
-    project_adapted<Qkv, FinishQkv>(progress, normed(), product);
+    project_adapted<Qkv, QkvEpilogue>(progress, normed(), product);
     if (threadIdx.x == 0) state().plan = copied;
     if (multiplies) attend(layer);
     else wait_grid();
     if (warp() == COMPUTING - 1) keep(layer + 1);
     arrive_grid();
-    if (blockIdx.x == gridDim.x - 1 && multiplies && layer + 1 < LAYERS) fetch_norms(layer + 1);
-    project_adapted<Output, FinishHidden>(progress, mixed(), product + 1, weight<bf16>(layer, POST_NORM));
-    project_adapted<GateUp, FinishGateUp>(progress, normed(), product + 2);
+    if (blockIdx.x == gridDim.x - 1 && multiplies && layer + 1 < LAYERS) prefetch_norms(layer + 1);
+    project_adapted<Output, ResidualEpilogue>(progress, mixed(), product + 1, weight<bf16>(layer, POST_NORM));
+    project_adapted<GateUp, SwigluEpilogue>(progress, normed(), product + 2);
     const int next = layer + 1 == LAYERS ? (int)NORM : (int)INPUT_NORM;
-    project_adapted<Down, FinishHidden>(progress, active(), product + 3, weight<bf16>(layer + 1, next));
+    project_adapted<Down, ResidualEpilogue>(progress, active(), product + 3, weight<bf16>(layer + 1, next));
   }
-  project<Head>(progress, normed(), FinishHead{PRODUCTS * LAYERS});
+  project<Head>(progress, normed(), LogitsEpilogue{PRODUCTS * LAYERS});
   leave();
 }
 
@@ -115,6 +135,6 @@ __device__ inline void run() {
     return;
   }
   if (warp() < COMPUTING) compute();
-  else if (warp() == COMPUTING) fetch_all_weights();
-  else fetch_all_inputs();
+  else if (warp() == COMPUTING) produce_all_weights();
+  else produce_all_inputs();
 }

@@ -1,0 +1,191 @@
+//! What Rust and the fused kernel both know: constants, the model's table, a plan, the workspace.
+//!
+//! It stands here once. `header` prints it as C++, and that text comes before `step/layout.cuh`; the
+//! emulated kernel (`tests/cuda/run.sh`) compiles this very file and prints the same. So this module
+//! uses nothing but `std`.
+
+/// What the kernels are compiled for.
+#[derive(Clone, Copy)]
+pub struct Shape {
+    pub hidden: usize,
+    pub inner: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub dim: usize,
+    pub layers: usize,
+    pub vocab: usize,
+    pub eps: f32,
+    pub theta: f32,
+    /// of heads of q and k
+    pub qk_norm: bool,
+    pub qkv_bias: bool,
+    /// Whether frequencies are others than theta's own.
+    pub scaled: bool,
+}
+
+/// Defines constants, and lists them for `header`.
+macro_rules! constants {
+    ($($(#[$doc:meta])* $name:ident = $value:expr;)*) => {
+        $($(#[$doc])* pub const $name: usize = $value;)*
+        const CONSTANTS: &[(&str, usize)] = &[$((stringify!($name), $name)),*];
+    };
+}
+
+constants! {
+    /// of a step
+    MOST_ROWS = 256;
+    /// of a row's attention to one head of keys
+    MOST_SPLITS = 32;
+    /// of a LoRA, a multiple of 8
+    MOST_RANK = 64;
+    /// Rows that a tensor core takes at once.
+    TILE_ROWS = 8;
+    /// so many where there are more rows than one has
+    MOST_TILES = 4;
+
+    /// Warps of a block that multiply; with one tile others run the epilogue. More than 20 in all
+    /// would have fewer registers.
+    WARPS = 16;
+    EPILOGUE_WARPS_OF_ONE_TILE = 3;
+    /// Warps that bring weights, and with more tiles inputs.
+    PRODUCERS_OF_ONE_TILE = 1;
+    PRODUCERS_OF_TILES = 2;
+    /// All that a block may have: more than one on a multiprocessor is not wanted.
+    SHARED_LIMIT = 227 * 1024;
+
+    /// x a^T is added up in so many buffers, which products rotate through: a power of 2.
+    LOW_RANK_BUFFERS = 4;
+    /// of each row in a buffer: powers of 2
+    SHARDS = 2;
+    SHARDS_OF_ONE_ROW = 8;
+
+    /// Positions in a page of keys and values.
+    PAGE_POSITIONS = 64;
+
+    // A plan: words before those of the rows (their number, words of a row, highest rank, where the
+    // workspace has room for a copy), and the words of a row before its pages (id and position,
+    // adapter).
+    HEADER = 4;
+    ROW_WORDS = 2;
+    /// In the first word, where the step goes on as the last one did.
+    GOES_ON = 1 << 31;
+
+    // The model's table: addresses of each layer (0 for what it has not), of a matrix codes, then
+    // scales and biases.
+    QKV = 0;
+    O = 2;
+    GATE_UP = 4;
+    DOWN = 6;
+    INPUT_NORM = 8;
+    POST_NORM = 9;
+    Q_NORM = 10;
+    K_NORM = 11;
+    BIAS = 12;
+    LAYER_WORDS = 13;
+    // Behind all layers; of the embedding codes, scales and biases as they lie in the checkpoint.
+    HEAD = 0;
+    NORM = 2;
+    EMBEDDING = 3;
+    ROTATION = 6;
+    MODEL_WORDS = 7;
+
+    // An adapter's table: A, B, rank and scale of each linear layer.
+    LORA_QKV = 0;
+    LORA_O = 3;
+    LORA_GATE_UP = 4;
+    LORA_DOWN = 6;
+    LORA_LAYERS = 7;
+    LORA_WORDS = 3;
+
+    /// Phases of a layer that the kernel notes the time of.
+    LAYER_STAMPS = 5;
+    /// When it began and ended, in nanoseconds and in cycles, and the end of the embedding.
+    OTHER_STAMPS = 5;
+}
+
+/// The threads of a block.
+pub const fn threads(tiles: usize) -> usize {
+    let others = match tiles {
+        1 => EPILOGUE_WARPS_OF_ONE_TILE + PRODUCERS_OF_ONE_TILE,
+        _ => PRODUCERS_OF_TILES,
+    };
+    32 * (WARPS + others)
+}
+
+/// Areas of the workspace begin at multiples of so many bytes.
+const ALIGNMENT: usize = 256;
+
+impl Shape {
+    pub fn qkv_width(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.dim
+    }
+
+    /// Times that the kernel notes.
+    pub fn stamps(&self) -> usize {
+        LAYER_STAMPS * self.layers + OTHER_STAMPS
+    }
+
+    /// What attention finds in a split for one head: values, the largest score, the sum.
+    fn partial(&self) -> usize {
+        self.dim + 2
+    }
+
+    /// The areas of the workspace but for the last, which is `SPLITS`: bytes of each, in order.
+    fn areas(&self) -> [(&'static str, usize); 11] {
+        [
+            ("COUNTERS", ALIGNMENT),
+            ("STAMPS", 8 * self.stamps()),
+            ("ATTENDED", 4 * MOST_ROWS * self.kv_heads),
+            ("HIDDEN_AT", 4 * MOST_ROWS * self.hidden),
+            ("SQUARES", 4 * MOST_ROWS * (self.hidden / 16)),
+            ("QKV_AT", 4 * MOST_ROWS * self.qkv_width()),
+            ("NORMED", 2 * MOST_ROWS * self.hidden),
+            ("MIXED", 2 * MOST_ROWS * self.heads * self.dim),
+            ("ACTIVE", 2 * MOST_ROWS * self.inner),
+            ("LOW_RANK", 8 * LOW_RANK_BUFFERS * SHARDS * MOST_ROWS * 3 * MOST_RANK),
+            ("ANGLES", 4 * MOST_ROWS * self.dim),
+        ]
+    }
+
+    /// Where an area begins.
+    pub fn area(&self, name: &str) -> usize {
+        let before = self.areas().into_iter().take_while(|(other, _)| *other != name);
+        before.map(|(_, bytes)| bytes.next_multiple_of(ALIGNMENT)).sum()
+    }
+
+    /// The bytes of a workspace with room for the splits of so many rows, without a plan's copy.
+    pub fn workspace(&self, rows: usize) -> usize {
+        let splits = 4 * rows * MOST_SPLITS * self.heads * self.partial();
+        self.area("SPLITS") + splits.next_multiple_of(ALIGNMENT)
+    }
+
+    /// The model's numbers, as the kernel has them.
+    pub fn constants(&self) -> [(&'static str, usize); 12] {
+        [
+            ("HIDDEN", self.hidden),
+            ("INNER", self.inner),
+            ("HEADS", self.heads),
+            ("KV_HEADS", self.kv_heads),
+            ("DIM", self.dim),
+            ("LAYERS", self.layers),
+            ("VOCAB", self.vocab),
+            ("EPS_BITS", self.eps.to_bits() as usize),
+            ("THETA_BITS", self.theta.to_bits() as usize),
+            ("QK_NORM", usize::from(self.qk_norm)),
+            ("QKV_BIAS", usize::from(self.qkv_bias)),
+            ("SCALED", usize::from(self.scaled)),
+        ]
+    }
+}
+
+/// C++ that defines all of this for a model.
+pub fn header(shape: &Shape) -> String {
+    let shared = CONSTANTS.iter().copied().chain([("PARTIAL", shape.partial())]);
+    let constants = shape.constants().into_iter().chain(shared).map(|(name, value)| {
+        let kind = if value < GOES_ON { "int" } else { "unsigned" };
+        format!("constexpr {kind} {name} = {value};\n")
+    });
+    let names = shape.areas().map(|(name, _)| name).into_iter().chain(["SPLITS"]);
+    let areas = names.map(|name| format!("constexpr size_t {name} = {};\n", shape.area(name)));
+    constants.chain(areas).collect()
+}
