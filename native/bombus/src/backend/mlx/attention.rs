@@ -119,7 +119,8 @@ impl Attention {
         let [q, k, v] = qkv;
         let [q, k, v] = [heads(q)?, heads(k)?, heads(v)?];
         let (Some([q_norm, k_norm]), Some(norm)) = (&self.norms, self.spec.qk_norm) else {
-            return Ok([q, k, v]);
+            // MLX 0.32.2 rotates slices wrongly on an H200: q and k lie in one array with v.
+            return Ok([q.contiguous()?, k.contiguous()?, v]);
         };
         let q = fast::rms_norm(q, Some(q_norm), norm.eps)?;
         let k = fast::rms_norm(k, Some(k_norm), norm.eps)?;
