@@ -6,11 +6,14 @@
 mod attention;
 mod device;
 mod linear;
+mod lora;
+mod matrix;
 pub mod quantize;
 mod sample;
 
 pub use device::{Device, gpu_available, memory, synchronize};
-pub use linear::{Linear, Lora};
+pub use linear::Linear;
+pub use lora::Lora;
 pub use sample::Samples;
 
 use super::{Adapted, AttentionWeights, Backend, LinearWeights};
@@ -152,7 +155,7 @@ impl Backend for Mlx {
     ) -> Result<Array> {
         let ids = token_ids(tokens, previous.map(|samples| &samples.ids))?;
         let embedded = embedding.take(&ids)?;
-        linear::apply_loras(embedded, 0, loras, |rows, lora, embedded| {
+        lora::apply_loras(embedded, 0, loras, |rows, lora, embedded| {
             lora.embed(&arrays::rows(&ids, rows)?, embedded)
         })
     }
@@ -160,7 +163,7 @@ impl Backend for Mlx {
     fn project(&self, linear: &Linear, x: &Array, loras: &[LoraRows<Self>]) -> Result<Vec<Array>> {
         let outputs = linear.apply(x)?.into_iter().enumerate();
         let add = |(index, y)| {
-            linear::apply_loras(y, index, loras, |rows, lora, y| {
+            lora::apply_loras(y, index, loras, |rows, lora, y| {
                 let x = arrays::rows(x, rows)?;
                 match lora.is_dora() {
                     true => self.apply_dora(linear, index, &x, lora, y),
