@@ -19,9 +19,15 @@ defmodule Bombus.Adapter do
           ref: reference()
         }
 
+  @behaviour Bombus.Handle
+
   @derive {Inspect, except: [:ref]}
   @enforce_keys [:ref, :rank, :scale]
   defstruct [:name, :format, :rank, :scale, :ref]
+
+  @doc false
+  @impl Bombus.Handle
+  def handle, do: {:adapter, "an adapter", "Bombus.load_adapter/2"}
 
   @doc false
   def from_native({ref, format, rank, scale, _warnings}, name) do

@@ -51,9 +51,15 @@ defmodule Bombus.Model do
   @type quantization ::
           :int2 | :int3 | :int4 | :int5 | :int6 | :int8 | [bits: 2..8, group_size: 32 | 64 | 128]
 
+  @behaviour Bombus.Handle
+
   @derive {Inspect, only: [:name, :spec, :quantization, :device]}
   @enforce_keys [:ref, :name, :spec, :quantization, :device, :max_batch_size, :generation_config]
   defstruct @enforce_keys
+
+  @doc false
+  @impl Bombus.Handle
+  def handle, do: {:model, "a model", "Bombus.load_model/2"}
 
   @doc false
   def from_native({ref, native}, name) do

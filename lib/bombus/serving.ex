@@ -137,6 +137,7 @@ defmodule Bombus.Serving do
   """
 
   alias Bombus.{Error, Model, Native, Tokenizer}
+  alias Bombus.Tokenizer.Messages
 
   alias Bombus.Serving.{
     Batch,
@@ -145,8 +146,8 @@ defmodule Bombus.Serving do
     Deadline,
     Input,
     Loader,
-    Messages,
     Options,
+    Remote,
     Request,
     Requests,
     Server
@@ -373,11 +374,13 @@ defmodule Bombus.Serving do
   @spec child_spec(keyword()) :: Supervisor.child_spec()
   def child_spec(options) do
     Loader.check!(options)
+    serving = options[:serving]
+    if serving != nil, do: serving!(serving, "new/3")
     drain = Keyword.get(options, :drain, 0)
 
     %{
       id: options[:name],
-      start: {Server, :start_link, [Loader.hide_tokens(options)]},
+      start: {Server, :start_link, [&__MODULE__.new/3, Loader.hide_tokens(options)]},
       # With time for the answers to those who are cancelled.
       shutdown: if(drain == :infinity, do: :infinity, else: drain + 5_000)
     }
@@ -386,8 +389,8 @@ defmodule Bombus.Serving do
   @doc "Starts a named serving; see `child_spec/1` for the options."
   @spec start_link(keyword()) :: GenServer.on_start()
   def start_link(options) do
-    %{start: {Server, :start_link, [options]}} = child_spec(options)
-    Server.start_link(options)
+    %{start: {Server, :start_link, arguments}} = child_spec(options)
+    apply(Server, :start_link, arguments)
   end
 
   defp serving!(%__MODULE__{model: model} = serving, _other_function) do
@@ -442,7 +445,7 @@ defmodule Bombus.Serving do
 
   defp start(serving, input, server, begun) do
     with {:ok, input} <- input,
-         do: Request.start(serving, input, server, deadline: deadline(input, begun))
+         do: Remote.start(serving, input, server, deadline: deadline(input, begun))
   end
 
   defp deadline({_prompt, options}, begun), do: Deadline.new(options.timeout, begun)

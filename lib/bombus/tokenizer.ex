@@ -1,10 +1,10 @@
 defmodule Bombus.Tokenizer do
   alias Bombus.{Error, Native, Options}
-  alias Bombus.Serving.Messages
+  alias Bombus.Tokenizer.Messages
 
   @template_options [
     template_options: [
-      type: {:custom, {Bombus.Serving.Options, :check_template_options}},
+      type: {:custom, {Messages, :check_options}},
       default: %{},
       doc: "what the chat template takes, such as `%{enable_thinking: false}`"
     ]
@@ -88,9 +88,15 @@ defmodule Bombus.Tokenizer do
   @typedoc "A role, a content, and what else the chat template takes."
   @type message :: %{optional(atom() | String.t()) => term()}
 
+  @behaviour Bombus.Handle
+
   @derive {Inspect, except: [:ref]}
   @enforce_keys [:ref, :vocab_size, :chat_template?]
   defstruct [:bos_token, :eos_token, template_options: []] ++ @enforce_keys
+
+  @doc false
+  @impl Bombus.Handle
+  def handle, do: {:tokenizer, "a tokenizer", "Bombus.load_tokenizer/2"}
 
   @doc """
   The token ids of a text, as it stands: no chat template is applied.

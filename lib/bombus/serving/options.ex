@@ -3,7 +3,7 @@ defmodule Bombus.Serving.Options do
   # The options of a serving and of a request: checked here, before anything reaches Rust.
 
   alias Bombus.{Adapter, Model, Options}
-  alias Bombus.Serving.Messages
+  alias Bombus.Tokenizer.Messages
 
   @most 0x7FFFFFFF
 
@@ -109,7 +109,7 @@ defmodule Bombus.Serving.Options do
       doc: "`false` completes a string as it stands"
     ],
     template_options: [
-      type: {:custom, {__MODULE__, :check_template_options}},
+      type: {:custom, {Messages, :check_options}},
       default: %{},
       doc: """
       what the chat template takes, such as `%{enable_thinking: false}`: names that it knows
@@ -298,28 +298,6 @@ defmodule Bombus.Serving.Options do
   end
 
   def check_adapter(_other), do: {:error, "made by Bombus.load_adapter/2, or nil"}
-
-  @doc false
-  def check_template_options(options) do
-    if is_non_struct_map(options) or Keyword.keyword?(options),
-      do: template_options(Map.new(options)),
-      else: {:error, "a map or a keyword list"}
-  end
-
-  defp template_options(options) do
-    name = options[:chat_template] || options["chat_template"]
-
-    cond do
-      not Messages.options?(options) ->
-        {:error, "names and values as in JSON"}
-
-      not (is_atom(name) or is_binary(name)) ->
-        {:error, "names and values, :chat_template the name of a template"}
-
-      true ->
-        {:ok, options}
-    end
-  end
 
   @doc false
   def check_compile(nil), do: {:ok, []}
