@@ -30,10 +30,14 @@ defmodule Bombus do
 
   alias Bombus.{Adapter, Error, Hub, Model, Native, Options, Source, Telemetry, Tokenizer}
 
-  @type source :: Source.t()
-
-  @type adapter_option ::
-          {:scale, number() | nil} | {:on_progress, (Hub.progress() -> term()) | nil}
+  @typedoc "Where the files of a model, a tokenizer or an adapter are: see \"Sources\" above."
+  @type source ::
+          :demo
+          | {:demo, String.t()}
+          | {:local, Path.t()}
+          | {:hf, Hub.id()}
+          | {:hf, Hub.id(), [Hub.option()]}
+          | Path.t()
 
   @save_model [
     overwrite: [
@@ -50,6 +54,7 @@ defmodule Bombus do
   @load_adapter [
     scale: [
       type: {:custom, {Adapter, :scale}},
+      type_spec: quote(do: number()),
       doc: "takes the place of what `adapter_config.json` says, for every module"
     ],
     on_progress: Hub.Options.on_progress()
@@ -65,11 +70,38 @@ defmodule Bombus do
     adapter: [type: {:handle, Adapter}, doc: "an adapter to score with", by_default: "none"],
     timeout: [
       type: {:or, [{:in, [:infinity]}, {:integer, 0..0xFFFFFFFF}]},
+      type_spec: quote(do: timeout()),
       expected: "milliseconds, :infinity or nil",
       by_default: "none",
       doc: "after how many milliseconds it ends with the error `:timeout`"
     ]
   ]
+
+  @typedoc "An option of `load_adapter/2`."
+  @type adapter_option :: unquote(Options.Spec.option(@load_adapter))
+
+  @typedoc "An option of `load_tokenizer/2`."
+  @type tokenizer_option :: unquote(Options.Spec.option(@load_tokenizer))
+
+  @typedoc "An option of `save_model/3`."
+  @type save_option :: unquote(Options.Spec.option(@save_model))
+
+  @typedoc "An option of `score/3`."
+  @type score_option :: unquote(Options.Spec.option(@score))
+
+  @typedoc "An option of `unload/2`."
+  @type unload_option :: unquote(Options.Spec.option(@unload))
+
+  @typedoc "What is in use: see `memory_info/0`."
+  @type memory_info :: %{
+          active: non_neg_integer(),
+          cached: non_neg_integer(),
+          peak: non_neg_integer(),
+          kv: non_neg_integer(),
+          models: non_neg_integer(),
+          adapters: non_neg_integer(),
+          sequences: non_neg_integer()
+        }
 
   @doc """
   Loads a model: a folder with `config.json` and safetensors, dense or in MLX's format.
@@ -101,10 +133,10 @@ defmodule Bombus do
       with {:ok, path} <- Source.resolve(source, :model, options[:on_progress]),
            native = Model.Options.native(options),
            {:ok, loaded} <- Native.await(&Native.load_model(path, native, &1)),
-           {_ref, %{warnings: warnings}} = loaded,
-           model = Model.from_native(loaded, Source.name(source)),
+           name = Source.name(source),
+           model = Model.from_native(loaded, name),
            :ok <- check_quantization(model, options[:quantization]) do
-        Enum.each(warnings, &Logger.warning(&1))
+        loaded |> elem(1) |> Model.warnings(name) |> Enum.each(&Logger.warning(&1))
         Telemetry.watch(model)
         {:ok, model}
       end
@@ -133,7 +165,7 @@ defmodule Bombus do
       {:ok, model} = Bombus.load_model({:local, "models/Qwen3-0.6B"}, quantization: :int4)
       :ok = Bombus.save_model(model, "models/Qwen3-0.6B-4bit")
   """
-  @spec save_model(Model.t(), Path.t(), overwrite: boolean()) :: :ok | {:error, Error.t()}
+  @spec save_model(Model.t(), Path.t(), [save_option()]) :: :ok | {:error, Error.t()}
   def save_model(model, path, options \\ []) do
     model = Options.handle!(model, Model)
     options = Options.validate!(options, @save_model, "Bombus.save_model/3")
@@ -204,7 +236,7 @@ defmodule Bombus do
 
       {:ok, tokenizer} = Bombus.load_tokenizer({:local, "models/Qwen3-8B-MLX-4bit"})
   """
-  @spec load_tokenizer(source(), on_progress: (Hub.progress() -> term()) | nil) ::
+  @spec load_tokenizer(source(), [tokenizer_option()]) ::
           {:ok, Tokenizer.t()} | {:error, Error.t()}
   def load_tokenizer(source, options \\ []) do
     options = Options.validate!(options, @load_tokenizer, "Bombus.load_tokenizer/2")
@@ -220,7 +252,7 @@ defmodule Bombus do
   end
 
   @doc "As `load_tokenizer/2`, but returns the tokenizer or raises."
-  @spec load_tokenizer!(source(), on_progress: (Hub.progress() -> term()) | nil) :: Tokenizer.t()
+  @spec load_tokenizer!(source(), [tokenizer_option()]) :: Tokenizer.t()
   def load_tokenizer!(source, options \\ []), do: Error.unwrap!(load_tokenizer(source, options))
 
   @doc """
@@ -235,10 +267,8 @@ defmodule Bombus do
 
       {:ok, logprobs} = Bombus.score(model, [1, 15, 27], adapter: adapter)
   """
-  @spec score(Model.t(), [non_neg_integer()],
-          adapter: Adapter.t() | nil,
-          timeout: timeout() | nil
-        ) :: {:ok, [float()]} | {:error, Error.t()}
+  @spec score(Model.t(), [Tokenizer.token_id()], [score_option()]) ::
+          {:ok, [float()]} | {:error, Error.t()}
   def score(model, token_ids, options \\ []) do
     model = Options.handle!(model, Model)
     options = Options.validate!(options, @score, "Bombus.score/3")
@@ -273,7 +303,7 @@ defmodule Bombus do
       :ok = Bombus.unload(model)
       {:error, %Bombus.Error{reason: :unloaded}} = Bombus.score(model, [1, 15, 27])
   """
-  @spec unload(Model.t() | Tokenizer.t() | Adapter.t(), cancel: boolean()) :: :ok
+  @spec unload(Model.t() | Tokenizer.t() | Adapter.t(), [unload_option()]) :: :ok
   def unload(loaded, options \\ [])
 
   def unload(%kind{} = loaded, options) when kind in [Model, Tokenizer, Adapter] do
@@ -307,7 +337,7 @@ defmodule Bombus do
     * `:kv` - bytes in the KV caches of running sequences, without what they share with those
     * `:models`, `:adapters`, `:sequences` - how many are alive
   """
-  @spec memory_info() :: %{atom() => non_neg_integer()}
+  @spec memory_info() :: memory_info()
   def memory_info, do: Native.memory_info() |> Error.from_native() |> Error.unwrap!()
 
   defp check_quantization(_model, nil), do: :ok

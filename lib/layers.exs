@@ -7,6 +7,7 @@
   Bombus.Native,
   Bombus.Handle,
   Bombus.Hub.Token,
+  Bombus.Options.Spec,
   Bombus.Options.Unknown,
   Bombus.Options,
 
@@ -28,8 +29,8 @@
   Bombus.Tokenizer.Messages,
   Bombus.Tokenizer,
   Bombus.Adapter,
-  Bombus.Model,
   Bombus.Model.Options,
+  Bombus.Model,
   Bombus.Telemetry,
   Bombus,
 

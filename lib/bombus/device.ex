@@ -13,6 +13,7 @@ defmodule Bombus.Device do
     [
       device: [
         type: {:custom, {__MODULE__, :check}},
+        type_spec: quote(do: :auto | :gpu | :cpu | {:mlx, :cpu}),
         by_default: "`:auto`",
         doc: """
         what the model runs on:
@@ -28,6 +29,7 @@ defmodule Bombus.Device do
       ],
       backend: [
         type: {:custom, {__MODULE__, :check_backend}},
+        type_spec: quote(do: module() | {module(), keyword()}),
         doc: """
         as in Bumblebee: `{module, device: device}`. Bombus computes itself, so only the device counts
         (or EXLA's `client: :host` and `client: :cuda`). A backend of Nx alone, such as `EXLA.Backend`,

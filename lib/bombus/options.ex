@@ -17,10 +17,12 @@ defmodule Bombus.Options do
   #   * `:expected` - what a message says of the value, in place of the type's words
   #   * `:doc` - what it does; an option with `doc: false` is not listed
   #   * `:by_default` - the default in words, where its value does not say enough
+  #   * `:type_spec` - the quoted typespec of the value, where the type does not say enough: it stands
+  #     in the docs, and in the types that `Bombus.Options.Spec` makes of a table
 
   alias Bombus.Handle
   alias Bombus.Hub.Token
-  alias Bombus.Options.Unknown
+  alias Bombus.Options.{Spec, Unknown}
 
   @typedoc """
   What a value may be. A `:custom` function returns `{:ok, value}` or `{:error, expected}`, or
@@ -243,9 +245,9 @@ defmodule Bombus.Options do
   end
 
   defp line(name, doc, entry) do
-    required = if entry[:required], do: " (required)", else: ""
+    required = if entry[:required], do: ", required", else: ""
     text = doc |> String.trim() |> with_default(default(entry)) |> String.replace("\n", "\n    ")
-    "  * `#{inspect(name)}`#{required} - #{text}\n"
+    "  * `#{inspect(name)}` (`#{Spec.text(entry)}`#{required}) - #{text}\n"
   end
 
   # It stands before a list of values.

@@ -78,11 +78,9 @@ defmodule Bombus.Serving do
   For a serving, and for each request in its map:
 
   #{Bombus.Options.docs(Bombus.Serving.Options.schema())}
-  For a serving alone:
+  For a serving alone, and within the limits of its model:
 
-    * `:max_batch_size`, `:max_queue`, `:prefill_chunk` - as in `Bombus.load_model/2`, for the requests
-      of this serving within the model's limits; none by default
-
+  #{Bombus.Options.docs(Bombus.Serving.Options.limits())}
   Penalties, biases and filters apply in this order: repetition penalty, presence and frequency
   penalty, logit bias, temperature, top_k, top_p, min_p. Defaults come from the repository's
   `generation_config.json`; its temperature, top_p, top_k and min_p count where it says `do_sample`.
@@ -137,6 +135,7 @@ defmodule Bombus.Serving do
   """
 
   alias Bombus.{Error, Model, Native, Tokenizer}
+  alias Bombus.Options.Spec
   alias Bombus.Tokenizer.Messages
 
   alias Bombus.Serving.{
@@ -153,40 +152,73 @@ defmodule Bombus.Serving do
     Server
   }
 
+  @typedoc "A serving: plain data, made by `new/3`."
   @type t :: %__MODULE__{
           model: Model.t(),
           tokenizer: Tokenizer.t() | nil,
-          options: map(),
-          limits: map(),
+          options: %{atom() => term()},
+          limits: %{atom() => pos_integer() | nil},
           group: reference() | nil,
-          name: term()
+          name: GenServer.name() | nil
         }
+
+  @typedoc "An option of `new/3`."
+  @type option :: unquote(Spec.option(Options.schema() ++ Options.limits()))
+
+  @typedoc "An option of a serving in a supervision tree: see `child_spec/1`."
+  @type child_option :: unquote(Spec.option(Loader.everything()))
+
   @typedoc """
-  A string, or a map with one of `:text`, `:messages` and `:token_ids`, and options beside it; names
-  may be strings.
+  What a request begins with: a string, or a map with one of `:text`, `:messages` and `:token_ids`, and
+  options beside it. Names may be strings, as in a map that was JSON.
   """
-  @type input :: String.t() | %{optional(atom() | String.t()) => term()}
+  @type input ::
+          String.t() | text_input() | chat_input() | token_input() | %{String.t() => term()}
 
-  @type result :: %{
-          results: [
-            %{
-              required(:text) => String.t() | nil,
-              required(:token_ids) => [non_neg_integer()],
-              required(:finish_reason) => :stop | :length | :cancelled,
-              required(:unfinished_thinking) => boolean(),
-              required(:token_summary) => %{
-                input: non_neg_integer(),
-                cached: non_neg_integer(),
-                output: non_neg_integer(),
-                padding: 0
-              },
-              optional(:logprobs) => [
-                %{token_id: non_neg_integer(), logprob: float(), top: [map()]}
-              ]
-            }
-          ]
+  @type text_input :: unquote(Spec.map([text: quote(do: String.t())], Options.schema()))
+  @type chat_input ::
+          unquote(Spec.map([messages: quote(do: [Tokenizer.message()])], Options.schema()))
+  @type token_input ::
+          unquote(Spec.map([token_ids: quote(do: [Tokenizer.token_id()])], Options.schema()))
+
+  @typedoc "What ends a text: a string or a token id."
+  @type stop :: String.t() | Tokenizer.token_id()
+
+  @typedoc "What a request answers: see \"Results\" above."
+  @type result :: %{results: [entry()]}
+
+  @type entry :: %{
+          required(:text) => String.t() | nil,
+          required(:token_ids) => [Tokenizer.token_id()],
+          required(:finish_reason) => finish_reason(),
+          required(:unfinished_thinking) => boolean(),
+          required(:token_summary) => token_summary(),
+          optional(:logprobs) => [token_logprobs()]
         }
 
+  @type finish_reason :: :stop | :length | :cancelled
+
+  @type token_summary :: %{
+          input: non_neg_integer(),
+          cached: non_neg_integer(),
+          output: non_neg_integer(),
+          padding: 0
+        }
+
+  @typedoc "The log-probability of a token, and of those that the model found most probable."
+  @type token_logprobs :: %{
+          token_id: Tokenizer.token_id(),
+          logprob: float(),
+          top: [%{token_id: Tokenizer.token_id(), logprob: float()}]
+        }
+
+  @typedoc "A result, or what went wrong at run time."
+  @type answer :: result() | {:error, Error.t()}
+
+  @typedoc "An element of a stream: a text, without a tokenizer a token id; at the end with `:stream_done` the result."
+  @type chunk :: String.t() | Tokenizer.token_id() | {:done, result()}
+
+  @typedoc "See `status/1`."
   @type status :: %{
           state: :loading | :ready | {:failed, Error.t()},
           progress: Bombus.Hub.progress() | nil,
@@ -203,12 +235,12 @@ defmodule Bombus.Serving do
   Without a tokenizer (`nil`) only token ids go in and come out. Nothing is started: a serving is
   plain data.
   """
-  @spec new(Model.t(), Tokenizer.t() | nil, keyword()) :: t()
+  @spec new(Model.t(), Tokenizer.t() | nil, [option()]) :: t()
   def new(model, tokenizer, options \\ []) do
     model = Bombus.Options.handle!(model, Model)
-    table = Model.Options.limits() ++ Options.schema()
+    table = Options.limits() ++ Options.schema()
     options = Bombus.Options.given!(options, table, "Bombus.Serving.new/3")
-    {limits, options} = Keyword.split(options, Keyword.keys(Model.Options.limits()))
+    {limits, options} = Keyword.split(options, Keyword.keys(Options.limits()))
     tokenizer = tokenizer!(tokenizer)
     Messages.options_known!(options[:template_options] || %{}, tokenizer)
     narrower? = Enum.any?(limits, fn {_key, limit} -> limit end)
@@ -233,11 +265,11 @@ defmodule Bombus.Serving do
   is too long (`:prompt_too_long`). `Bombus.Tokenizer.count/2` says beforehand how long one is.
   """
   @spec run(t(), input() | [input()]) ::
-          result() | {:error, Error.t()} | [result() | {:error, Error.t()}] | Enumerable.t()
+          answer() | [answer()] | Enumerable.t(chunk())
   def run(serving, input), do: run_with(serving!(serving, "batched_run/2"), input, nil)
 
   @doc "As `run/2`, but raises what goes wrong."
-  @spec run!(t(), input() | [input()]) :: result() | [result()] | Enumerable.t()
+  @spec run!(t(), input() | [input()]) :: result() | [result()] | Enumerable.t(chunk())
   def run!(serving, input), do: raise_errors(run(serving, input))
 
   @doc """
@@ -254,7 +286,7 @@ defmodule Bombus.Serving do
 
   `serving` is a serving, or the name of one in a supervision tree.
   """
-  @spec stream(t() | GenServer.server(), input()) :: Enumerable.t()
+  @spec stream(t() | GenServer.server(), input()) :: Enumerable.t(chunk())
   def stream(%__MODULE__{} = serving, input),
     do: Chunks.stream(serving!(serving, "stream/2"), Input.normalize!(input, serving), nil)
 
@@ -270,7 +302,7 @@ defmodule Bombus.Serving do
   Runs an input, or a list of inputs, on a serving in a supervision tree. Returns what `run/2` does.
   """
   @spec batched_run(GenServer.server(), input() | [input()]) ::
-          result() | {:error, Error.t()} | [result() | {:error, Error.t()}] | Enumerable.t()
+          answer() | [answer()] | Enumerable.t(chunk())
   def batched_run(%__MODULE__{}, _input) do
     raise ArgumentError, "expected the name of a serving; a serving itself goes to run/2"
   end
@@ -371,7 +403,7 @@ defmodule Bombus.Serving do
   With a model go the options of `new/3`, whose `:adapter` may be a source, and with the source of a
   model those of `Bombus.load_model/2`.
   """
-  @spec child_spec(keyword()) :: Supervisor.child_spec()
+  @spec child_spec([child_option()]) :: Supervisor.child_spec()
   def child_spec(options) do
     Loader.check!(options)
     serving = options[:serving]
@@ -387,7 +419,7 @@ defmodule Bombus.Serving do
   end
 
   @doc "Starts a named serving; see `child_spec/1` for the options."
-  @spec start_link(keyword()) :: GenServer.on_start()
+  @spec start_link([child_option()]) :: GenServer.on_start()
   def start_link(options) do
     %{start: {Server, :start_link, arguments}} = child_spec(options)
     apply(Server, :start_link, arguments)

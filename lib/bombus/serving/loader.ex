@@ -13,22 +13,36 @@ defmodule Bombus.Serving.Loader do
   @type new :: (Model.t(), Tokenizer.t() | nil, keyword() -> Bombus.Serving.t())
 
   @what "a child {Bombus.Serving, options}"
-  @serving [serving: [doc: "made by `Bombus.Serving.new/3`"]]
+  @serving [
+    serving: [
+      type_spec: quote(do: Bombus.Serving.t()),
+      doc: "made by `Bombus.Serving.new/3`; then no model is given"
+    ]
+  ]
   @model [
-    model: [doc: "a model, or the source of one, which is loaded when the process starts"],
+    model: [
+      type_spec: quote(do: Bombus.Model.t() | Bombus.source()),
+      doc: "a model, or the source of one, which is loaded when the process has started"
+    ],
     tokenizer: [
+      type_spec: quote(do: Bombus.Tokenizer.t() | Bombus.source()),
       by_default: "the source of the model; required beside a model that is loaded",
-      doc: "a tokenizer, a source, or `nil`"
+      doc: "a tokenizer, a source, or `nil` for none"
     ]
   ]
   @own [
-    name: [doc: "the name to call it by, any that a `GenServer` takes; required"],
+    name: [
+      required: true,
+      type_spec: quote(do: GenServer.name()),
+      doc: "the name to call it by"
+    ],
     drain: [
       type: {:custom, {__MODULE__, :check_drain}},
+      type_spec: quote(do: timeout()),
       default: 0,
       doc: """
-      how many milliseconds requests may go on when the process is told to stop, or `:infinity`;
-      meanwhile new ones are refused. With 0 all are cancelled
+      how many milliseconds requests may go on when the process is told to stop. Meanwhile new ones
+      are refused. With 0 all are cancelled
       """
     ]
   ]
@@ -81,16 +95,19 @@ defmodule Bombus.Serving.Loader do
   defp table!(_serving, _model, _options),
     do: raise(ArgumentError, "expected :serving or :model, got both")
 
-  defp everything do
+  @doc "All options that a child may have."
+  def everything do
     load = Model.Options.schema()
     # Of a model that is loaded for one serving it is the same.
     own = Keyword.drop(Options.schema(), Keyword.keys(load))
     schema() ++ load ++ sources(own)
   end
 
+  @adapter quote(do: Bombus.Adapter.t() | Bombus.source())
+
   # An adapter may be a source too.
   defp sources(table),
-    do: Keyword.replace!(table, :adapter, type: :any, doc: table[:adapter][:doc])
+    do: Keyword.update!(table, :adapter, &Keyword.merge(&1, type: :any, type_spec: @adapter))
 
   defp name!(nil), do: raise(ArgumentError, "expected :name among the options of a serving")
   defp name!(name) when is_atom(name), do: :ok
