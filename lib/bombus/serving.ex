@@ -30,32 +30,33 @@ defmodule Bombus.Serving do
       Bombus.Serving.batched_run({MyLLM, :"llm@host"}, "Write a post about coffee")
       Bombus.Serving.stream({MyLLM, :"llm@host"}, "Write a post about coffee")
 
-  All of a model's requests share its limits (see `Bombus.load_model/2`): so many sequences run
-  together, so many requests wait, first come, first served, and one more is answered with
-  `{:error, %Bombus.Error{reason: :overloaded}}` at once. A serving may have narrower ones of its own.
+  All of a model's requests share its limits (see `Bombus.load_model/2`): `:max_batch_size` sequences run
+  together, `:max_queue` requests wait, first come, first served. One more is answered with
+  `{:error, %Bombus.Error{reason: :overloaded}}` at once. A serving may have narrower limits of its own.
 
   ## Loading
 
-  A serving with the source of a model starts at once, and loads it afterwards: the start of an
-  application waits for no load and no download. `status/1` says how far it is, `await_ready/2` waits for
-  it. So do callers, for as long as their `:timeout` says and 60 s by default; then they get
-  `{:error, %Bombus.Error{reason: :loading}}`.
+  A serving with the source of a model starts at once and loads the model afterwards, so that the start
+  of an application waits for no load and no download. `status/1` says how far the load is, and
+  `await_ready/2` waits for it. Callers wait too, for as long as their `:timeout` says, or 60 s by
+  default. Then they get `{:error, %Bombus.Error{reason: :loading}}`.
 
-  Where the load fails, callers get its error, and it is tried again after 1, 2, 4, ... seconds, at most
-  a minute apart. The process lives on meanwhile: a Hub that is down or a file that is missing does
-  not use up the restarts of a supervisor. It is loaded anew as well where its files change in place:
-  requests that meet the change end with `:io`.
+  When a load fails, callers get its error, and the load is tried again after 1, 2, 4, ... seconds, at
+  most a minute apart. The process lives on meanwhile: a Hub that is down or a file that is missing does
+  not use up the restarts of a supervisor. The model is also loaded again when its files change in
+  place; requests that meet the change end with `:io`.
 
-  A serving or model that is given is ready at once, and cannot be loaded anew: where its files change,
-  or `Bombus.unload/2` has freed it, its status stays `{:failed, error}`. An adapter that does not fit it fails the start.
+  A serving whose model is given is ready at once, and cannot load it again. When the model's files
+  change, or `Bombus.unload/2` frees the model, the tokenizer or the adapter, its status stays
+  `{:failed, error}`. An adapter that does not fit its model fails the start.
 
   ## Time
 
-  A request takes as long as it takes, unless it has a `:timeout`, in milliseconds. That counts from the
-  call: the wait for a model that loads, the queue, the prompt and the text; for a list from the call
-  too, for a stream from its first element on, with the time of its reader. Then it ends with
-  `{:error, %Bombus.Error{reason: :timeout}}`, and its place is free. A step that has begun is finished
-  first. `cancel/1` ends the requests of another process, and keeps what there is so far.
+  A request has no time limit unless it has a `:timeout`, in milliseconds. The time counts from the call
+  (of a stream, from when it is first read): it includes the wait for a model that loads, the queue, the
+  prompt, the text, and in a stream the time of its reader. When it is over, the step that has begun is
+  finished, the request ends with `{:error, %Bombus.Error{reason: :timeout}}`, and its place is free.
+  `cancel/1` ends the requests of another process, and keeps what there is so far.
 
   ## Inputs
 
@@ -65,13 +66,14 @@ defmodule Bombus.Serving do
     * `%{messages: [%{role: "user", content: "..."}]}` - a conversation, with options beside it
     * `%{token_ids: ids}` - token ids as they are, with options beside it
 
-  A message's content is a string, or a list of parts that are texts, `%{type: "text", text: "..."}`. Either
-  way it reaches the chat template in a form that the template shows: where it reads parts only, as
-  those of vision-language models do, a string becomes a list of one; where it takes texts only, the
-  parts are joined. A list goes as it is to a template that takes both.
+  A message's content is a string, or a list of parts that are texts, `%{type: "text", text: "..."}`. The
+  chat template gets the form that it can show. Where it reads only parts, as templates of
+  vision-language models do, a string becomes a list of one part. Where it reads only texts, the parts
+  are joined. A template that reads both gets the content as it is.
 
-  A list of inputs gives a list of results, in its order. As many run at once as fill the model's batch
-  twice; the others wait in the calling process, so that a list may be longer than the queue.
+  A list of inputs gives a list of results, in the same order. Twice as many as the model's batch holds
+  are sent to the engine at once; the others wait in the calling process, so that a list may be longer
+  than the queue.
 
   ## Options
 
@@ -82,9 +84,11 @@ defmodule Bombus.Serving do
 
   #{Bombus.Options.docs(Bombus.Serving.Options.limits())}
   Penalties, biases and filters apply in this order: repetition penalty, presence and frequency
-  penalty, logit bias, temperature, top_k, top_p, min_p. Defaults come from the repository's
-  `generation_config.json`; its temperature, top_p, top_k and min_p count where it says `do_sample`.
-  Otherwise generation is greedy.
+  penalty, logit bias, temperature, top_k, top_p, min_p.
+
+  The repository's `generation_config.json` comes before the defaults above: its `repetition_penalty`, and
+  where it says `do_sample` also its `temperature`, `top_p`, `top_k` and `min_p`. Otherwise generation is
+  greedy.
 
   ## Errors
 
@@ -98,40 +102,45 @@ defmodule Bombus.Serving do
     * `:timeout` - it took longer than its `:timeout`
     * `:overloaded` - the queue is full
     * `:unsupported` - its node has another version of Bombus
-    * that of a load that has failed
+    * the reason of a load that has failed
 
   What the caller's code got wrong raises `ArgumentError`: an unknown option, a value out of range, an
-  input that is none, a token id outside the vocabulary. What a visitor may have typed does not:
-  an empty text, one that is not UTF-8, or one that is too long is `{:error, %Bombus.Error{}}` with
-  `:bad_request` or `:prompt_too_long`, in a list of inputs in its place, and raised by a stream. So
-  is all that happens at run time.
+  input of the wrong form, a token id outside the vocabulary. What a visitor may have typed wrongly is an
+  error at run time: an empty text or one that is not UTF-8 (`:bad_request`), or one that is too long
+  (`:prompt_too_long`). Errors at run time are returned, for a list of inputs in the list of results, and
+  raised by streams.
 
   ## Results
 
-  A map as Bumblebee's. Each entry of `:results` has `:text` (`nil` without a tokenizer),
-  `:token_ids` (without the token that ended the text), `:token_summary` (`:input` tokens, of which
-  `:cached` were not computed again, `:output` and `:padding`, which is 0), with `:logprobs` a list of
-  `%{token_id: id, logprob: ln p, top: [%{token_id: id, logprob: ln p}]}` (the model's own, before all of
-  the options above, as `Bombus.score/3` has them), `:unfinished_thinking` (whether the text ended in the middle of the
-  model's thinking, between `<think>` and `</think>`: then it holds no answer; give more
-  `:max_new_tokens`, or `template_options: %{enable_thinking: false}` where the template knows it), and
-  `:finish_reason`:
+  A result is a map as Bumblebee's. Each entry of `:results` has
 
-    * `:stop` - the model ended the text, or a stop string was found
-    * `:length` - `:max_new_tokens`, or the end of the context
-    * `:cancelled` - the request was cancelled
+    * `:text` - `nil` without a tokenizer
+    * `:token_ids` - without the token that ended the text
+    * `:token_summary` - `:input` tokens, of which `:cached` were not computed again, `:output` tokens, and
+      `:padding`, which is 0
+    * `:finish_reason` - `:stop` where the model ended the text or a stop string was found, `:length` at
+      `:max_new_tokens` or the end of the context, `:cancelled` where the request was cancelled
+    * `:unfinished_thinking` - whether the text ended in the middle of the model's thinking, between
+      `<think>` and `</think>`. Then it holds no answer: give more `:max_new_tokens`, or
+      `template_options: %{enable_thinking: false}` where the template knows it
+    * `:logprobs`, where the option is given - a list of
+      `%{token_id: id, logprob: ln p, top: [%{token_id: id, logprob: ln p}]}`. These are the model's own, before
+      all of the options above, as `Bombus.score/3` has them
 
   ## The same answer, alone or in a crowd
 
-  What a request answers depends on its own input, options and seed, and not on what else runs. What
-  remains is float arithmetic: alone, in a batch, and behind a beginning that is cached, sums are added
-  up in another order. On `:cpu` that moves a token's log-probability by less than 0.0001 in a float32
-  checkpoint, and by less than 0.005 with 16-bit numbers, where keys and values are kept in f16 (the
-  tests hold it to that; they see 0.00001 and 0.0015). Two tokens that are closer than this may change
-  places. On MLX's CPU device it moves nothing. On an NVIDIA card (an H100) products are rounded to the
-  checkpoint's numbers, in a prompt its logits too: it moves log-probabilities by less than 0.0001 in
-  float32, 0.04 in float16 and 0.15 in bfloat16 (seen: 0.000004, 0.02 and 0.06; mlx-lm's own move as far
-  there, 0.018 in float16). On a Mac it has not been measured.
+  What a request answers depends on its own input, options and seed, and not on what else runs. Only
+  rounding differs: alone, in a batch and after a cached beginning, numbers are added up in another
+  order. This moves a token's log-probability, and two tokens that are closer than that may change
+  places:
+
+    * on `:cpu` by less than 0.0001 in a float32 checkpoint, and by less than 0.005 in one with 16-bit
+      numbers, where keys and values are kept in f16 (bounds of the tests; seen: 0.00001 and 0.0015)
+    * on MLX's CPU device not at all
+    * on an NVIDIA card (an H100) by less than 0.0001 in float32, 0.04 in float16 and 0.15 in bfloat16,
+      since products are rounded to the checkpoint's type, and in a prompt the logits too (seen: 0.000004,
+      0.02 and 0.06; mlx-lm's own move by 0.018 in float16 there)
+    * on a Mac it has not been measured
   """
 
   alias Bombus.{Error, Model, Native, Tokenizer}
@@ -280,9 +289,9 @@ defmodule Bombus.Serving do
   cancels the request, and so does the death of the process. What goes wrong is raised as a
   `Bombus.Error`, a prompt that is too long (`:prompt_too_long`) too.
 
-  A stream whose reader is slower than the model holds nobody up: #{Chunks.window()} chunks lie in the reader's
-  mailbox at most. What is generated beyond them comes as one longer chunk, of as many tokens again at most;
-  then the sequence waits, and its place in the batch is another's until the reader goes on.
+  A reader that is slower than the model holds nobody up. At most #{Chunks.window()} chunks lie in its mailbox. What is
+  generated beyond them comes as one longer chunk, of at most as many tokens again. Then the sequence
+  leaves the batch, which another request may use, until the reader goes on.
 
   `serving` is a serving, or the name of one in a supervision tree.
   """

@@ -63,11 +63,11 @@ defmodule Bombus.Tokenizer do
 
   ## Files
 
-  A folder with `tokenizer.json`, or with the `vocab.json` and `merges.txt` of Qwen2's or GPT-2's
-  tokenizer. Special tokens come from `tokenizer_config.json`, `special_tokens_map.json` and
-  `added_tokens.json`, as in transformers; chat templates from `chat_template.jinja` and, by their
-  names, from at most 100 files `additional_chat_templates/*.jinja`. A `truncation` or `padding` in `tokenizer.json` does not
-  count.
+  A folder has `tokenizer.json`, or the `vocab.json` and `merges.txt` of a tokenizer of Qwen2's or GPT-2's
+  kind. Special tokens come from `tokenizer_config.json`, `special_tokens_map.json` and
+  `added_tokens.json`, as in transformers. Chat templates come from `tokenizer_config.json`, from
+  `chat_template.jinja`, and by their names from at most 100 files `additional_chat_templates/*.jinja`,
+  which are downloaded too. `truncation` and `padding` in `tokenizer.json` are not applied.
 
   ## Errors
 

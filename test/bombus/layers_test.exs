@@ -29,6 +29,7 @@ defmodule Bombus.LayersTest do
       alias Fourth.Fifth
       alias Sixth.Seventh, as: Other
       @spec fun(Only.A.Type.t()) :: term()
+      @table [one: [type_spec: quote(do: Only.A.Type.t())]]
       def fun(%Second{}), do: {Fifth, Other.call(&Third.Deeper.fun/1), Alone.call()}
     end
     """

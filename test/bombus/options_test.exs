@@ -135,7 +135,7 @@ defmodule Bombus.OptionsTest do
   end
 
   defp names({:|, _, types}), do: Enum.flat_map(types, &names/1)
-  defp names({name, _type}), do: [name]
+  defp names({:{}, _, [name, _type]}), do: [name]
 
   # One of each function that takes options.
   defp takers do

@@ -1,7 +1,7 @@
 defmodule Bombus.ModuleUses do
   @moduledoc false
   # Which modules a source names, read from its syntax tree: in full, by an alias, or in a group of
-  # aliases. Types do not count: they call nothing.
+  # aliases. Types do not count, nor those in a table of options: they call nothing.
 
   @types [:spec, :type, :typep, :opaque, :callback, :macrocallback]
 
@@ -15,6 +15,8 @@ defmodule Bombus.ModuleUses do
   end
 
   defp name({:@, _, [{type, _, _}]}, found) when type in @types, do: {nil, found}
+
+  defp name({:type_spec, _type}, found), do: {nil, found}
 
   defp name({:alias, _, [{{:., _, [{_, _, base}, :{}]}, _, group}]}, {aliases, names}) do
     group = for {:__aliases__, _, parts} <- group, do: base ++ parts

@@ -58,7 +58,11 @@ defmodule Bombus.Options.Spec do
 
   defp either(types) do
     types
+    |> Enum.flat_map(&alternatives/1)
     |> Enum.reverse()
     |> Enum.reduce(fn type, rest -> quote(do: unquote(type) | unquote(rest)) end)
   end
+
+  defp alternatives({:|, _, types}), do: Enum.flat_map(types, &alternatives/1)
+  defp alternatives(type), do: [type]
 end

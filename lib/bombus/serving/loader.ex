@@ -103,11 +103,11 @@ defmodule Bombus.Serving.Loader do
     schema() ++ load ++ sources(own)
   end
 
-  @adapter quote(do: Bombus.Adapter.t() | Bombus.source())
-
   # An adapter may be a source too.
-  defp sources(table),
-    do: Keyword.update!(table, :adapter, &Keyword.merge(&1, type: :any, type_spec: @adapter))
+  defp sources(table) do
+    source = [type: :any, type_spec: quote(do: Bombus.Adapter.t() | Bombus.source())]
+    Keyword.update!(table, :adapter, &Keyword.merge(&1, source))
+  end
 
   defp name!(nil), do: raise(ArgumentError, "expected :name among the options of a serving")
   defp name!(name) when is_atom(name), do: :ok

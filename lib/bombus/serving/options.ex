@@ -17,8 +17,8 @@ defmodule Bombus.Serving.Options do
       type: {:integer, 0..@most},
       default: 0,
       doc: """
-      neither the model's own end of a text nor a token of `:stop` comes before there are so many;
-      another stop string may. At most `:max_new_tokens`
+      before there are so many tokens, neither the model's own end of a text nor a token of `:stop` ends
+      it; another stop string may. At most `:max_new_tokens`
       """
     ],
     max_context: [
@@ -96,7 +96,7 @@ defmodule Bombus.Serving.Options do
       default: [],
       doc: """
       what ends the text, and is not part of it, such as
-      `["\n\n", "<|im_end|>", 151645]`. A string that is one special token of the tokenizer is that
+      `["\\n\\n", "<|im_end|>", 151645]`. A string that is one special token of the tokenizer is that
       token, as in mlx_lm.server. Strings need a tokenizer. At most 1024, and 64 KiB of strings. A
       charlist is a list of numbers and no text: two or more that are all ASCII are refused beside a
       tokenizer
@@ -119,11 +119,12 @@ defmodule Bombus.Serving.Options do
       default: %{},
       doc: """
       what the chat template takes, such as `%{enable_thinking: false}`: names that it knows
-      (`tokenizer.template_options`), and what every template has: `tools` (a list of maps or keyword
-      lists, or JSON text) and `documents` where it names them, `add_generation_prompt: false`,
-      `continue_final_message: true` (or a field's name: the text goes on in the last message),
-      `chat_template` (the name of one where there are several). Lists of pairs keep their order, maps
-      have that of OpenAI's documents
+      (`tokenizer.template_options`), and what every template takes: `add_generation_prompt: false`,
+      `continue_final_message: true` (or a field's name: the text goes on in the last message) and
+      `chat_template` (the name of one where there are several). Where the template names them, `tools`
+      are a list of maps or keyword lists, or JSON text, and `documents` a list of maps. Lists of pairs
+      keep their order; maps have the order of OpenAI's documents. Whole numbers are exact within 128
+      bits, and values may be nested 120 deep
       """
     ],
     timeout: [

@@ -128,10 +128,10 @@ defmodule Bombus.Training.LoRA do
   ## Options
 
   #{Options.docs(:train)}
-  A training that makes things worse still ends with `{:ok, path}`: where the loss of rows that were
-  trained with has grown, a warning is logged and stands in the last event of `monitor_training/2`. It
-  is nearly always too high a `:learning_rate`. The same goes for rows that were cut off, and for
-  iterations that are too few for a single step (`:grad_accumulation`).
+  A training that makes things worse still ends with `{:ok, path}`. When the loss of the rows that it
+  trained with has grown, a warning is logged, and stands in the last event of `monitor_training/2`. The
+  cause is nearly always too high a `:learning_rate`. There are such warnings too for rows that were cut
+  off, and for iterations that are too few for a single step (`:grad_accumulation`).
 
   ## Errors
 
