@@ -12,8 +12,10 @@ defmodule Bombus.MixProject do
       compilers: Mix.compilers() ++ [:bombus_native],
       elixirc_paths: elixirc_paths(Mix.env()),
       start_permanent: Mix.env() == :prod,
-      description: "4-bit MLX language models with LoRA adapters, in any Elixir app",
+      name: "Bombus",
+      description: "Quantized language models with LoRA adapters, in any Elixir app",
       package: package(),
+      docs: docs(),
       deps: deps()
     ]
   end
@@ -22,7 +24,11 @@ defmodule Bombus.MixProject do
   # project's own builds) Mix could not even look at them.
   defp deps do
     if Code.ensure_loaded?(Hex),
-      do: [{:nx, "~> 0.10", optional: true}, {:telemetry, "~> 1.0", optional: true}],
+      do: [
+        {:nx, "~> 0.10", optional: true},
+        {:telemetry, "~> 1.0", optional: true},
+        {:ex_doc, "~> 0.40", only: :dev, runtime: false}
+      ],
       else: []
   end
 
@@ -40,9 +46,42 @@ defmodule Bombus.MixProject do
   defp package do
     [
       licenses: ["Apache-2.0"],
+      links: %{
+        "Changelog" => "https://hexdocs.pm/bombus/changelog.html",
+        "MLX" => "https://github.com/ml-explore/mlx"
+      },
       files:
         ~w(lib native/Cargo.toml native/Cargo.lock native/bombus native/bombus_nif
                 native/jinja native/xtask priv/models priv/python guides config mix.exs README.md CHANGELOG.md LICENSE)
+    ]
+  end
+
+  # For `mix docs`, where there is ex_doc.
+  defp docs do
+    [
+      main: "readme",
+      source_ref: "v#{@version}",
+      extra_section: "GUIDES",
+      extras: [
+        "README.md",
+        "guides/serving.md",
+        "guides/fine_tuning.md",
+        "guides/bumblebee.md",
+        {"bench/README.md", filename: "measurements", title: "Measurements"},
+        {"scripts/demo_model/README.md", filename: "demo_model", title: "The demo model"},
+        "CHANGELOG.md"
+      ],
+      groups_for_extras: [
+        Guides: ~r"^guides/",
+        About: ["bench/README.md", "scripts/demo_model/README.md", "CHANGELOG.md"]
+      ],
+      groups_for_modules: [
+        Loading: [Bombus, Bombus.Model, Bombus.Tokenizer, Bombus.Adapter, Bombus.Hub],
+        "Generating text": [Bombus.Serving, Bombus.Text, Bombus.Telemetry],
+        Training: [Bombus.Training.LoRA],
+        Tensors: [Bombus.Tensor, Bombus.Safetensors, Bombus.Quantization],
+        Exceptions: [Bombus.Error]
+      ]
     ]
   end
 end

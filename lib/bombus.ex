@@ -14,43 +14,47 @@ defmodule Bombus do
   A source says where the files are:
 
     * `{:local, path}` - a folder; a bare string is one too
-    * `:demo` - the model that ships with this package, and `{:demo, name}` its adapters
-    * `{:hf, "owner/name"}` or `{:hf, "owner/name", options}` - the Hugging Face Hub: see
-      `Bombus.Hub` for the options, the cache and the errors. What takes a source from there takes
-      `:on_progress` too, a function that hears of the download
+    * `:demo` - the model that ships with this package; `{:demo, name}` is one of its adapters
+    * `{:hf, "owner/name"}` or `{:hf, "owner/name", options}` - a repository of the Hugging Face Hub.
+      `Bombus.Hub` documents the options, the cache and the errors
 
   ## Errors
 
-  Errors for data, raises for code: what the world did, or a visitor typed, comes back as
-  `{:error, %Bombus.Error{}}`; what the caller's code got wrong raises `ArgumentError`, which says what
-  was expected. Every `load_x` has a `load_x!`, which raises both.
+  What goes wrong at run time, and what a visitor typed wrongly, comes back as
+  `{:error, %Bombus.Error{}}`. What the caller's code got wrong raises `ArgumentError`, which says what
+  was expected. Every `load_x` has a `load_x!`, which raises in both cases.
   """
 
   require Logger
 
   alias Bombus.{Adapter, Error, Hub, Model, Native, Options, Source, Telemetry, Tokenizer}
 
-  @type source :: Source.t()
-
-  @type adapter_option ::
-          {:scale, number() | nil} | {:on_progress, (Hub.progress() -> term()) | nil}
+  @typedoc "Where the files of a model, a tokenizer or an adapter are: see \"Sources\" above."
+  @type source ::
+          :demo
+          | {:demo, String.t()}
+          | {:local, Path.t()}
+          | {:hf, Hub.id()}
+          | {:hf, Hub.id(), [Hub.option()]}
+          | Path.t()
 
   @save_model [
     overwrite: [
       type: :boolean,
       default: false,
-      doc:
-        "true puts the model in the place of another one that is in the folder: files that would be " <>
-          "taken for the new model's go (its weights, configuration, tokenizer and templates), others " <>
-          "stay. Without it such files, and those that would be replaced, are " <>
-          "`{:error, %Bombus.Error{reason: :already_there}}`"
+      doc: """
+      `true` replaces a model that is in the folder. Its weights, configuration, tokenizer and templates
+      are removed where the new model has none of that name; other files stay. With `false` a folder
+      with such files is `{:error, %Bombus.Error{reason: :already_there}}`
+      """
     ]
   ]
   @load_tokenizer [on_progress: Hub.Options.on_progress()]
   @load_adapter [
     scale: [
       type: {:custom, {Adapter, :scale}},
-      doc: "takes the place of what `adapter_config.json` says, for every module"
+      type_spec: quote(do: number()),
+      doc: "the scale of every module, in place of what `adapter_config.json` says"
     ],
     on_progress: Hub.Options.on_progress()
   ]
@@ -58,30 +62,65 @@ defmodule Bombus do
     cancel: [
       type: :boolean,
       default: false,
-      doc: "of a model or an adapter: whether requests that run or wait are cancelled"
+      doc: "`true` cancels the requests of a model or an adapter; without effect for a tokenizer"
     ]
   ]
   @score [
     adapter: [type: {:handle, Adapter}, doc: "an adapter to score with", by_default: "none"],
     timeout: [
       type: {:or, [{:in, [:infinity]}, {:integer, 0..0xFFFFFFFF}]},
+      type_spec: quote(do: timeout()),
       expected: "milliseconds, :infinity or nil",
       by_default: "none",
-      doc: "after how many milliseconds it ends with the error `:timeout`"
+      doc: "after how many milliseconds the call ends with the error `:timeout`"
     ]
   ]
+
+  @typedoc "An option of `load_adapter/2`."
+  @type adapter_option :: unquote(Options.Spec.option(@load_adapter))
+
+  @typedoc "An option of `load_tokenizer/2`."
+  @type tokenizer_option :: unquote(Options.Spec.option(@load_tokenizer))
+
+  @typedoc "An option of `save_model/3`."
+  @type save_option :: unquote(Options.Spec.option(@save_model))
+
+  @typedoc "An option of `score/3`."
+  @type score_option :: unquote(Options.Spec.option(@score))
+
+  @typedoc "An option of `unload/2`."
+  @type unload_option :: unquote(Options.Spec.option(@unload))
+
+  @typedoc "What is in use: see `memory_info/0`."
+  @type memory_info :: %{
+          active: non_neg_integer(),
+          cached: non_neg_integer(),
+          peak: non_neg_integer(),
+          kv: non_neg_integer(),
+          models: non_neg_integer(),
+          adapters: non_neg_integer(),
+          sequences: non_neg_integer()
+        }
 
   @doc """
   Loads a model: a folder with `config.json` and safetensors, dense or in MLX's format.
 
-  AWQ's and GPTQ's 4 bits are brought into MLX's format while they are loaded, with the same numbers, through
-  a file in the system's folder for temporary files, where there must be room for it; `save_model/3` keeps it.
-  (Groups of 32, 64 or 128 consecutive inputs; not `desc_act`.) Of several files `model*.safetensors` those
-  are taken that are a whole model, whatever an index says that is left from before.
+  The families are `qwen3`, `qwen2`, `llama` and `mistral`, with rope as it is or scaled (`linear`,
+  `dynamic`, `llama3`, `yarn`).
 
-  What changes the arithmetic and is not computed here is refused by its name (`hidden_act`, `attention_bias`,
-  a sliding window within the context). What of `generation_config.json` would change a text and is not
-  followed (`suppress_tokens`, `bad_words_ids`, ...) is said in the log.
+  A checkpoint of AWQ or GPTQ in 4 bits is converted into MLX's format while it is loaded, with the same
+  numbers. (It may have groups of 32, 64 or 128 consecutive inputs, and no `desc_act`.) The result goes
+  through a file in the system's folder for temporary files, which must have room for it; `save_model/3`
+  keeps it. Where a folder has several files `model*.safetensors`, those that form a whole model are
+  taken, also where an index from before says otherwise.
+
+  What would change the arithmetic and is not computed here is `:unsupported`, and the message names it:
+  a `hidden_act` other than `silu`, `attention_bias` in a Qwen3, a sliding window within the context.
+  Fields of `generation_config.json` that would change a text and are not followed (`suppress_tokens`,
+  `bad_words_ids`, ...) are logged, and so are `eos` ids outside the vocabulary.
+
+  On an NVIDIA card one kernel serves most models in 4 bits. Where it does not, the steps go layer by
+  layer, which is slower; a warning says why, and so does `model.spec.fallback`.
 
   ## Options
 
@@ -101,10 +140,10 @@ defmodule Bombus do
       with {:ok, path} <- Source.resolve(source, :model, options[:on_progress]),
            native = Model.Options.native(options),
            {:ok, loaded} <- Native.await(&Native.load_model(path, native, &1)),
-           {_ref, %{warnings: warnings}} = loaded,
-           model = Model.from_native(loaded, Source.name(source)),
+           name = Source.name(source),
+           model = Model.from_native(loaded, name),
            :ok <- check_quantization(model, options[:quantization]) do
-        Enum.each(warnings, &Logger.warning(&1))
+        loaded |> elem(1) |> Model.warnings(name) |> Enum.each(&Logger.warning(&1))
         Telemetry.watch(model)
         {:ok, model}
       end
@@ -116,12 +155,13 @@ defmodule Bombus do
   def load_model!(source, options \\ []), do: Error.unwrap!(load_model(source, options))
 
   @doc """
-  Writes the checkpoint of a model to a folder, in MLX's format: quantized where loading did that, as MLX
-  has it where it was AWQ's or GPTQ's. mlx-lm reads what is there too. The tokenizer and all other files of
-  the source go along, but for weights in other formats.
+  Writes the checkpoint of a model to a folder, in MLX's format, which mlx-lm reads too. A model that was
+  quantized or converted while it was loaded is saved so. The tokenizer and all other files of the source
+  are copied, except weights in other formats.
 
-  All or nothing: the files are written beside their places and renamed when all of them are whole. The
-  files of the model's source must still be there, and are never written to, not by links either.
+  The files are written beside their places, and renamed when all of them are whole: the folder has the
+  whole model, or nothing of it. The files of the model's source must still be there. They are never
+  written to, not through links either.
 
   ## Options
 
@@ -133,7 +173,7 @@ defmodule Bombus do
       {:ok, model} = Bombus.load_model({:local, "models/Qwen3-0.6B"}, quantization: :int4)
       :ok = Bombus.save_model(model, "models/Qwen3-0.6B-4bit")
   """
-  @spec save_model(Model.t(), Path.t(), overwrite: boolean()) :: :ok | {:error, Error.t()}
+  @spec save_model(Model.t(), Path.t(), [save_option()]) :: :ok | {:error, Error.t()}
   def save_model(model, path, options \\ []) do
     model = Options.handle!(model, Model)
     options = Options.validate!(options, @save_model, "Bombus.save_model/3")
@@ -156,18 +196,18 @@ defmodule Bombus do
   The path of a file of tensors works too, with `adapter_config.json` beside it: the checkpoint of
   a training (`0000100_adapters.safetensors`).
 
-  An adapter is bound to a model when it is first used with it. Every tensor must then find its
-  module with the right shape: else the answer is an error that lists the first that do not.
+  An adapter is bound to a model when it is first used with it. Every tensor must then belong to a module
+  of the model and have the right shape. If not, the error lists the first that do not.
 
-  The configuration says which modules are adapted. Of others, PEFT leaves the tensors out, and so does
-  Bombus, with a warning in the log (`target_modules`, `exclude_modules`, `layers_to_transform`); mlx-lm
-  refuses such an adapter, and it does not fit here either (`num_layers`, `keys`).
+  The configuration says which modules are adapted. Tensors of other modules are treated as by the
+  library that made the adapter. PEFT leaves them out, and so does Bombus, with a warning in the log
+  (`target_modules`, `exclude_modules`, `layers_to_transform`). mlx-lm refuses such an adapter, and so
+  does Bombus (`num_layers`, `keys`).
 
-  What would change the arithmetic and is not known here is refused with `reason: :unsupported`, and
-  the message says what to do: adapters that PEFT made with a changed base model
-  (`init_lora_weights` of PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ), `modules_to_save`, trained biases,
-  kinds other than LoRA and DoRA. A configuration may have null where a flag is not set, and 4.0
-  for 4.
+  What would change the arithmetic and is not computed here is `:unsupported`, and the message says what
+  to do: adapters that PEFT made with a changed base model (`init_lora_weights` of PiSSA, OLoRA, CorDA,
+  LoRA-GA or LoftQ), `modules_to_save`, trained biases, and kinds other than LoRA and DoRA. A
+  configuration may have null for a flag that is not set, and 4.0 for 4.
 
   ## Options
 
@@ -204,7 +244,7 @@ defmodule Bombus do
 
       {:ok, tokenizer} = Bombus.load_tokenizer({:local, "models/Qwen3-8B-MLX-4bit"})
   """
-  @spec load_tokenizer(source(), on_progress: (Hub.progress() -> term()) | nil) ::
+  @spec load_tokenizer(source(), [tokenizer_option()]) ::
           {:ok, Tokenizer.t()} | {:error, Error.t()}
   def load_tokenizer(source, options \\ []) do
     options = Options.validate!(options, @load_tokenizer, "Bombus.load_tokenizer/2")
@@ -220,13 +260,13 @@ defmodule Bombus do
   end
 
   @doc "As `load_tokenizer/2`, but returns the tokenizer or raises."
-  @spec load_tokenizer!(source(), on_progress: (Hub.progress() -> term()) | nil) :: Tokenizer.t()
+  @spec load_tokenizer!(source(), [tokenizer_option()]) :: Tokenizer.t()
   def load_tokenizer!(source, options \\ []), do: Error.unwrap!(load_tokenizer(source, options))
 
   @doc """
   The log-probabilities of a text, given as token ids: `ln p(token i | the tokens before it)`.
 
-  For `n` ids there are `n - 1` numbers (floats, at most 0), since nothing comes before the first.
+  For `n` ids there are `n - 1` numbers, since nothing comes before the first. Each is at most 0.
 
   ## Options
 
@@ -235,10 +275,8 @@ defmodule Bombus do
 
       {:ok, logprobs} = Bombus.score(model, [1, 15, 27], adapter: adapter)
   """
-  @spec score(Model.t(), [non_neg_integer()],
-          adapter: Adapter.t() | nil,
-          timeout: timeout() | nil
-        ) :: {:ok, [float()]} | {:error, Error.t()}
+  @spec score(Model.t(), [Tokenizer.token_id()], [score_option()]) ::
+          {:ok, [float()]} | {:error, Error.t()}
   def score(model, token_ids, options \\ []) do
     model = Options.handle!(model, Model)
     options = Options.validate!(options, @score, "Bombus.score/3")
@@ -250,19 +288,19 @@ defmodule Bombus do
   end
 
   @doc """
-  Frees the memory of a model, a tokenizer or an adapter now, though its struct is still held.
+  Frees the memory of a model, a tokenizer or an adapter now, while its struct is still held.
 
-  Without it, memory is given back once no process holds the struct any more and its memory has been
-  collected, which for a process that does little may take long.
+  Without it, the memory is freed once no process holds the struct any more and the garbage collector
+  has seen that. In a process that does little this may take long.
 
-    * a model - requests that run or wait end first, and `:ok` is the answer when its memory is given
-      back. `cancel: true` ends them at once instead: those for text with the reason `:cancelled`,
-      those for scores with the error `:stopped`
-    * an adapter - the same for the requests with it; those without it go on
-    * a tokenizer - `:ok` is the answer at once; requests with it keep it until they end
+    * a model - requests that run or wait end first; `:ok` comes back when the memory is freed. With
+      `cancel: true` they end at once: those for text with the finish reason `:cancelled`, those for
+      scores with the error `:stopped`
+    * an adapter - the same for the requests that use it; others go on
+    * a tokenizer - `:ok` comes back at once; requests that use it keep it until they end
 
-  Later requests with it get `{:error, %Bombus.Error{reason: :unloaded}}`. What is unloaded already
-  is `:ok`.
+  Later requests that use it get `{:error, %Bombus.Error{reason: :unloaded}}`. To unload it again is
+  `:ok`.
 
   ## Options
 
@@ -273,7 +311,7 @@ defmodule Bombus do
       :ok = Bombus.unload(model)
       {:error, %Bombus.Error{reason: :unloaded}} = Bombus.score(model, [1, 15, 27])
   """
-  @spec unload(Model.t() | Tokenizer.t() | Adapter.t(), cancel: boolean()) :: :ok
+  @spec unload(Model.t() | Tokenizer.t() | Adapter.t(), [unload_option()]) :: :ok
   def unload(loaded, options \\ [])
 
   def unload(%kind{} = loaded, options) when kind in [Model, Tokenizer, Adapter] do
@@ -300,14 +338,15 @@ defmodule Bombus do
   @doc """
   What is in use, in the whole VM.
 
-    * `:active`, `:cached`, `:peak` - bytes that MLX holds for arrays, keeps for the next ones, and
-      has held at most; with what the CPU backend holds in weights (mapped from their files),
-      adapters and caches. The keys and values of finished sequences that are kept for others
-      (`:prefix_cache`) are `:cached`, and not `:active`
-    * `:kv` - bytes in the KV caches of running sequences, without what they share with those
+    * `:active` - bytes in weights, adapters and caches that are in use: MLX's arrays, and what the CPU
+      backend holds (its weights are mapped from their files)
+    * `:cached` - bytes that are kept for later: memory that MLX keeps for its next arrays, and the keys
+      and values of finished sequences (`:prefix_cache`)
+    * `:peak` - the most bytes that were active at once
+    * `:kv` - bytes in the KV caches of running sequences, without what they share with the prefix cache
     * `:models`, `:adapters`, `:sequences` - how many are alive
   """
-  @spec memory_info() :: %{atom() => non_neg_integer()}
+  @spec memory_info() :: memory_info()
   def memory_info, do: Native.memory_info() |> Error.from_native() |> Error.unwrap!()
 
   defp check_quantization(_model, nil), do: :ok

@@ -4,11 +4,11 @@ defmodule Bombus.Adapter do
 
     * `:name` - what its source is called: an id, a folder, or the name of a demo adapter
     * `:format` - `:mlx_lm` or `:peft`
-    * `:rank` - the rank of its pairs (of most, where they differ)
-    * `:scale` - what their product is multiplied with (of most, where they differ)
+    * `:rank` - the rank of its matrices; where modules differ, that of most of them
+    * `:scale` - what their product is multiplied by; where modules differ, that of most of them
 
-  It is read without a model, and bound to one when it is first used with it: only then does it
-  show whether it fits. Many sequences with different adapters run in one batch.
+  It is read without a model, and bound to one when it is first used with it. Only then can an error
+  say that it does not fit. Many sequences with different adapters run in one batch.
   """
 
   @type t :: %__MODULE__{
@@ -19,9 +19,15 @@ defmodule Bombus.Adapter do
           ref: reference()
         }
 
+  @behaviour Bombus.Handle
+
   @derive {Inspect, except: [:ref]}
   @enforce_keys [:ref, :rank, :scale]
   defstruct [:name, :format, :rank, :scale, :ref]
+
+  @doc false
+  @impl Bombus.Handle
+  def handle, do: {:adapter, "an adapter", "Bombus.load_adapter/2"}
 
   @doc false
   def from_native({ref, format, rank, scale, _warnings}, name) do

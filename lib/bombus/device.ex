@@ -13,6 +13,7 @@ defmodule Bombus.Device do
     [
       device: [
         type: {:custom, {__MODULE__, :check}},
+        type_spec: quote(do: :auto | :gpu | :cpu | {:mlx, :cpu}),
         by_default: "`:auto`",
         doc: """
         what the model runs on:
@@ -28,10 +29,11 @@ defmodule Bombus.Device do
       ],
       backend: [
         type: {:custom, {__MODULE__, :check_backend}},
+        type_spec: quote(do: module() | {module(), keyword()}),
         doc: """
-        as in Bumblebee: `{module, device: device}`. Bombus computes itself, so only the
-        device counts (or EXLA's `client: :host` and `client: :cuda`); a module alone means `:auto`,
-        with a warning
+        as in Bumblebee: `{module, device: device}`. Bombus computes itself, so only the device counts
+        (or EXLA's `client: :host` and `client: :cuda`). A backend of Nx alone, such as `EXLA.Backend`,
+        names no device: the model runs on `device: :auto`, and a warning in the log says so
         """
       ]
     ]
@@ -77,6 +79,8 @@ defmodule Bombus.Device do
 
   defp named(name), do: if(name =~ ~r/:\d+$/, do: @one, else: @gpu)
 
+  @own "Bombus computes itself: write device: :gpu or :cpu"
+
   @doc false
   # -> the device of a backend
   def check_backend({module, options}) when is_atom(module) and is_list(options) do
@@ -89,17 +93,21 @@ defmodule Bombus.Device do
   end
 
   def check_backend(module) when is_atom(module) do
-    if backend?(module) do
-      warn(module)
-      {:ok, :auto}
-    else
-      {:error, "{module, device: device}", "Bombus computes itself: write device: :gpu or :cpu"}
+    cond do
+      known?(module) ->
+        warn(module)
+        {:ok, :auto}
+
+      backend?(module) ->
+        {:error, "a backend of Nx, or {module, device: device}",
+         "Bombus computes itself, and knows no backend of this name: write device: :gpu or :cpu"}
+
+      true ->
+        {:error, "{module, device: device}", @own}
     end
   end
 
-  def check_backend(_other) do
-    {:error, "{module, device: device}", "Bombus computes itself: write device: :gpu or :cpu"}
-  end
+  def check_backend(_other), do: {:error, "{module, device: device}", @own}
 
   defp of_options(module, options) do
     case {options[:device], options[:client]} do
@@ -126,6 +134,15 @@ defmodule Bombus.Device do
       {:error, expected} -> {:error, "a backend whose :device is #{expected}"}
       {:error, expected, hint} -> {:error, "a backend whose :device is #{expected}", hint}
     end
+  end
+
+  @backends [EXLA.Backend, EMLX.Backend, Torchx.Backend, Nx.BinaryBackend]
+
+  # Those that Bumblebee's users have; others are asked where they are loaded.
+  defp known?(module) do
+    module in @backends or
+      (backend?(module) and Code.ensure_loaded?(module) and
+         Nx.Backend in Keyword.get(module.module_info(:attributes), :behaviour, []))
   end
 
   # EXLA.Backend, EMLX.Backend; not :cuda or true.

@@ -4,21 +4,24 @@ defmodule Bombus.Error do
 
   `:reason` is one of
 
-    * `:not_found`, `:io` - a file is missing, or cannot be read
-    * `:already_there` - a model, or files of one, are in the folder where one was to be saved, see
-      `Bombus.save_model/3`
+    * `:not_found`, `:io` - a file is missing, or cannot be read; a link that leads nowhere is `:io`, and
+      the message names the link and its target
+    * `:already_there` - the folder where a model is to be saved, or an adapter is to be trained, has one:
+      see the option `:overwrite`
     * `:disk_full` - there is no room for a file that is written
     * `:bad_config`, `:bad_checkpoint`, `:bad_tokenizer`, `:bad_adapter` - a file is not what it
       should be; the message names file, tensor or field
     * `:unsupported` - the file is fine, but Bombus cannot use it
     * `:quantization_mismatch` - the checkpoint is quantized already, and not as `:quantization` says
     * `:no_gpu` - `device: :gpu` where MLX finds none, or is not built in
-    * `:bad_request`, `:prompt_too_long` - of a text that somebody typed: it is empty, not UTF-8, refused
-      by the chat template, or longer than the context
+    * `:bad_request`, `:prompt_too_long` - a text that somebody typed is empty, not UTF-8, refused by the
+      chat template, or longer than the context
     * `:revision_not_found`, `:gated`, `:unauthorized`, `:rate_limited`, `:server_error`, `:no_network`,
-      `:offline`, `:disk_full`, `:bad_download`, `:busy` - of the Hub: see `Bombus.Hub`
+      `:offline`, `:bad_download`, `:busy` - the Hub did not give a file: see `Bombus.Hub`
     * `:overloaded` - the queue is full
-    * those of a training: see `Bombus.Training.LoRA.train/1`
+    * `:python_missing`, `:mlx_lm_missing`, `:bad_training_data`, `:too_few_rows`, `:no_valid_content`,
+      `:already_done`, `:loss_is_nan`, `:training_failed`, `:training_killed`, `:cancelled` - a training
+      did not end well: see `Bombus.Training.LoRA.train/1`
     * `:timeout` - the request did not end within its `:timeout`
     * `:unloaded` - the model, tokenizer or adapter was freed by `Bombus.unload/2`
     * `:not_running`, `:no_connection` - there is no serving of that name, or no connection to its node
@@ -27,9 +30,12 @@ defmodule Bombus.Error do
     * `:out_of_memory` - there is none for the prompt's keys and values, or for a step
     * `:backend`, `:panic` - a step failed, and with it all sequences in it; the engine serves on
 
-  What the caller wrote wrongly raises `ArgumentError` instead.
+  A message quotes at most 400 characters of a piece of text from outside, and has at most 3,000 in all.
+
+  What the caller's code got wrong raises `ArgumentError` instead.
   """
 
+  @typedoc "What kind of fault it is: see above."
   @type reason ::
           :already_done
           | :already_there
@@ -74,6 +80,7 @@ defmodule Bombus.Error do
           | :unloaded
           | :unsupported
 
+  @typedoc "An error at run time, returned in `{:error, error}` or raised."
   @type t :: %__MODULE__{reason: reason(), message: String.t()}
 
   defexception [:reason, :message]

@@ -64,8 +64,6 @@ defmodule Bombus.Hub do
           remaining: non_neg_integer() | nil
         }
 
-  @type kind :: :model | :tokenizer | :adapter | :any
-
   @typedoc "A repository in the cache: see `cached/1`."
   @type repository :: %{
           id: id(),
@@ -76,14 +74,11 @@ defmodule Bombus.Hub do
           last_used: DateTime.t() | nil
         }
 
-  @typedoc "An option of a source."
-  @type option ::
-          {:revision, String.t() | nil}
-          | {:subdir, String.t() | nil}
-          | {:auth_token, String.t() | false | nil}
-          | {:cache_dir, Path.t() | nil}
-          | {:offline, boolean() | nil}
-          | {:on_progress, (progress() -> term()) | nil}
+  @typedoc "What is downloaded of a repository; `:any` is the model and its tokenizer, or the adapter."
+  @type kind :: :model | :tokenizer | :adapter | :any
+
+  @typedoc "An option of a source `{:hf, id, options}`."
+  @type option :: unquote(Bombus.Options.Spec.option(Options.schema()))
 
   @kinds [:model, :tokenizer, :adapter, :any]
   @kind [
@@ -91,7 +86,7 @@ defmodule Bombus.Hub do
       type: {:in, @kinds},
       default: :any,
       doc:
-        "`:model`, `:tokenizer`, `:adapter`, or `:any`: the model and its tokenizer, or the adapter"
+        "what is needed of the repository; `:any` is the model and its tokenizer, or the adapter"
     ]
   ]
 
@@ -156,7 +151,7 @@ defmodule Bombus.Hub do
 
       for %{id: id, size: size} <- Bombus.Hub.cached(), do: IO.puts("\#{id}: \#{size} bytes")
   """
-  @spec cached(cache_dir: Path.t() | nil) :: [repository()]
+  @spec cached([{:cache_dir, Path.t() | nil}]) :: [repository()]
   def cached(options \\ []) do
     table = Keyword.take(Options.schema(), [:cache_dir])
     options = Bombus.Options.validate!(options, table, "Bombus.Hub.cached/1")

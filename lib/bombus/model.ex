@@ -3,8 +3,12 @@ defmodule Bombus.Model do
   A loaded model, made by `Bombus.load_model/2`.
 
     * `:name` - what its source is called: an id, or a folder
-    * `:spec` - `%{family:, layers:, context:, hidden_size:, vocab_size:}`; `:context` is how many
-      tokens a sequence may have, prompt and all
+    * `:spec` - what it is: a map of
+        * `:family` - the `model_type` of `config.json`: `"qwen3"`, `"qwen2"`, `"llama"`, `"mistral"`
+        * `:layers`, `:hidden_size`, `:vocab_size` - its sizes
+        * `:context` - how many tokens a sequence may have, prompt and all
+        * `:fallback` - `nil`, or why steps go layer by layer on an NVIDIA card, which is slower than
+          the one kernel that serves other models there
     * `:quantization` - `%{bits:, group_size:, mode:, overrides:}`, or `nil` for a dense checkpoint;
       `:overrides` maps module paths to `%{bits:, group_size:}`, or to `nil` where one is dense
     * `:device` - `:cpu`, `:gpu` or `{:mlx, :cpu}`
@@ -24,49 +28,65 @@ defmodule Bombus.Model do
             layers: pos_integer(),
             context: pos_integer(),
             hidden_size: pos_integer(),
-            vocab_size: pos_integer()
+            vocab_size: pos_integer(),
+            fallback: String.t() | nil
           },
           quantization:
-            %{bits: pos_integer(), group_size: pos_integer(), mode: atom(), overrides: map()}
+            %{
+              bits: 2..8,
+              group_size: 32 | 64 | 128,
+              mode: :affine,
+              overrides: %{String.t() => %{bits: 2..8, group_size: 32 | 64 | 128} | nil}
+            }
             | nil,
           device: :cpu | :gpu | {:mlx, :cpu},
           max_batch_size: pos_integer(),
-          generation_config: map(),
+          generation_config: %{String.t() => term()},
           ref: reference()
         }
 
   @typedoc "An option of `Bombus.load_model/2`."
-  @type option ::
-          {:device, :auto | :gpu | :cpu | {:mlx, :cpu} | nil}
-          | {:backend, module() | {module(), keyword()} | nil}
-          | {:threads, 1..1024 | nil}
-          | {:quantization, quantization() | nil}
-          | {:max_batch_size, pos_integer() | nil}
-          | {:max_queue, pos_integer() | nil}
-          | {:prefill_chunk, pos_integer() | nil}
-          | {:max_context, pos_integer() | nil}
-          | {:prefix_cache, non_neg_integer() | nil}
-          | {:on_progress, (Bombus.Hub.progress() -> term()) | nil}
+  @type option :: unquote(Options.Spec.option(Bombus.Model.Options.schema()))
 
+  @typedoc "How a dense checkpoint is quantized: the bits, in groups of 64 where nothing else is said."
   @type quantization ::
-          :int2 | :int3 | :int4 | :int5 | :int6 | :int8 | [bits: 2..8, group_size: 32 | 64 | 128]
+          :int2
+          | :int3
+          | :int4
+          | :int5
+          | :int6
+          | :int8
+          | [{:bits, 2..6 | 8} | {:group_size, 32 | 64 | 128}]
+
+  @behaviour Bombus.Handle
 
   @derive {Inspect, only: [:name, :spec, :quantization, :device]}
   @enforce_keys [:ref, :name, :spec, :quantization, :device, :max_batch_size, :generation_config]
   defstruct @enforce_keys
 
   @doc false
+  @impl Bombus.Handle
+  def handle, do: {:model, "a model", "Bombus.load_model/2"}
+
+  @doc false
   def from_native({ref, native}, name) do
     %__MODULE__{
       ref: ref,
       name: name,
-      spec: Map.take(native, [:family, :layers, :context, :hidden_size, :vocab_size]),
+      spec: Map.take(native, [:family, :layers, :context, :hidden_size, :vocab_size, :fallback]),
       quantization: native.quantization && quantization(native.quantization),
       device: if(native.device == :mlx_cpu, do: {:mlx, :cpu}, else: native.device),
       max_batch_size: native.max_batch_size,
       generation_config: JSON.decode!(native.generation_config)
     }
   end
+
+  @doc false
+  # What a load says in the log: what of the configuration is not followed, and what is slower by it.
+  def warnings(%{warnings: warnings, fallback: nil}, _name), do: warnings
+
+  def warnings(%{warnings: warnings, fallback: why}, name),
+    do: warnings ++ ["the steps of `#{name}` go layer by layer, which is slower: #{why}"]
 
   @doc false
   # Raises where the ids are no token ids of the model.

@@ -17,10 +17,12 @@ defmodule Bombus.Options do
   #   * `:expected` - what a message says of the value, in place of the type's words
   #   * `:doc` - what it does; an option with `doc: false` is not listed
   #   * `:by_default` - the default in words, where its value does not say enough
+  #   * `:type_spec` - the quoted typespec of the value, where the type does not say enough: it stands
+  #     in the docs, and in the types that `Bombus.Options.Spec` makes of a table
 
+  alias Bombus.Handle
   alias Bombus.Hub.Token
-  alias Bombus.Native
-  alias Bombus.Options.Unknown
+  alias Bombus.Options.{Spec, Unknown}
 
   @typedoc """
   What a value may be. A `:custom` function returns `{:ok, value}` or `{:error, expected}`, or
@@ -144,7 +146,7 @@ defmodule Bombus.Options do
   defp check({:refused, why}, _value), do: {:refused, why}
 
   defp check({:handle, module}, value) do
-    with :ok <- handle(value, module), do: {:ok, value}
+    with :ok <- Handle.check(value, module), do: {:ok, value}
   end
 
   defp check({:or, types}, value) do
@@ -193,7 +195,7 @@ defmodule Bombus.Options do
   defp words({:function, arity}), do: "a function of #{arity} arguments"
   defp words({:list, type}), do: "a list, each of it #{words(type)}"
   defp words({:or, types}), do: either(Enum.map(types, &words/1))
-  defp words({:handle, module}), do: handle_words(module)
+  defp words({:handle, module}), do: Handle.words(module)
   defp words({:custom, _function}), do: "something else"
 
   defp either([one]), do: one
@@ -212,19 +214,13 @@ defmodule Bombus.Options do
       not String.contains?(value, <<0>>)
   end
 
-  @handles %{
-    Bombus.Model => {:model, "a model", "Bombus.load_model/2"},
-    Bombus.Tokenizer => {:tokenizer, "a tokenizer", "Bombus.load_tokenizer/2"},
-    Bombus.Adapter => {:adapter, "an adapter", "Bombus.load_adapter/2"}
-  }
-
   @doc """
   Raises where a value is no model, tokenizer or adapter, or is one of another node: what it stands
   for is in the memory of the node that loaded it.
   """
   @spec handle!(value, module()) :: value when value: term()
   def handle!(value, module) do
-    case handle(value, module) do
+    case Handle.check(value, module) do
       :ok ->
         value
 
@@ -234,32 +230,6 @@ defmodule Bombus.Options do
       {:error, expected, hint} ->
         raise ArgumentError, "expected #{expected}, got: #{show(value)} (#{hint})"
     end
-  end
-
-  defp handle(%module{ref: ref}, module) when is_reference(ref) and node(ref) == node() do
-    {kind, _name, _made_by} = @handles[module]
-
-    if Native.kind(ref) == kind,
-      do: :ok,
-      else:
-        {:error, handle_words(module),
-         "what it stood for is not in the memory of this node: load it again"}
-  end
-
-  defp handle(%module{ref: ref}, module) when is_reference(ref) do
-    {_kind, name, _made_by} = @handles[module]
-    node = inspect(node(ref))
-
-    {:error, "#{name} of this node",
-     "it was loaded on #{node}, and works there: " <>
-       "run a serving there, and call Bombus.Serving.batched_run({name, #{node}}, input)"}
-  end
-
-  defp handle(_other, module), do: {:error, handle_words(module)}
-
-  defp handle_words(module) do
-    {_kind, name, made_by} = Map.fetch!(@handles, module)
-    "#{name} made by #{made_by}"
   end
 
   @doc "A term as a message may show it: not too long, and without tokens."
@@ -275,9 +245,9 @@ defmodule Bombus.Options do
   end
 
   defp line(name, doc, entry) do
-    required = if entry[:required], do: " (required)", else: ""
+    required = if entry[:required], do: ", required", else: ""
     text = doc |> String.trim() |> with_default(default(entry)) |> String.replace("\n", "\n    ")
-    "  * `#{inspect(name)}`#{required} - #{text}\n"
+    "  * `#{inspect(name)}` (`#{Spec.text(entry)}`#{required}) - #{text}\n"
   end
 
   # It stands before a list of values.

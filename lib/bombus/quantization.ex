@@ -1,4 +1,22 @@
 defmodule Bombus.Quantization do
+  alias Bombus.{Device, Error, Native, Options, Safetensors, Tensor}
+
+  @modes [mxfp4: {32, 4}, mxfp8: {32, 8}, nvfp4: {16, 4}]
+
+  @mode [
+    type: {:in, [:affine | Keyword.keys(@modes)]},
+    default: :affine,
+    doc: """
+    MLX's mode. The others have floats for codes: `:mxfp4` (groups of 32, 4 bits), `:mxfp8` (groups of 32,
+    8 bits) and `:nvfp4` (groups of 16, 4 bits). Their scales are `{:u, 8}`, their biases `nil`, and what
+    comes back is `{:bf, 16}`. They run on MLX's devices
+    """
+  ]
+  @device Keyword.update!(Device.schema(), :device, fn entry ->
+            Keyword.merge(entry, by_default: "`:cpu`", doc: "as in `Bombus.load_model/2`")
+          end)
+  @options [mode: @mode] ++ @device
+
   @moduledoc """
   Matrices in MLX's affine quantization: made, taken back, and multiplied without taking them back.
 
@@ -15,14 +33,15 @@ defmodule Bombus.Quantization do
 
   Tensors are Nx's or `Bombus.Tensor`s; the results are of the kind of the first argument.
 
-  MLX's other modes, with floats for codes, are chosen by `:mode` among the options of each function, on
-  MLX's devices: `:mxfp4` (groups of 32, 4 bits), `:mxfp8` (groups of 32, 8 bits) and `:nvfp4` (groups of 16, 4
-  bits). Their scales are `{:u, 8}`, their biases `nil`, and what comes back is `{:bf, 16}`.
+  With `device: :gpu` and `{:mlx, :cpu}` these are MLX's own operations. On `:cpu` quantizing gives MLX's
+  numbers bit by bit, and products are added up in float32 (within 0.00001 of MLX's in float32), and
+  rounded once.
 
-  The last argument of each function takes `:device`, as `Bombus.load_model/2` does: with `:gpu` and
-  `{:mlx, :cpu}` these are MLX's own operations. On `:cpu` quantizing gives MLX's numbers bit by bit, and
-  products are added up in float32 (within 0.00001 of MLX's in float32), and rounded once.
+  ## Options
 
+  The last argument of each function:
+
+  #{Options.docs(@options)}
   ## Inside `defn`
 
   The functions may be called in `defn`, at least under Nx's evaluator: they become an
@@ -39,16 +58,21 @@ defmodule Bombus.Quantization do
   What does not fit together raises `ArgumentError`, what goes wrong at run time `Bombus.Error`.
   """
 
-  alias Bombus.{Device, Error, Native, Options, Safetensors, Tensor}
-
   # Asked for when they are used: the package works without Nx.
   @compile {:no_warn_undefined, [Nx]}
 
+  @typedoc "A `Bombus.Tensor`, or a tensor of Nx."
   @type tensor :: Tensor.t() | struct()
 
+  @type group_size :: 16 | 32 | 64 | 128
+  @type bits :: 2..6 | 8
+
+  @typedoc "An option of the functions here."
+  @type option :: unquote(Options.Spec.option(@options))
+
   @doc "Quantizes a matrix, or a stack of matrices: `{weight, scales, biases}`."
-  @spec quantize(tensor(), pos_integer(), pos_integer(), keyword()) ::
-          {tensor(), tensor(), tensor()}
+  @spec quantize(tensor(), group_size(), bits(), [option()]) ::
+          {tensor(), tensor(), tensor() | nil}
   def quantize(tensor, group_size \\ 64, bits \\ 4, options \\ []) do
     options = options!(options, group_size, bits)
     affine? = options.mode == :affine
@@ -76,7 +100,7 @@ defmodule Bombus.Quantization do
   end
 
   @doc "What `quantize/4` has made, as numbers again, of the type of the scales."
-  @spec dequantize(tensor(), tensor(), tensor() | nil, pos_integer(), pos_integer(), keyword()) ::
+  @spec dequantize(tensor(), tensor(), tensor() | nil, group_size(), bits(), [option()]) ::
           tensor()
   def dequantize(weight, scales, biases, group_size \\ 64, bits \\ 4, options \\ []) do
     options = options!(options, group_size, bits)
@@ -98,9 +122,9 @@ defmodule Bombus.Quantization do
           tensor(),
           tensor() | nil,
           boolean(),
-          pos_integer(),
-          pos_integer(),
-          keyword()
+          group_size(),
+          bits(),
+          [option()]
         ) :: tensor()
   def quantized_matmul(
         x,
@@ -199,15 +223,6 @@ defmodule Bombus.Quantization do
   defp present(arguments) do
     arguments |> Tuple.to_list() |> Enum.reject(&is_nil/1) |> List.to_tuple()
   end
-
-  @modes [mxfp4: {32, 4}, mxfp8: {32, 8}, nvfp4: {16, 4}]
-
-  @mode [
-    type: {:in, [:affine | Keyword.keys(@modes)]},
-    default: :affine,
-    doc: "MLX's mode"
-  ]
-  @options [mode: @mode] ++ Device.schema()
 
   defp options!(options, group_size, bits) do
     options = Options.validate!(options, @options, "Bombus.Quantization")

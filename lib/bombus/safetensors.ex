@@ -56,10 +56,36 @@ defmodule Bombus.Safetensors do
       doc: "`:nx` for tensors of Nx, which are copied; `:bombus` for `Bombus.Tensor`"
     ]
   ]
-  @read [only: [type: {:list, :string}, doc: "a list of names", by_default: "all"]] ++ @as
-  @write [metadata: [type: {:custom, {__MODULE__, :check_metadata}}, doc: "a map of strings"]]
+  @read [
+          only: [
+            type: {:list, :string},
+            doc: "the names of those that are wanted",
+            by_default: "all"
+          ]
+        ] ++ @as
+  @write [
+    metadata: [
+      type: {:custom, {__MODULE__, :check_metadata}},
+      type_spec: quote(do: %{String.t() => String.t()}),
+      doc: "what `read_header/1` gives under `\"__metadata__\"`"
+    ]
+  ]
 
+  @typedoc "A `Bombus.Tensor`, or a tensor of Nx."
   @type tensor :: Tensor.t() | struct()
+
+  @typedoc "An option of `read/2`."
+  @type read_option :: unquote(Options.Spec.option(@read))
+
+  @typedoc "An option of `read_tensor/3`."
+  @type read_tensor_option :: unquote(Options.Spec.option(@as))
+
+  @typedoc "An option of `write/3`."
+  @type write_option :: unquote(Options.Spec.option(@write))
+
+  @typedoc "What `read_header/1` says of a tensor, and of the file."
+  @type header :: %{String.t() => header_entry() | %{String.t() => String.t()}}
+  @type header_entry :: %{dtype: String.t(), type: Tensor.type(), shape: Tensor.shape()}
 
   @doc """
   All tensors by their names, or some of them.
@@ -68,7 +94,8 @@ defmodule Bombus.Safetensors do
 
   #{Options.docs(@read)}
   """
-  @spec read(Path.t(), keyword()) :: {:ok, %{String.t() => tensor()}} | {:error, Error.t()}
+  @spec read(Path.t(), [read_option()]) ::
+          {:ok, %{String.t() => tensor()}} | {:error, Error.t()}
   def read(path, options \\ []) do
     options = Options.validate!(options, @read, "Bombus.Safetensors.read/2")
     as = as(options[:as])
@@ -90,7 +117,7 @@ defmodule Bombus.Safetensors do
   What is in a file, without its tensors: `%{name => %{dtype: "BF16", type: {:bf, 16}, shape: {2, 3}}}`,
   and under `"__metadata__"` a map of strings, where there is one.
   """
-  @spec read_header(Path.t()) :: {:ok, map()} | {:error, Error.t()}
+  @spec read_header(Path.t()) :: {:ok, header()} | {:error, Error.t()}
   def read_header(path) do
     with {:ok, {_files, entries, metadata}} <- open(path) do
       header =
@@ -102,8 +129,15 @@ defmodule Bombus.Safetensors do
     end
   end
 
-  @doc "One tensor; `:as` is that of `read/2`. A name that is not there is `:not_found`."
-  @spec read_tensor(Path.t(), String.t(), keyword()) :: {:ok, tensor()} | {:error, Error.t()}
+  @doc """
+  One tensor. A name that is not there is `:not_found`.
+
+  ## Options
+
+  #{Options.docs(@as)}
+  """
+  @spec read_tensor(Path.t(), String.t(), [read_tensor_option()]) ::
+          {:ok, tensor()} | {:error, Error.t()}
   def read_tensor(path, name, options \\ []) do
     options = Options.validate!(options, @as, "Bombus.Safetensors.read_tensor/3")
 
@@ -124,7 +158,10 @@ defmodule Bombus.Safetensors do
 
   #{Options.docs(@write)}
   """
-  @spec write(Path.t(), %{String.t() => tensor()}, keyword()) :: :ok | {:error, Error.t()}
+  @spec write(Path.t(), %{String.t() => tensor()} | [{String.t() | atom(), tensor()}], [
+          write_option()
+        ]) ::
+          :ok | {:error, Error.t()}
   def write(path, tensors, options \\ []) do
     options = Options.validate!(options, @write, "Bombus.Safetensors.write/3")
     entries = tensors |> pairs!() |> Enum.map(&entry!/1)

@@ -30,32 +30,33 @@ defmodule Bombus.Serving do
       Bombus.Serving.batched_run({MyLLM, :"llm@host"}, "Write a post about coffee")
       Bombus.Serving.stream({MyLLM, :"llm@host"}, "Write a post about coffee")
 
-  All of a model's requests share its limits (see `Bombus.load_model/2`): so many sequences run
-  together, so many requests wait, first come, first served, and one more is answered with
-  `{:error, %Bombus.Error{reason: :overloaded}}` at once. A serving may have narrower ones of its own.
+  All of a model's requests share its limits (see `Bombus.load_model/2`): `:max_batch_size` sequences run
+  together, `:max_queue` requests wait, first come, first served. One more is answered with
+  `{:error, %Bombus.Error{reason: :overloaded}}` at once. A serving may have narrower limits of its own.
 
   ## Loading
 
-  A serving with the source of a model starts at once, and loads it afterwards: the start of an
-  application waits for no load and no download. `status/1` says how far it is, `await_ready/2` waits for
-  it. So do callers, for as long as their `:timeout` says and 60 s by default; then they get
-  `{:error, %Bombus.Error{reason: :loading}}`.
+  A serving with the source of a model starts at once and loads the model afterwards, so that the start
+  of an application waits for no load and no download. `status/1` says how far the load is, and
+  `await_ready/2` waits for it. Callers wait too, for as long as their `:timeout` says, or 60 s by
+  default. Then they get `{:error, %Bombus.Error{reason: :loading}}`.
 
-  Where the load fails, callers get its error, and it is tried again after 1, 2, 4, ... seconds, at most
-  a minute apart. The process lives on meanwhile: a Hub that is down or a file that is missing does
-  not use up the restarts of a supervisor. It is loaded anew as well where its files change in place:
-  requests that meet the change end with `:io`.
+  When a load fails, callers get its error, and the load is tried again after 1, 2, 4, ... seconds, at
+  most a minute apart. The process lives on meanwhile: a Hub that is down or a file that is missing does
+  not use up the restarts of a supervisor. The model is also loaded again when its files change in
+  place; requests that meet the change end with `:io`.
 
-  A serving or model that is given is ready at once, and cannot be loaded anew: where its files change,
-  or `Bombus.unload/2` has freed it, its status stays `{:failed, error}`. An adapter that does not fit it fails the start.
+  A serving whose model is given is ready at once, and cannot load it again. When the model's files
+  change, or `Bombus.unload/2` frees the model, the tokenizer or the adapter, its status stays
+  `{:failed, error}`. An adapter that does not fit its model fails the start.
 
   ## Time
 
-  A request takes as long as it takes, unless it has a `:timeout`, in milliseconds. That counts from the
-  call: the wait for a model that loads, the queue, the prompt and the text; for a list from the call
-  too, for a stream from its first element on, with the time of its reader. Then it ends with
-  `{:error, %Bombus.Error{reason: :timeout}}`, and its place is free. A step that has begun is finished
-  first. `cancel/1` ends the requests of another process, and keeps what there is so far.
+  A request has no time limit unless it has a `:timeout`, in milliseconds. The time counts from the call
+  (of a stream, from when it is first read): it includes the wait for a model that loads, the queue, the
+  prompt, the text, and in a stream the time of its reader. When it is over, the step that has begun is
+  finished, the request ends with `{:error, %Bombus.Error{reason: :timeout}}`, and its place is free.
+  `cancel/1` ends the requests of another process, and keeps what there is so far.
 
   ## Inputs
 
@@ -65,28 +66,29 @@ defmodule Bombus.Serving do
     * `%{messages: [%{role: "user", content: "..."}]}` - a conversation, with options beside it
     * `%{token_ids: ids}` - token ids as they are, with options beside it
 
-  A message's content is a string, or a list of parts that are texts, `%{type: "text", text: "..."}`. Either
-  way it reaches the chat template in a form that the template shows: where it reads parts only, as
-  those of vision-language models do, a string becomes a list of one; where it takes texts only, the
-  parts are joined. A list goes as it is to a template that takes both.
+  A message's content is a string, or a list of parts that are texts, `%{type: "text", text: "..."}`. The
+  chat template gets the form that it can show. Where it reads only parts, as templates of
+  vision-language models do, a string becomes a list of one part. Where it reads only texts, the parts
+  are joined. A template that reads both gets the content as it is.
 
-  A list of inputs gives a list of results, in its order. As many run at once as fill the model's batch
-  twice; the others wait in the calling process, so that a list may be longer than the queue.
+  A list of inputs gives a list of results, in the same order. Twice as many as the model's batch holds
+  are sent to the engine at once; the others wait in the calling process, so that a list may be longer
+  than the queue.
 
   ## Options
 
   For a serving, and for each request in its map:
 
   #{Bombus.Options.docs(Bombus.Serving.Options.schema())}
-  For a serving alone:
+  For a serving alone, and within the limits of its model:
 
-    * `:max_batch_size`, `:max_queue`, `:prefill_chunk` - as in `Bombus.load_model/2`, for the requests
-      of this serving within the model's limits; none by default
-
+  #{Bombus.Options.docs(Bombus.Serving.Options.limits())}
   Penalties, biases and filters apply in this order: repetition penalty, presence and frequency
-  penalty, logit bias, temperature, top_k, top_p, min_p. Defaults come from the repository's
-  `generation_config.json`; its temperature, top_p, top_k and min_p count where it says `do_sample`.
-  Otherwise generation is greedy.
+  penalty, logit bias, temperature, top_k, top_p, min_p.
+
+  The repository's `generation_config.json` comes before the defaults above: its `repetition_penalty`, and
+  where it says `do_sample` also its `temperature`, `top_p`, `top_k` and `min_p`. Otherwise generation is
+  greedy.
 
   ## Errors
 
@@ -100,43 +102,50 @@ defmodule Bombus.Serving do
     * `:timeout` - it took longer than its `:timeout`
     * `:overloaded` - the queue is full
     * `:unsupported` - its node has another version of Bombus
-    * that of a load that has failed
+    * the reason of a load that has failed
 
   What the caller's code got wrong raises `ArgumentError`: an unknown option, a value out of range, an
-  input that is none, a token id outside the vocabulary. What a visitor may have typed does not:
-  an empty text, one that is not UTF-8, or one that is too long is `{:error, %Bombus.Error{}}` with
-  `:bad_request` or `:prompt_too_long`, in a list of inputs in its place, and raised by a stream. So
-  is all that happens at run time.
+  input of the wrong form, a token id outside the vocabulary. What a visitor may have typed wrongly is an
+  error at run time: an empty text or one that is not UTF-8 (`:bad_request`), or one that is too long
+  (`:prompt_too_long`). Errors at run time are returned, for a list of inputs in the list of results, and
+  raised by streams.
 
   ## Results
 
-  A map as Bumblebee's. Each entry of `:results` has `:text` (`nil` without a tokenizer),
-  `:token_ids` (without the token that ended the text), `:token_summary` (`:input` tokens, of which
-  `:cached` were not computed again, `:output` and `:padding`, which is 0), with `:logprobs` a list of
-  `%{token_id: id, logprob: ln p, top: [%{token_id: id, logprob: ln p}]}` (the model's own, before all of
-  the options above, as `Bombus.score/3` has them), `:unfinished_thinking` (whether the text ended in the middle of the
-  model's thinking, between `<think>` and `</think>`: then it holds no answer; give more
-  `:max_new_tokens`, or `template_options: %{enable_thinking: false}` where the template knows it), and
-  `:finish_reason`:
+  A result is a map as Bumblebee's. Each entry of `:results` has
 
-    * `:stop` - the model ended the text, or a stop string was found
-    * `:length` - `:max_new_tokens`, or the end of the context
-    * `:cancelled` - the request was cancelled
+    * `:text` - `nil` without a tokenizer
+    * `:token_ids` - without the token that ended the text
+    * `:token_summary` - `:input` tokens, of which `:cached` were not computed again, `:output` tokens, and
+      `:padding`, which is 0
+    * `:finish_reason` - `:stop` where the model ended the text or a stop string was found, `:length` at
+      `:max_new_tokens` or the end of the context, `:cancelled` where the request was cancelled
+    * `:unfinished_thinking` - whether the text ended in the middle of the model's thinking, between
+      `<think>` and `</think>`. Then it holds no answer: give more `:max_new_tokens`, or
+      `template_options: %{enable_thinking: false}` where the template knows it
+    * `:logprobs`, where the option is given - a list of
+      `%{token_id: id, logprob: ln p, top: [%{token_id: id, logprob: ln p}]}`. These are the model's own, before
+      all of the options above, as `Bombus.score/3` has them
 
   ## The same answer, alone or in a crowd
 
-  What a request answers depends on its own input, options and seed, and not on what else runs. What
-  remains is float arithmetic: alone, in a batch, and behind a beginning that is cached, sums are added
-  up in another order. On `:cpu` that moves a token's log-probability by less than 0.0001 in a float32
-  checkpoint, and by less than 0.005 with 16-bit numbers, where keys and values are kept in f16 (the
-  tests hold it to that; they see 0.00001 and 0.0015). Two tokens that are closer than this may change
-  places. On MLX's CPU device it moves nothing. On an NVIDIA card (an H100) products are rounded to the
-  checkpoint's numbers, in a prompt its logits too: it moves log-probabilities by less than 0.0001 in
-  float32, 0.04 in float16 and 0.15 in bfloat16 (seen: 0.000004, 0.02 and 0.06; mlx-lm's own move as far
-  there, 0.018 in float16). On a Mac it has not been measured.
+  What a request answers depends on its own input, options and seed, and not on what else runs. Only
+  rounding differs: alone, in a batch and after a cached beginning, numbers are added up in another
+  order. This moves a token's log-probability, and two tokens that are closer than that may change
+  places:
+
+    * on `:cpu` by less than 0.0001 in a float32 checkpoint, and by less than 0.005 in one with 16-bit
+      numbers, where keys and values are kept in f16 (bounds of the tests; seen: 0.00001 and 0.0015)
+    * on MLX's CPU device not at all
+    * on an NVIDIA card (an H100) by less than 0.0001 in float32, 0.04 in float16 and 0.15 in bfloat16,
+      since products are rounded to the checkpoint's type, and in a prompt the logits too (seen: 0.000004,
+      0.02 and 0.06; mlx-lm's own move by 0.018 in float16 there)
+    * on a Mac it has not been measured
   """
 
   alias Bombus.{Error, Model, Native, Tokenizer}
+  alias Bombus.Options.Spec
+  alias Bombus.Tokenizer.Messages
 
   alias Bombus.Serving.{
     Batch,
@@ -145,47 +154,80 @@ defmodule Bombus.Serving do
     Deadline,
     Input,
     Loader,
-    Messages,
     Options,
+    Remote,
     Request,
     Requests,
     Server
   }
 
+  @typedoc "A serving: plain data, made by `new/3`."
   @type t :: %__MODULE__{
           model: Model.t(),
           tokenizer: Tokenizer.t() | nil,
-          options: map(),
-          limits: map(),
+          options: %{atom() => term()},
+          limits: %{atom() => pos_integer() | nil},
           group: reference() | nil,
-          name: term()
+          name: GenServer.name() | nil
         }
+
+  @typedoc "An option of `new/3`."
+  @type option :: unquote(Spec.option(Options.schema() ++ Options.limits()))
+
+  @typedoc "An option of a serving in a supervision tree: see `child_spec/1`."
+  @type child_option :: unquote(Spec.option(Loader.everything()))
+
   @typedoc """
-  A string, or a map with one of `:text`, `:messages` and `:token_ids`, and options beside it; names
-  may be strings.
+  What a request begins with: a string, or a map with one of `:text`, `:messages` and `:token_ids`, and
+  options beside it. Names may be strings, as in a map that was JSON.
   """
-  @type input :: String.t() | %{optional(atom() | String.t()) => term()}
+  @type input ::
+          String.t() | text_input() | chat_input() | token_input() | %{String.t() => term()}
 
-  @type result :: %{
-          results: [
-            %{
-              required(:text) => String.t() | nil,
-              required(:token_ids) => [non_neg_integer()],
-              required(:finish_reason) => :stop | :length | :cancelled,
-              required(:unfinished_thinking) => boolean(),
-              required(:token_summary) => %{
-                input: non_neg_integer(),
-                cached: non_neg_integer(),
-                output: non_neg_integer(),
-                padding: 0
-              },
-              optional(:logprobs) => [
-                %{token_id: non_neg_integer(), logprob: float(), top: [map()]}
-              ]
-            }
-          ]
+  @type text_input :: unquote(Spec.map([text: quote(do: String.t())], Options.schema()))
+  @type chat_input ::
+          unquote(Spec.map([messages: quote(do: [Tokenizer.message()])], Options.schema()))
+  @type token_input ::
+          unquote(Spec.map([token_ids: quote(do: [Tokenizer.token_id()])], Options.schema()))
+
+  @typedoc "What ends a text: a string or a token id."
+  @type stop :: String.t() | Tokenizer.token_id()
+
+  @typedoc "What a request answers: see \"Results\" above."
+  @type result :: %{results: [entry()]}
+
+  @type entry :: %{
+          required(:text) => String.t() | nil,
+          required(:token_ids) => [Tokenizer.token_id()],
+          required(:finish_reason) => finish_reason(),
+          required(:unfinished_thinking) => boolean(),
+          required(:token_summary) => token_summary(),
+          optional(:logprobs) => [token_logprobs()]
         }
 
+  @type finish_reason :: :stop | :length | :cancelled
+
+  @type token_summary :: %{
+          input: non_neg_integer(),
+          cached: non_neg_integer(),
+          output: non_neg_integer(),
+          padding: 0
+        }
+
+  @typedoc "The log-probability of a token, and of those that the model found most probable."
+  @type token_logprobs :: %{
+          token_id: Tokenizer.token_id(),
+          logprob: float(),
+          top: [%{token_id: Tokenizer.token_id(), logprob: float()}]
+        }
+
+  @typedoc "A result, or what went wrong at run time."
+  @type answer :: result() | {:error, Error.t()}
+
+  @typedoc "An element of a stream: a text, without a tokenizer a token id; at the end with `:stream_done` the result."
+  @type chunk :: String.t() | Tokenizer.token_id() | {:done, result()}
+
+  @typedoc "See `status/1`."
   @type status :: %{
           state: :loading | :ready | {:failed, Error.t()},
           progress: Bombus.Hub.progress() | nil,
@@ -202,12 +244,12 @@ defmodule Bombus.Serving do
   Without a tokenizer (`nil`) only token ids go in and come out. Nothing is started: a serving is
   plain data.
   """
-  @spec new(Model.t(), Tokenizer.t() | nil, keyword()) :: t()
+  @spec new(Model.t(), Tokenizer.t() | nil, [option()]) :: t()
   def new(model, tokenizer, options \\ []) do
     model = Bombus.Options.handle!(model, Model)
-    table = Model.Options.limits() ++ Options.schema()
+    table = Options.limits() ++ Options.schema()
     options = Bombus.Options.given!(options, table, "Bombus.Serving.new/3")
-    {limits, options} = Keyword.split(options, Keyword.keys(Model.Options.limits()))
+    {limits, options} = Keyword.split(options, Keyword.keys(Options.limits()))
     tokenizer = tokenizer!(tokenizer)
     Messages.options_known!(options[:template_options] || %{}, tokenizer)
     narrower? = Enum.any?(limits, fn {_key, limit} -> limit end)
@@ -232,11 +274,11 @@ defmodule Bombus.Serving do
   is too long (`:prompt_too_long`). `Bombus.Tokenizer.count/2` says beforehand how long one is.
   """
   @spec run(t(), input() | [input()]) ::
-          result() | {:error, Error.t()} | [result() | {:error, Error.t()}] | Enumerable.t()
+          answer() | [answer()] | Enumerable.t(chunk())
   def run(serving, input), do: run_with(serving!(serving, "batched_run/2"), input, nil)
 
   @doc "As `run/2`, but raises what goes wrong."
-  @spec run!(t(), input() | [input()]) :: result() | [result()] | Enumerable.t()
+  @spec run!(t(), input() | [input()]) :: result() | [result()] | Enumerable.t(chunk())
   def run!(serving, input), do: raise_errors(run(serving, input))
 
   @doc """
@@ -247,13 +289,13 @@ defmodule Bombus.Serving do
   cancels the request, and so does the death of the process. What goes wrong is raised as a
   `Bombus.Error`, a prompt that is too long (`:prompt_too_long`) too.
 
-  A stream whose reader is slower than the model holds nobody up: #{Chunks.window()} chunks lie in the reader's
-  mailbox at most. What is generated beyond them comes as one longer chunk, of as many tokens again at most;
-  then the sequence waits, and its place in the batch is another's until the reader goes on.
+  A reader that is slower than the model holds nobody up. At most #{Chunks.window()} chunks lie in its mailbox. What is
+  generated beyond them comes as one longer chunk, of at most as many tokens again. Then the sequence
+  leaves the batch, which another request may use, until the reader goes on.
 
   `serving` is a serving, or the name of one in a supervision tree.
   """
-  @spec stream(t() | GenServer.server(), input()) :: Enumerable.t()
+  @spec stream(t() | GenServer.server(), input()) :: Enumerable.t(chunk())
   def stream(%__MODULE__{} = serving, input),
     do: Chunks.stream(serving!(serving, "stream/2"), Input.normalize!(input, serving), nil)
 
@@ -269,7 +311,7 @@ defmodule Bombus.Serving do
   Runs an input, or a list of inputs, on a serving in a supervision tree. Returns what `run/2` does.
   """
   @spec batched_run(GenServer.server(), input() | [input()]) ::
-          result() | {:error, Error.t()} | [result() | {:error, Error.t()}] | Enumerable.t()
+          answer() | [answer()] | Enumerable.t(chunk())
   def batched_run(%__MODULE__{}, _input) do
     raise ArgumentError, "expected the name of a serving; a serving itself goes to run/2"
   end
@@ -370,24 +412,26 @@ defmodule Bombus.Serving do
   With a model go the options of `new/3`, whose `:adapter` may be a source, and with the source of a
   model those of `Bombus.load_model/2`.
   """
-  @spec child_spec(keyword()) :: Supervisor.child_spec()
+  @spec child_spec([child_option()]) :: Supervisor.child_spec()
   def child_spec(options) do
     Loader.check!(options)
+    serving = options[:serving]
+    if serving != nil, do: serving!(serving, "new/3")
     drain = Keyword.get(options, :drain, 0)
 
     %{
       id: options[:name],
-      start: {Server, :start_link, [Loader.hide_tokens(options)]},
+      start: {Server, :start_link, [&__MODULE__.new/3, Loader.hide_tokens(options)]},
       # With time for the answers to those who are cancelled.
       shutdown: if(drain == :infinity, do: :infinity, else: drain + 5_000)
     }
   end
 
   @doc "Starts a named serving; see `child_spec/1` for the options."
-  @spec start_link(keyword()) :: GenServer.on_start()
+  @spec start_link([child_option()]) :: GenServer.on_start()
   def start_link(options) do
-    %{start: {Server, :start_link, [options]}} = child_spec(options)
-    Server.start_link(options)
+    %{start: {Server, :start_link, arguments}} = child_spec(options)
+    apply(Server, :start_link, arguments)
   end
 
   defp serving!(%__MODULE__{model: model} = serving, _other_function) do
@@ -442,7 +486,7 @@ defmodule Bombus.Serving do
 
   defp start(serving, input, server, begun) do
     with {:ok, input} <- input,
-         do: Request.start(serving, input, server, deadline: deadline(input, begun))
+         do: Remote.start(serving, input, server, deadline: deadline(input, begun))
   end
 
   defp deadline({_prompt, options}, begun), do: Deadline.new(options.timeout, begun)

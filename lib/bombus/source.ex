@@ -4,13 +4,7 @@ defmodule Bombus.Source do
 
   alias Bombus.{Error, Hub, Options}
 
-  @type t ::
-          :demo
-          | {:demo, String.t()}
-          | {:local, Path.t()}
-          | {:hf, String.t()}
-          | {:hf, String.t(), [Hub.option()]}
-          | Path.t()
+  @type t :: Bombus.source()
 
   @doc "The folder of a source, with what is needed for this kind of thing."
   @spec resolve(t(), Hub.kind(), nil | (Hub.progress() -> term())) ::

@@ -14,7 +14,13 @@ defmodule Bombus.Tensor do
 
   alias Bombus.Options
 
-  @type t :: %__MODULE__{type: {atom(), pos_integer()}, shape: tuple(), binary: binary()}
+  @type t :: %__MODULE__{type: type(), shape: shape(), binary: binary()}
+
+  @typedoc "A name and the bits of a number, such as `{:f, 32}`."
+  @type type :: {atom(), pos_integer()}
+
+  @typedoc "The sizes of the axes, such as `{2, 3}`."
+  @type shape :: tuple()
 
   @enforce_keys [:type, :shape, :binary]
   defstruct @enforce_keys
@@ -28,7 +34,7 @@ defmodule Bombus.Tensor do
   A tensor of a type, a shape and its numbers. Raises `ArgumentError` where the binary is not as
   large as the other two say.
   """
-  @spec new({atom(), pos_integer()}, tuple(), binary()) :: t()
+  @spec new(type(), shape(), binary()) :: t()
   def new({_name, bits} = type, shape, binary) do
     type!(type)
     shape!(shape)

@@ -1,4 +1,11 @@
 defmodule Bombus.Text do
+  alias Bombus.{Model, Options, Serving, Tokenizer}
+
+  @bumblebee [
+    defn_options: [type: :keyword, doc: "accepted, and without effect: nothing is compiled"],
+    preallocate_params: [type: :boolean, doc: "accepted, and without effect"]
+  ]
+
   @moduledoc """
   Text generation as an `Nx.Serving`, with Bumblebee's inputs and outputs. Needs `:nx`.
 
@@ -17,10 +24,11 @@ defmodule Bombus.Text do
   a `:batch_size` of 1 by `Nx.Serving.process_options/2`; a larger one only adds its `:batch_timeout`.
   """
 
-  alias Bombus.{Model, Options, Serving, Tokenizer}
-
   # Asked for when a serving is made: the package works without Nx.
   @compile {:no_warn_undefined, [Nx, Nx.Batch, Nx.Serving]}
+
+  @typedoc "An option of `generation/3`."
+  @type option :: Serving.option() | unquote(Options.Spec.option(@bumblebee))
 
   @doc """
   A serving that generates text.
@@ -28,17 +36,21 @@ defmodule Bombus.Text do
   Takes the inputs of `Bombus.Serving` (a string, `%{text: _, seed: _}`, messages, token ids, a list of
   those) and its options, for the serving and beside each input. As in Bumblebee:
 
-    * `:stream` - `true` makes `Nx.Serving.run/2` and `batched_run/2` return a stream of text
-    * `:stream_done` - `true` ends such a stream with `{:done, result}`
-    * `:compile`, `:defn_options` - accepted: nothing is compiled, and `:sequence_length` bounds prompt
-      and text together
+    * with `:stream`, `Nx.Serving.run/2` and `batched_run/2` return a stream of text, which ends with
+      `{:done, result}` where `:stream_done` says so
+    * of `:compile`, `:sequence_length` bounds prompt and text together
 
+  ## Options
+
+  Those of `Bombus.Serving.new/3`, and
+
+  #{Options.docs(@bumblebee)}
   What goes wrong at run time is `{:error, %Bombus.Error{}}` in place of a result, and raised by a
   stream. The death of the calling process cancels the request, also on another node. Halting a stream
   cancels it too; only Nx does not tell when a stream is halted on another node, where
   `Bombus.Serving.stream/2` does.
   """
-  @spec generation(Model.t(), Tokenizer.t() | nil, keyword()) :: struct()
+  @spec generation(Model.t(), Tokenizer.t() | nil, [option()]) :: struct()
   def generation(model, tokenizer, options \\ []) do
     unless Code.ensure_loaded?(Nx.Serving) do
       raise "Bombus.Text needs Nx: add {:nx, \"~> 0.10\"} to your dependencies, or use Bombus.Serving"
@@ -46,8 +58,9 @@ defmodule Bombus.Text do
 
     options = Options.pairs!(options, "Bombus.Text.generation/3")
 
-    serving =
-      Serving.new(model, tokenizer, Keyword.drop(options, [:defn_options, :preallocate_params]))
+    {bumblebee, options} = Keyword.split(options, Keyword.keys(@bumblebee))
+    Options.given!(bumblebee, @bumblebee, "Bombus.Text.generation/3")
+    serving = Serving.new(model, tokenizer, options)
 
     # No computation of Nx's: one number goes through, and the client asks the engine.
     nx =

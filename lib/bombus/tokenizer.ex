@@ -1,10 +1,11 @@
 defmodule Bombus.Tokenizer do
   alias Bombus.{Error, Native, Options}
-  alias Bombus.Serving.Messages
+  alias Bombus.Tokenizer.Messages
 
   @template_options [
     template_options: [
-      type: {:custom, {Bombus.Serving.Options, :check_template_options}},
+      type: {:custom, {Messages, :check_options}},
+      type_spec: quote(do: Bombus.Tokenizer.template_options()),
       default: %{},
       doc: "what the chat template takes, such as `%{enable_thinking: false}`"
     ]
@@ -62,11 +63,11 @@ defmodule Bombus.Tokenizer do
 
   ## Files
 
-  A folder with `tokenizer.json`, or with the `vocab.json` and `merges.txt` of Qwen2's or GPT-2's
-  tokenizer. Special tokens come from `tokenizer_config.json`, `special_tokens_map.json` and
-  `added_tokens.json`, as in transformers; chat templates from `chat_template.jinja` and, by their
-  names, from at most 100 files `additional_chat_templates/*.jinja`. A `truncation` or `padding` in `tokenizer.json` does not
-  count.
+  A folder has `tokenizer.json`, or the `vocab.json` and `merges.txt` of a tokenizer of Qwen2's or GPT-2's
+  kind. Special tokens come from `tokenizer_config.json`, `special_tokens_map.json` and
+  `added_tokens.json`, as in transformers. Chat templates come from `tokenizer_config.json`, from
+  `chat_template.jinja`, and by their names from at most 100 files `additional_chat_templates/*.jinja`,
+  which are downloaded too. `truncation` and `padding` in `tokenizer.json` are not applied.
 
   ## Errors
 
@@ -85,12 +86,61 @@ defmodule Bombus.Tokenizer do
           ref: reference()
         }
 
-  @typedoc "A role, a content, and what else the chat template takes."
-  @type message :: %{optional(atom() | String.t()) => term()}
+  @type token_id :: non_neg_integer()
+
+  @typedoc """
+  A message of a conversation. Names may be strings, as in what was JSON, and there may be others that
+  the chat template takes; a list of pairs keeps its order. A message that only calls tools has no
+  `:content`.
+  """
+  @type message ::
+          %{
+            required(:role) => role(),
+            optional(:content) => content(),
+            optional(atom()) => term()
+          }
+          | %{required(String.t()) => term()}
+          | [{atom() | String.t(), term()}]
+
+  @typedoc "`\"system\"`, `\"user\"`, `\"assistant\"`, `\"tool\"`, or what else the chat template knows."
+  @type role :: String.t() | atom()
+
+  @typedoc "A text, or parts that are texts."
+  @type content :: String.t() | [part()] | nil
+  @type part :: %{type: String.t(), text: String.t()} | %{required(String.t()) => String.t()}
+
+  @typedoc "What a chat template takes, by the names that it knows."
+  @type template_options :: %{optional(atom() | String.t()) => term()} | keyword()
+
+  @typedoc "An option of `encode/3`."
+  @type encode_option :: unquote(Options.Spec.option(@encode))
+
+  @typedoc "An option of `decode/3`."
+  @type decode_option :: unquote(Options.Spec.option(@decode))
+
+  @typedoc "An option of `count/3` and `fit/4`."
+  @type template_option :: unquote(Options.Spec.option(@template_options))
+
+  @typedoc "An option of `apply_chat_template/3`."
+  @type apply_option :: unquote(Options.Spec.option(@apply))
+
+  @typedoc "A text or a conversation, as `count/3` takes it."
+  @type countable ::
+          String.t()
+          | [message()]
+          | %{required(:text) => String.t(), optional(atom()) => term()}
+          | %{required(:messages) => [message()], optional(atom()) => term()}
+          | %{required(String.t()) => term()}
+
+  @behaviour Bombus.Handle
 
   @derive {Inspect, except: [:ref]}
   @enforce_keys [:ref, :vocab_size, :chat_template?]
   defstruct [:bos_token, :eos_token, template_options: []] ++ @enforce_keys
+
+  @doc false
+  @impl Bombus.Handle
+  def handle, do: {:tokenizer, "a tokenizer", "Bombus.load_tokenizer/2"}
 
   @doc """
   The token ids of a text, as it stands: no chat template is applied.
@@ -103,8 +153,8 @@ defmodule Bombus.Tokenizer do
       {:ok, ids} = Bombus.Tokenizer.encode(tokenizer, "A post about coffee")
       {:ok, logprobs} = Bombus.score(model, ids)
   """
-  @spec encode(t(), String.t(), add_special_tokens: boolean()) ::
-          {:ok, [non_neg_integer()]} | {:error, Error.t()}
+  @spec encode(t(), String.t(), [encode_option()]) ::
+          {:ok, [token_id()]} | {:error, Error.t()}
   def encode(tokenizer, text, options \\ []) do
     options = Options.validate!(options, @encode, "Bombus.Tokenizer.encode/3")
     tokenizer = tokenizer!(tokenizer)
@@ -112,7 +162,7 @@ defmodule Bombus.Tokenizer do
   end
 
   @doc "As `encode/3`, but returns the ids or raises."
-  @spec encode!(t(), String.t(), add_special_tokens: boolean()) :: [non_neg_integer()]
+  @spec encode!(t(), String.t(), [encode_option()]) :: [token_id()]
   def encode!(tokenizer, text, options \\ []),
     do: Error.unwrap!(encode(tokenizer, text, options))
 
@@ -124,7 +174,7 @@ defmodule Bombus.Tokenizer do
 
   #{Options.docs(@decode)}
   """
-  @spec decode(t(), [non_neg_integer()], skip_special_tokens: boolean()) ::
+  @spec decode(t(), [token_id()], [decode_option()]) ::
           {:ok, String.t()} | {:error, Error.t()}
   def decode(tokenizer, ids, options \\ []) do
     options = Options.validate!(options, @decode, "Bombus.Tokenizer.decode/3")
@@ -134,7 +184,7 @@ defmodule Bombus.Tokenizer do
   end
 
   @doc "As `decode/3`, but returns the text or raises."
-  @spec decode!(t(), [non_neg_integer()], skip_special_tokens: boolean()) :: String.t()
+  @spec decode!(t(), [token_id()], [decode_option()]) :: String.t()
   def decode!(tokenizer, ids, options \\ []), do: Error.unwrap!(decode(tokenizer, ids, options))
 
   @doc """
@@ -154,7 +204,7 @@ defmodule Bombus.Tokenizer do
       {:ok, count} = Bombus.Tokenizer.count(tokenizer, [%{role: "user", content: text}])
       if count + 256 <= model.spec.context, do: Bombus.Serving.run(serving, text)
   """
-  @spec count(t(), String.t() | [message()] | map(), template_options: map() | keyword()) ::
+  @spec count(t(), countable(), [template_option()]) ::
           {:ok, non_neg_integer()} | {:error, Error.t()}
   def count(tokenizer, input, options \\ []) do
     options = Options.validate!(options, @template_options, "Bombus.Tokenizer.count/3")
@@ -163,7 +213,7 @@ defmodule Bombus.Tokenizer do
   end
 
   @doc "As `count/3`, but returns the number or raises."
-  @spec count!(t(), String.t() | [message()] | map(), template_options: map() | keyword()) ::
+  @spec count!(t(), countable(), [template_option()]) ::
           non_neg_integer()
   def count!(tokenizer, input, options \\ []), do: Error.unwrap!(count(tokenizer, input, options))
 
@@ -179,8 +229,8 @@ defmodule Bombus.Tokenizer do
       {:ok, text} = Bombus.Tokenizer.apply_chat_template(tokenizer, messages)
       {:ok, ids} = Bombus.Tokenizer.apply_chat_template(tokenizer, messages, tokenize: true)
   """
-  @spec apply_chat_template(t(), [message()], keyword()) ::
-          {:ok, String.t() | [non_neg_integer()]} | {:error, Error.t()}
+  @spec apply_chat_template(t(), [message()], [apply_option()]) ::
+          {:ok, String.t() | [token_id()]} | {:error, Error.t()}
   def apply_chat_template(tokenizer, messages, options \\ []) do
     options = Options.validate!(options, @apply, "Bombus.Tokenizer.apply_chat_template/3")
     tokenizer = tokenizer!(tokenizer)
@@ -193,7 +243,7 @@ defmodule Bombus.Tokenizer do
   end
 
   @doc "As `apply_chat_template/3`, but returns the text or the ids, or raises."
-  @spec apply_chat_template!(t(), [message()], keyword()) :: String.t() | [non_neg_integer()]
+  @spec apply_chat_template!(t(), [message()], [apply_option()]) :: String.t() | [token_id()]
   def apply_chat_template!(tokenizer, messages, options \\ []),
     do: Error.unwrap!(apply_chat_template(tokenizer, messages, options))
 
@@ -213,7 +263,7 @@ defmodule Bombus.Tokenizer do
       {:ok, messages} = Bombus.Tokenizer.fit(tokenizer, messages, model.spec.context - 512)
       Bombus.Serving.run(serving, %{messages: messages, max_new_tokens: 512})
   """
-  @spec fit(t(), [message()], pos_integer(), template_options: map() | keyword()) ::
+  @spec fit(t(), [message()], pos_integer(), [template_option()]) ::
           {:ok, [message()]} | {:error, Error.t()}
   def fit(tokenizer, messages, max_tokens, options \\ []) do
     options = Options.validate!(options, @template_options, "Bombus.Tokenizer.fit/4")
@@ -231,7 +281,7 @@ defmodule Bombus.Tokenizer do
   end
 
   @doc "As `fit/4`, but returns the messages or raises."
-  @spec fit!(t(), [message()], pos_integer(), template_options: map() | keyword()) :: [message()]
+  @spec fit!(t(), [message()], pos_integer(), [template_option()]) :: [message()]
   def fit!(tokenizer, messages, max_tokens, options \\ []),
     do: Error.unwrap!(fit(tokenizer, messages, max_tokens, options))
 

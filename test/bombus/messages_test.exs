@@ -3,7 +3,7 @@ defmodule Bombus.MessagesTest do
   use ExUnit.Case, async: true
 
   alias Bombus.{Error, Fixtures, Serving}
-  alias Bombus.Serving.Messages
+  alias Bombus.Tokenizer.Messages
 
   @tokenizer %{template_options: ~w(tools documents x)}
 
@@ -176,7 +176,7 @@ defmodule Bombus.MessagesTest do
   test "another VM, whose atoms were made in another order, has the same tokens" do
     encode = """
     #{for name <- ~w(zone required properties function type), do: "_ = String.to_atom(#{inspect(name)})\n"}
-    {:ok, {:chat, _, json}} = Bombus.Serving.Messages.prompt([%{role: "user", content: "hi"}],
+    {:ok, {:chat, _, json}} = Bombus.Tokenizer.Messages.prompt([%{role: "user", content: "hi"}],
       %{tools: [%{type: "function", function: %{name: "f", parameters: %{type: "object", required: [], properties: %{zone: %{}, area: %{}}}}}]}, %{template_options: ["tools"]})
     IO.write(json)
     """

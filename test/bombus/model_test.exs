@@ -1,7 +1,7 @@
 defmodule Bombus.ModelTest do
   use ExUnit.Case, async: true
 
-  alias Bombus.{Error, Fixtures}
+  alias Bombus.{Error, Fixtures, Model}
 
   test "a model shows what it is" do
     model = Bombus.load_model!(:demo)
@@ -11,6 +11,22 @@ defmodule Bombus.ModelTest do
     assert model.device in [:cpu, :gpu]
     assert inspect(model) =~ ~s(family: "qwen3")
     assert inspect(model) =~ "bits: 4"
+  end
+
+  test "no device but a card has a faster way that a model could miss" do
+    assert %{fallback: nil} = Bombus.load_model!(:demo, device: :cpu).spec
+  end
+
+  test "what a load says in the log ends with why steps are slower" do
+    native = %{warnings: ["one field is not followed"], fallback: nil}
+    assert Model.warnings(native, "mine") == ["one field is not followed"]
+
+    assert ["one field is not followed", slower] =
+             Model.warnings(%{native | fallback: "the model has biases"}, "mine")
+
+    assert slower =~ "`mine`"
+    assert slower =~ "layer by layer"
+    assert slower =~ "the model has biases"
   end
 
   test "overrides are shown by module path" do
@@ -43,7 +59,7 @@ defmodule Bombus.ModelTest do
           [backend: {EXLA.Backend, device: :cpu}],
           [backend: {EXLA.Backend, client: :host}]
         ] do
-      assert {:ok, %Bombus.Model{}} = Bombus.load_model(:demo, options)
+      assert {:ok, %Model{}} = Bombus.load_model(:demo, options)
     end
   end
 

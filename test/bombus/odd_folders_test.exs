@@ -278,7 +278,7 @@ defmodule Bombus.OddFoldersTest do
 
       for name <- ["f32-dense", "f32-tied"],
           {field, word} <- [
-            {"num_hidden_layers", "says that there are 2147483647 layers, here are 2"},
+            {"num_hidden_layers", "at most 4096 layers"},
             {"num_attention_heads", "head"},
             {"head_dim", "head_dim"},
             {"hidden_size", "shape"},

@@ -93,18 +93,49 @@ defmodule Bombus.OptionsTest do
     assert wrong(revision: "x") =~ "it belongs to the source: {:hf,"
   end
 
-  test "the docs list names and defaults" do
+  test "the docs list names, types and defaults" do
     assert Options.docs(@schema) == """
-             * `:rank` - the rank. Default: `8`
-             * `:top_p` - a share. Default: `1.0`
-             * `:path` (required) - where
-             * `:kind` - which
+             * `:rank` (`1..64`) - the rank. Default: `8`
+             * `:top_p` (`number()`) - a share. Default: `1.0`
+             * `:path` (`Path.t()`, required) - where
+             * `:kind` (`:lora | :dora`) - which
                kind. Default: `:lora`
-             * `:tell` - who hears. Default: nobody
-             * `:names` - names
-             * `:size` - how many. Default: `:all`
+             * `:tell` (`(term() -> term())`) - who hears. Default: nobody
+             * `:names` (`[String.t()]`) - names
+             * `:size` (`:all | 1..9`) - how many. Default: `:all`
            """
   end
+
+  test "the typespec of a table has every option, nil where nothing is the default" do
+    assert @schema |> Options.Spec.option() |> Macro.to_string() |> String.replace(~r/\s+/, " ") ==
+             "{:rank, 1..64} | {:top_p, number()} | {:path, Path.t()} | {:kind, :lora | :dora} | " <>
+               "{:tell, (term() -> term()) | nil} | {:names, [String.t()] | nil} | " <>
+               "{:size, :all | 1..9} | {:hidden, term() | nil}"
+
+    assert [text: quote(do: String.t())]
+           |> Options.Spec.map(Keyword.take(@schema, [:rank]))
+           |> Macro.to_string() ==
+             "%{required(:text) => String.t(), optional(:rank) => 1..64}"
+  end
+
+  # A type that was written by hand could not follow the table.
+  test "the public types of options are those of the tables" do
+    for {module, type, schema} <- [
+          {Model, :option, Model.Options.schema()},
+          {Hub, :option, Hub.Options.schema()},
+          {Serving, :option, Serving.Options.schema() ++ Serving.Options.limits()},
+          {Serving, :child_option, Serving.Loader.everything()}
+        ] do
+      {:ok, types} = Code.Typespec.fetch_types(module)
+      {:type, spec} = Enum.find(types, &match?({:type, {^type, _, []}}, &1))
+      {:"::", _, [_name, union]} = Code.Typespec.type_to_quoted(spec)
+      names = for {name, entry} <- schema, not match?({:refused, _}, entry[:type]), do: name
+      assert Enum.sort(Enum.uniq(names)) == union |> names() |> Enum.sort() |> Enum.uniq()
+    end
+  end
+
+  defp names({:|, _, types}), do: Enum.flat_map(types, &names/1)
+  defp names({:{}, _, [name, _type]}), do: [name]
 
   # One of each function that takes options.
   defp takers do
@@ -193,6 +224,9 @@ defmodule Bombus.OptionsTest do
           {[device: :tpu], "got: :tpu"},
           {[device: 1], "expected :device to be :auto, :gpu, :cpu or {:mlx, :cpu}, got: 1"},
           {[backend: :cuda], "write device: :gpu or :cpu"},
+          {[backend: MyApp.Anything], "expected :backend to be a backend of Nx"},
+          {[backend: String], "knows no backend of this name"},
+          {[backend: {String, []}], "knows no backend of this name"},
           {[backend: true], "expected :backend to be {module, device: device}"},
           {[backend: {EXLA.Backend, device: :cuda}], "device: :gpu"},
           {[backend: {EXLA.Backend, gpu: 1}], "only its device is read"},

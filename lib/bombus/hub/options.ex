@@ -7,6 +7,7 @@ defmodule Bombus.Hub.Options do
 
   @on_progress [
     type: {:function, 1},
+    type_spec: quote(do: (Bombus.Hub.progress() -> term())),
     doc: """
     a function that is called with a `t:Bombus.Hub.progress/0` about ten times a second while files
     come from the Hub, in the calling process
@@ -21,6 +22,7 @@ defmodule Bombus.Hub.Options do
   @schema [
     revision: [
       type: @path,
+      type_spec: quote(do: String.t()),
       expected: "a branch, a tag or a commit's hash",
       by_default: ~s(`"main"`),
       doc: """
@@ -30,11 +32,13 @@ defmodule Bombus.Hub.Options do
     ],
     subdir: [
       type: {:custom, {__MODULE__, :check_subdir}},
+      type_spec: quote(do: String.t()),
       expected: "a folder within the repository",
       doc: "the folder within the repository"
     ],
     auth_token: [
       type: {:custom, {__MODULE__, :check_token}},
+      type_spec: quote(do: String.t() | false),
       by_default: "`HF_TOKEN`, else what `hf auth login` has left",
       doc: """
       for what is private or gated; `false` for none. It is sent to the endpoint alone, never to the

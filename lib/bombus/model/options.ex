@@ -61,6 +61,7 @@ defmodule Bombus.Model.Options do
     ],
     quantization: [
       type: {:custom, {__MODULE__, :check_quantization}},
+      type_spec: quote(do: Bombus.Model.quantization()),
       by_default: "as the checkpoint is",
       doc: """
       `:int2` to `:int6`, `:int8`, or `[bits: 4, group_size: 64]` (64 is the default group). A dense

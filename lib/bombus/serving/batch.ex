@@ -3,8 +3,8 @@ defmodule Bombus.Serving.Batch do
   # A list of inputs. They are one caller's: as many run as fill the model's batch, and the others
   # wait here, where they take no place in the queue.
 
-  alias Bombus.{Error, Serving}
-  alias Bombus.Serving.Request
+  alias Bombus.Error
+  alias Bombus.Serving.{Remote, Request}
 
   # `running`: reference => {request, its place in the list with its input, chunks, the last first}
   defstruct [
@@ -19,13 +19,13 @@ defmodule Bombus.Serving.Batch do
   ]
 
   @doc "`inputs`: each with its deadline; -> their results, in their order"
-  def run(%Serving{} = serving, inputs, server) do
+  def run(serving, inputs, server) do
     todo = Enum.with_index(inputs)
     advance(%__MODULE__{serving: serving, server: server, room: room(serving), todo: todo})
   end
 
   # Whoever ends is followed at once by one that waits in the queue.
-  defp room(%Serving{model: %{max_batch_size: most}, limits: limits}),
+  defp room(%{model: %{max_batch_size: most}, limits: limits}),
     do: 2 * min(most, limits.max_batch_size || most)
 
   defp advance(%{todo: [], running: running, results: results}) when running == %{} do
@@ -47,7 +47,7 @@ defmodule Bombus.Serving.Batch do
 
     again? = batch.running != %{}
 
-    case Request.start(batch.serving, input, batch.server, deadline: deadline, again?: again?) do
+    case Remote.start(batch.serving, input, batch.server, deadline: deadline, again?: again?) do
       {:ok, request} -> put(batch, request, next, [])
       {:error, error} -> ended(batch, next, {:error, error})
     end

@@ -4,7 +4,7 @@ defmodule Bombus.Serving.Chunks do
   # result where that is wanted.
 
   alias Bombus.Error
-  alias Bombus.Serving.{Deadline, Request}
+  alias Bombus.Serving.{Deadline, Remote, Request}
 
   # How many may lie unread.
   @window 64
@@ -30,7 +30,7 @@ defmodule Bombus.Serving.Chunks do
     deadline = Deadline.new(options.timeout)
 
     serving
-    |> Request.start(input, server, deadline: deadline, window: @window)
+    |> Remote.start(input, server, deadline: deadline, window: @window)
     |> Error.unwrap!()
   end
 

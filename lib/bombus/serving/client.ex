@@ -4,7 +4,7 @@ defmodule Bombus.Serving.Client do
   # error, never an exit.
 
   alias Bombus.Error
-  alias Bombus.Serving.{Requests, Server}
+  alias Bombus.Serving.{Peer, Requests, Server}
 
   # A serving answers at once, or says when: what comes later is lost.
   @grace 5_000
@@ -36,7 +36,7 @@ defmodule Bombus.Serving.Client do
     GenServer.call(server, request, timeout)
   catch
     :exit, {:noproc, _call} -> not_running(name)
-    :exit, {{:nodedown, node}, _call} -> no_connection(node)
+    :exit, {{:nodedown, node}, _call} -> Peer.no_connection(node)
     :exit, {:timeout, _call} -> silent(name)
     :exit, _reason -> Error.error(:stopped, "the serving #{inspect(name)} has stopped")
   end
@@ -71,7 +71,7 @@ defmodule Bombus.Serving.Client do
     :erpc.call(node, __MODULE__, :find_here, [name, timeout], timeout)
   catch
     :error, {:erpc, :timeout} -> silent(node)
-    :error, {:erpc, _reason} -> no_connection(node)
+    :error, {:erpc, _reason} -> Peer.no_connection(node)
     _kind, _reason -> Error.error(:unsupported, "#{node} has no Bombus, or another version of it")
   end
 
@@ -109,7 +109,4 @@ defmodule Bombus.Serving.Client do
   end
 
   defp silent(name), do: Error.error(:timeout, "#{inspect(name)} does not answer")
-
-  @doc "The error for a node that is gone."
-  def no_connection(node), do: Error.error(:no_connection, "there is no connection to #{node}")
 end

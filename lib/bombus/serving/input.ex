@@ -4,7 +4,8 @@ defmodule Bombus.Serving.Input do
   # request's options beside it.
 
   alias Bombus.{Error, Model, Serving, Tokenizer}
-  alias Bombus.Serving.{Messages, Options}
+  alias Bombus.Serving.Options
+  alias Bombus.Tokenizer.Messages
 
   @typedoc "What the NIF takes for a prompt, and the request's options."
   @type t :: {tuple(), map()}
@@ -20,11 +21,11 @@ defmodule Bombus.Serving.Input do
   the caller's code got wrong.
   """
   @spec normalize!(term(), Serving.t()) :: {:ok, t()} | {:error, Error.t()}
-  def normalize!(text, %Serving{} = serving) when is_binary(text) do
+  def normalize!(text, serving) when is_binary(text) do
     normalize!(%{text: text}, serving)
   end
 
-  def normalize!(input, %Serving{} = serving) when is_non_struct_map(input) do
+  def normalize!(input, serving) when is_non_struct_map(input) do
     {prompt, options} = input |> named!() |> Map.split(Keyword.keys(@prompts))
     options = Options.merge!(serving.options, options)
     check_options!(options, serving)

@@ -3,29 +3,46 @@ defmodule Bombus.Serving.Loader do
   # From the options of a child to its serving: a serving, or a model (loaded here where it is a
   # source) with what belongs to it.
 
-  alias Bombus.{Adapter, Error, Hub, Model, Native, Serving, Source, Tokenizer}
+  alias Bombus.{Adapter, Error, Hub, Model, Native, Source, Tokenizer}
   alias Bombus.Serving.Options
 
   # In milliseconds, for a model that has much to do.
   @patience 10_000
 
+  @typedoc "What makes a serving: `Bombus.Serving.new/3`, which stands above."
+  @type new :: (Model.t(), Tokenizer.t() | nil, keyword() -> Bombus.Serving.t())
+
   @what "a child {Bombus.Serving, options}"
-  @serving [serving: [doc: "made by `Bombus.Serving.new/3`"]]
+  @serving [
+    serving: [
+      type_spec: quote(do: Bombus.Serving.t()),
+      doc: "made by `Bombus.Serving.new/3`; then no model is given"
+    ]
+  ]
   @model [
-    model: [doc: "a model, or the source of one, which is loaded when the process starts"],
+    model: [
+      type_spec: quote(do: Bombus.Model.t() | Bombus.source()),
+      doc: "a model, or the source of one, which is loaded when the process has started"
+    ],
     tokenizer: [
+      type_spec: quote(do: Bombus.Tokenizer.t() | Bombus.source()),
       by_default: "the source of the model; required beside a model that is loaded",
-      doc: "a tokenizer, a source, or `nil`"
+      doc: "a tokenizer, a source, or `nil` for none"
     ]
   ]
   @own [
-    name: [doc: "the name to call it by, any that a `GenServer` takes; required"],
+    name: [
+      required: true,
+      type_spec: quote(do: GenServer.name()),
+      doc: "the name to call it by"
+    ],
     drain: [
       type: {:custom, {__MODULE__, :check_drain}},
+      type_spec: quote(do: timeout()),
       default: 0,
       doc: """
-      how many milliseconds requests may go on when the process is told to stop, or `:infinity`;
-      meanwhile new ones are refused. With 0 all are cancelled
+      how many milliseconds requests may go on when the process is told to stop. Meanwhile new ones
+      are refused. With 0 all are cancelled
       """
     ]
   ]
@@ -61,12 +78,7 @@ defmodule Bombus.Serving.Loader do
     raise ArgumentError, "expected :serving or :model among the options of a serving"
   end
 
-  defp table!(%Serving{}, nil, _options), do: @own ++ @serving
-
-  defp table!(other, nil, _options) do
-    raise ArgumentError,
-          "expected a serving made by Bombus.Serving.new/3, got: #{Bombus.Options.show(other)}"
-  end
+  defp table!(_serving, nil, _options), do: @own ++ @serving
 
   defp table!(nil, %Model{} = model, options) do
     Bombus.Options.handle!(model, Model)
@@ -83,7 +95,8 @@ defmodule Bombus.Serving.Loader do
   defp table!(_serving, _model, _options),
     do: raise(ArgumentError, "expected :serving or :model, got both")
 
-  defp everything do
+  @doc "All options that a child may have."
+  def everything do
     load = Model.Options.schema()
     # Of a model that is loaded for one serving it is the same.
     own = Keyword.drop(Options.schema(), Keyword.keys(load))
@@ -91,8 +104,10 @@ defmodule Bombus.Serving.Loader do
   end
 
   # An adapter may be a source too.
-  defp sources(table),
-    do: Keyword.replace!(table, :adapter, type: :any, doc: table[:adapter][:doc])
+  defp sources(table) do
+    source = [type: :any, type_spec: quote(do: Bombus.Adapter.t() | Bombus.source())]
+    Keyword.update!(table, :adapter, &Keyword.merge(&1, source))
+  end
 
   defp name!(nil), do: raise(ArgumentError, "expected :name among the options of a serving")
   defp name!(name) when is_atom(name), do: :ok
@@ -140,14 +155,15 @@ defmodule Bombus.Serving.Loader do
     do: options[:serving] == nil and not match?(%Model{}, options[:model])
 
   @doc "The serving, where there is nothing to be loaded, or an error; else nil."
-  @spec given(keyword()) :: {:ok, Serving.t()} | {:error, Error.t()} | nil
-  def given(options), do: if(given?(options), do: serving(options, nil))
+  @spec given(keyword(), new()) ::
+          {:ok, Bombus.Serving.t()} | {:error, Error.t()} | nil
+  def given(options, new), do: if(given?(options), do: serving(options, new, nil))
 
   @doc "Loads what is to be loaded. `on_progress` hears of downloads."
-  @spec serving(keyword(), nil | (Bombus.Hub.progress() -> term())) ::
-          {:ok, Serving.t()} | {:error, Error.t()}
-  def serving(options, on_progress) do
-    with {:ok, serving} <- made(options, on_progress),
+  @spec serving(keyword(), new(), nil | (Bombus.Hub.progress() -> term())) ::
+          {:ok, Bombus.Serving.t()} | {:error, Error.t()}
+  def serving(options, new, on_progress) do
+    with {:ok, serving} <- made(options, new, on_progress),
          :ok <- check_adapter(serving.model, serving.options.adapter),
          do: {:ok, serving}
   rescue
@@ -155,7 +171,7 @@ defmodule Bombus.Serving.Loader do
     error in ArgumentError -> Error.error(:bad_request, Exception.message(error))
   end
 
-  defp made(options, on_progress) do
+  defp made(options, new, on_progress) do
     told = &tell_all(&1, [on_progress, options[:on_progress]])
     load = options |> Keyword.take(load_keys()) |> Keyword.delete(:on_progress)
 
@@ -168,10 +184,10 @@ defmodule Bombus.Serving.Loader do
         if match?(%Model{}, options[:model]), do: Keyword.keys(Model.Options.limits()), else: []
 
       own = Keyword.take(options, Options.keys() ++ limits)
-      {:ok, Serving.new(model, tokenizer, Keyword.put(own, :adapter, adapter))}
+      {:ok, new.(model, tokenizer, Keyword.put(own, :adapter, adapter))}
     else
-      %Serving{} = serving -> {:ok, serving}
       {:error, error} -> {:error, error}
+      serving -> {:ok, serving}
     end
   end
 

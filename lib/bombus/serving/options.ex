@@ -3,7 +3,7 @@ defmodule Bombus.Serving.Options do
   # The options of a serving and of a request: checked here, before anything reaches Rust.
 
   alias Bombus.{Adapter, Model, Options}
-  alias Bombus.Serving.Messages
+  alias Bombus.Tokenizer.Messages
 
   @most 0x7FFFFFFF
 
@@ -17,8 +17,8 @@ defmodule Bombus.Serving.Options do
       type: {:integer, 0..@most},
       default: 0,
       doc: """
-      neither the model's own end of a text nor a token of `:stop` comes before there are so many;
-      another stop string may. At most `:max_new_tokens`
+      before there are so many tokens, neither the model's own end of a text nor a token of `:stop` ends
+      it; another stop string may. At most `:max_new_tokens`
       """
     ],
     max_context: [
@@ -28,6 +28,7 @@ defmodule Bombus.Serving.Options do
     ],
     temperature: [
       type: {:custom, {__MODULE__, :check_temperature}},
+      type_spec: quote(do: number()),
       default: 0,
       doc: "0 is greedy; else in 1.0e-30..1.0e6"
     ],
@@ -50,6 +51,7 @@ defmodule Bombus.Serving.Options do
     ],
     repetition_penalty: [
       type: {:custom, {__MODULE__, :check_repetition_penalty}},
+      type_spec: quote(do: number()),
       default: 1.0,
       doc: """
       divides the positive logits of tokens that were there before, and
@@ -70,6 +72,7 @@ defmodule Bombus.Serving.Options do
     ],
     logit_bias: [
       type: {:custom, {__MODULE__, :check_logit_bias}},
+      type_spec: quote(do: %{Bombus.Tokenizer.token_id() => number()}),
       default: %{},
       doc: "`%{token_id => number}`: added to the logits of these tokens; -1.0e6 bans one"
     ],
@@ -77,7 +80,7 @@ defmodule Bombus.Serving.Options do
       type: {:integer, 0..100},
       expected: "a whole number in 0..100, or nil",
       doc: """
-      a whole number n in 0..100: the result says for every token how probable the model
+      a number n: the result says for every token how probable the model
       found it, and which n it found most probable
       """
     ],
@@ -85,14 +88,15 @@ defmodule Bombus.Serving.Options do
       type: {:integer, 0..0xFFFFFFFFFFFFFFFF},
       expected: "a whole number in 0..2**64-1, or nil",
       by_default: "random",
-      doc: "a whole number in 0..2**64-1: the same seed draws the same text"
+      doc: "the same seed draws the same text"
     ],
     stop: [
       type: {:custom, {__MODULE__, :check_stop}},
+      type_spec: quote(do: Bombus.Serving.stop() | [Bombus.Serving.stop()]),
       default: [],
       doc: """
-      what ends the text, and is not part of it: a string, a token id, or a list of them, such as
-      `["\n\n", "<|im_end|>", 151645]`. A string that is one special token of the tokenizer is that
+      what ends the text, and is not part of it, such as
+      `["\\n\\n", "<|im_end|>", 151645]`. A string that is one special token of the tokenizer is that
       token, as in mlx_lm.server. Strings need a tokenizer. At most 1024, and 64 KiB of strings. A
       charlist is a list of numbers and no text: two or more that are all ASCII are refused beside a
       tokenizer
@@ -100,8 +104,9 @@ defmodule Bombus.Serving.Options do
     ],
     adapter: [
       type: {:custom, {__MODULE__, :check_adapter}},
+      type_spec: quote(do: Bombus.Adapter.t()),
       by_default: "none",
-      doc: "made by `Bombus.load_adapter/2`; `nil` is none"
+      doc: "made by `Bombus.load_adapter/2`"
     ],
     chat_template: [
       type: :boolean,
@@ -109,20 +114,23 @@ defmodule Bombus.Serving.Options do
       doc: "`false` completes a string as it stands"
     ],
     template_options: [
-      type: {:custom, {__MODULE__, :check_template_options}},
+      type: {:custom, {Messages, :check_options}},
+      type_spec: quote(do: Bombus.Tokenizer.template_options()),
       default: %{},
       doc: """
       what the chat template takes, such as `%{enable_thinking: false}`: names that it knows
-      (`tokenizer.template_options`), and what every template has: `tools` (a list of maps or keyword
-      lists, or JSON text) and `documents` where it names them, `add_generation_prompt: false`,
-      `continue_final_message: true` (or a field's name: the text goes on in the last message),
-      `chat_template` (the name of one where there are several). Lists of pairs keep their order, maps
-      have that of OpenAI's documents
+      (`tokenizer.template_options`), and what every template takes: `add_generation_prompt: false`,
+      `continue_final_message: true` (or a field's name: the text goes on in the last message) and
+      `chat_template` (the name of one where there are several). Where the template names them, `tools`
+      are a list of maps or keyword lists, or JSON text, and `documents` a list of maps. Lists of pairs
+      keep their order; maps have the order of OpenAI's documents. Whole numbers are exact within 128
+      bits, and values may be nested 120 deep
       """
     ],
     timeout: [
       # What a timer of the BEAM takes.
       type: {:or, [{:in, [:infinity]}, {:integer, 0..0xFFFFFFFF}]},
+      type_spec: quote(do: timeout()),
       expected: "milliseconds, :infinity or nil",
       by_default: "none; 60 s for a model that still loads",
       doc: "after how many milliseconds a request ends with the error `:timeout`"
@@ -139,6 +147,7 @@ defmodule Bombus.Serving.Options do
     ],
     compile: [
       type: {:custom, {__MODULE__, :check_compile}},
+      type_spec: quote(do: [{:batch_size | :sequence_length, pos_integer()}]),
       default: [],
       doc: """
       as in Bumblebee, `[batch_size: n, sequence_length: n]`: `:sequence_length` bounds
@@ -148,6 +157,12 @@ defmodule Bombus.Serving.Options do
   ]
 
   @keys Keyword.keys(@schema)
+
+  @limits for {name, entry} <- Model.Options.limits(),
+              do: {name, Keyword.put(entry, :by_default, "the model's")}
+
+  @doc "The limits of a serving alone, within the model's."
+  def limits, do: @limits
 
   @doc "The options of a serving and of each of its requests."
   def schema, do: @schema
@@ -298,28 +313,6 @@ defmodule Bombus.Serving.Options do
   end
 
   def check_adapter(_other), do: {:error, "made by Bombus.load_adapter/2, or nil"}
-
-  @doc false
-  def check_template_options(options) do
-    if is_non_struct_map(options) or Keyword.keyword?(options),
-      do: template_options(Map.new(options)),
-      else: {:error, "a map or a keyword list"}
-  end
-
-  defp template_options(options) do
-    name = options[:chat_template] || options["chat_template"]
-
-    cond do
-      not Messages.options?(options) ->
-        {:error, "names and values as in JSON"}
-
-      not (is_atom(name) or is_binary(name)) ->
-        {:error, "names and values, :chat_template the name of a template"}
-
-      true ->
-        {:ok, options}
-    end
-  end
 
   @doc false
   def check_compile(nil), do: {:ok, []}

@@ -1,16 +1,24 @@
 defmodule Bombus.Serving.Remote do
   @moduledoc false
-  # A request from another node. The engine sends its events to processes of its own node only: one
-  # of those owns the request, and hands them on to the caller.
+  # Requests on whichever node their serving is. The engine sends its events to processes of its own
+  # node only: for a caller on another node one of those owns the request, and hands them on.
 
   alias Bombus.{Error, Native}
-  alias Bombus.Serving.{Client, Deadline, Request}
+  alias Bombus.Serving.{Client, Deadline, Peer, Request, Requests}
 
-  @doc """
-  In the caller: a request whose `generation` is the process that owns it. Its reference is an alias
-  of the caller's, so that nothing comes any more once the caller has gone on to other things.
-  """
-  def start(serving, input, server, options) do
+  @doc "Starts a request, as `Bombus.Serving.Request.start/4`, on the node of the process `server`."
+  def start(serving, input, server, options) when node(server) != node() do
+    with {:ok, request} <- start_there(serving, input, server, options) do
+      Requests.add(request.reference, {:remote, request.generation})
+      {:ok, %{request | owner: self()}}
+    end
+  end
+
+  def start(serving, input, server, options), do: Request.start(serving, input, server, options)
+
+  # The `generation` of such a request is the process that owns it. Its reference is an alias of the
+  # caller's, so that nothing comes any more once the caller has gone on to other things.
+  defp start_there(serving, input, server, options) do
     reference = :erlang.alias()
     deadline = Keyword.get(options, :deadline, :infinity)
     monitor = :erlang.spawn_request(node(server), __MODULE__, :own, [self()], [:monitor])
@@ -33,7 +41,7 @@ defmodule Bombus.Serving.Remote do
 
       {:spawn_reply, ^monitor, :error, _reason} ->
         :erlang.unalias(reference)
-        Client.no_connection(node(server))
+        Peer.no_connection(node(server))
     after
       Deadline.left(deadline) ->
         :erlang.unalias(reference)
@@ -51,41 +59,6 @@ defmodule Bombus.Serving.Remote do
       end
 
       Process.demonitor(monitor, [:flush])
-    end
-  end
-
-  @doc "In the caller: the end comes as for any other."
-  def cancel(owner, reference), do: send(owner, {:cancel, reference})
-
-  @doc "In the caller, of a request with a window: one more chunk is read."
-  def acknowledge(owner, reference), do: send(owner, {:acknowledge, reference})
-
-  @doc "In the caller: nothing comes any more."
-  def forget(%Request{reference: reference, monitor: monitor}) do
-    :erlang.unalias(reference)
-    Process.demonitor(monitor, [:flush])
-    flush(reference)
-  end
-
-  defp flush(reference) do
-    receive do
-      {^reference, _event} -> flush(reference)
-    after
-      0 -> :ok
-    end
-  end
-
-  @doc "In the caller: what the end of the owner says, where no event has come before."
-  def lost(%Request{generation: owner}, reason) do
-    case reason do
-      :noconnection ->
-        Client.no_connection(node(owner))
-
-      {:undef, _stack} ->
-        Error.error(:unsupported, "#{node(owner)} has another version of Bombus")
-
-      _other ->
-        Error.error(:stopped, "the request has ended on #{node(owner)}")
     end
   end
 

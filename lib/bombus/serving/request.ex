@@ -2,8 +2,8 @@ defmodule Bombus.Serving.Request do
   @moduledoc false
   # A request in the engine, owned by the process that started it: its events are messages to it.
 
-  alias Bombus.{Error, Native, Serving, Telemetry}
-  alias Bombus.Serving.{Deadline, Options, Remote, Requests, Server}
+  alias Bombus.{Error, Native, Telemetry}
+  alias Bombus.Serving.{Deadline, Fault, Options, Peer, Requests}
 
   @enforce_keys [:reference, :generation, :monitor, :tokenizer?]
   defstruct [:telemetry, :server, :model, :window, :owner, deadline: :infinity] ++ @enforce_keys
@@ -15,24 +15,14 @@ defmodule Bombus.Serving.Request do
   @patience 5_000
 
   @doc """
-  Starts a request. Where `server` is a process, its end is the request's; where that is on another
-  node, the request runs there.
+  Starts a request on this node. Where `server` is a process, its end is the request's.
 
     * `:deadline` - when it must have ended
     * `:window` - so many chunks may lie unread in the mailbox: what comes then is joined to one, and
       in the end the sequence waits for its reader
     * `:again?` - where the queue is full, it will be tried again: nobody hears of it
   """
-  def start(serving, input, server, options \\ [])
-
-  def start(%Serving{} = serving, input, server, options) when node(server) != node() do
-    with {:ok, request} <- Remote.start(serving, input, server, options) do
-      Requests.add(request.reference, {:remote, request.generation})
-      {:ok, %{request | owner: self()}}
-    end
-  end
-
-  def start(%Serving{} = serving, {prompt, own}, server, options) do
+  def start(serving, {prompt, own}, server, options \\ []) do
     reference = make_ref()
     now = System.monotonic_time()
     timeout = Deadline.timeout(Keyword.get(options, :deadline, :infinity))
@@ -119,19 +109,19 @@ defmodule Bombus.Serving.Request do
 
   # The serving may be able to load the model anew.
   defp report({:error, error}, server, model) when is_pid(server),
-    do: Server.report(server, model, error)
+    do: Fault.report(server, model, error)
 
   defp report(_event, _server, _model), do: :ok
 
   defp acknowledge(%{generation: owner, reference: reference}) when is_pid(owner),
-    do: Remote.acknowledge(owner, reference)
+    do: Peer.acknowledge(owner, reference)
 
   defp acknowledge(%{generation: generation}), do: Native.acknowledge(generation, 1)
 
   @doc "What the end of the monitored process says: the serving's, or the owner's on another node."
   def down(%__MODULE__{generation: owner} = request, reason) when is_pid(owner) do
     ended(request)
-    Remote.lost(request, reason)
+    Peer.lost(owner, reason)
   end
 
   def down(request, _reason) do
@@ -141,7 +131,7 @@ defmodule Bombus.Serving.Request do
 
   @doc "The other node has said nothing until the end of the time."
   def overdue(%__MODULE__{generation: owner} = request) do
-    Remote.cancel(owner, request.reference)
+    Peer.cancel(owner, request.reference)
     ended(request)
     Deadline.error()
   end
@@ -149,14 +139,14 @@ defmodule Bombus.Serving.Request do
   @doc "Frees the sequence, and waits until the engine has said so; in another process without a wait."
   def cancel(%__MODULE__{owner: owner, reference: reference} = request) when owner != self() do
     if is_pid(request.generation),
-      do: Remote.cancel(request.generation, reference),
+      do: Peer.cancel(request.generation, reference),
       else: Native.cancel(request.generation)
 
     Requests.remove(reference, owner)
   end
 
   def cancel(%__MODULE__{generation: owner} = request) when is_pid(owner) do
-    Remote.cancel(owner, request.reference)
+    Peer.cancel(owner, request.reference)
     drain(request, @patience)
     ended(request)
   end
@@ -182,7 +172,7 @@ defmodule Bombus.Serving.Request do
   # Nothing of it comes any more, and nobody can cancel it.
   defp ended(%__MODULE__{generation: owner} = request) when is_pid(owner) do
     Requests.remove(request.reference)
-    Remote.forget(request)
+    Peer.forget(request.reference, request.monitor)
   end
 
   defp ended(%__MODULE__{monitor: monitor} = request) do

@@ -5,7 +5,7 @@ defmodule Bombus.Serving.Requests do
   use GenServer
 
   alias Bombus.Native
-  alias Bombus.Serving.Remote
+  alias Bombus.Serving.Peer
 
   def start_link(_options), do: GenServer.start_link(__MODULE__, nil, name: __MODULE__)
 
@@ -49,7 +49,7 @@ defmodule Bombus.Serving.Requests do
   end
 
   defp cancel_one({_pid, _reference, {:local, canceller}}), do: Native.cancel(canceller)
-  defp cancel_one({_pid, reference, {:remote, owner}}), do: Remote.cancel(owner, reference)
+  defp cancel_one({_pid, reference, {:remote, owner}}), do: Peer.cancel(owner, reference)
   defp cancel_one({pid, _reference, {:waiting, server}}), do: send(server, {:cancel, pid})
 
   # A node may call the servings of others without having started this application.

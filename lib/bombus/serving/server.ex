@@ -8,7 +8,7 @@ defmodule Bombus.Serving.Server do
   require Logger
 
   alias Bombus.{Error, Native}
-  alias Bombus.Serving.Loader
+  alias Bombus.Serving.{Fault, Loader}
 
   # How often it looks whether the last request has ended.
   @nap 5
@@ -20,10 +20,8 @@ defmodule Bombus.Serving.Server do
   @first_pause 1_000
   @longest_pause 60_000
 
-  # What the model itself answers where it will not answer any more.
-  @broken [:io, :stopped, :unloaded]
-
   defstruct [
+    :new,
     :options,
     :state,
     :serving,
@@ -35,25 +33,20 @@ defmodule Bombus.Serving.Server do
     waiting: %{}
   ]
 
-  def start_link(options) do
-    GenServer.start_link(__MODULE__, options, name: options[:name])
+  @doc "`new` makes a serving, as `Bombus.Serving.new/3`."
+  def start_link(new, options) do
+    GenServer.start_link(__MODULE__, {new, options}, name: options[:name])
   rescue
     # What `via` names is asked here, in the caller.
     _error in [FunctionClauseError, UndefinedFunctionError] -> Loader.bad_name!(options[:name])
   end
 
-  @doc "A request has ended so that its model may be one that does not answer any more."
-  def report(server, model, %Error{reason: reason}) when reason in @broken,
-    do: send(server, {:suspect, model})
-
-  def report(_server, _model, _error), do: :ok
-
   @impl true
-  def init(options) do
+  def init({new, options}) do
     Process.flag(:trap_exit, true)
-    state = %__MODULE__{options: options, state: :loading}
+    state = %__MODULE__{new: new, options: options, state: :loading}
 
-    case Loader.given(options) do
+    case Loader.given(options, new) do
       nil -> {:ok, state, {:continue, :load}}
       {:ok, serving} -> {:ok, ready(state, serving)}
       {:error, error} -> {:stop, error}
@@ -113,11 +106,8 @@ defmodule Bombus.Serving.Server do
     state = %{state | probe: nil}
 
     case answer do
-      {:error, %Error{reason: reason} = error} when reason in @broken ->
-        {:noreply, broken(state, error)}
-
-      _it_answers ->
-        {:noreply, answer(state, Map.keys(state.waiting), {:ok, state.serving, self()})}
+      {:error, error} -> {:noreply, suspected(state, error)}
+      _it_answers -> {:noreply, sound(state)}
     end
   end
 
@@ -143,13 +133,18 @@ defmodule Bombus.Serving.Server do
     if state.serving, do: drain(state.serving.group, Keyword.get(state.options, :drain, 0))
   end
 
+  defp suspected(state, error),
+    do: if(Fault.end?(error), do: broken(state, error), else: sound(state))
+
+  defp sound(state), do: answer(state, Map.keys(state.waiting), {:ok, state.serving, self()})
+
   defp load(%{options: options} = state) do
     server = self()
 
     loader =
       spawn_link(fn ->
         tell = &send(server, {:progress, self(), &1})
-        send(server, {:loaded, self(), Loader.serving(options, tell)})
+        send(server, {:loaded, self(), Loader.serving(options, state.new, tell)})
       end)
 
     %{state | state: :loading, loader: loader, progress: nil}

@@ -20,6 +20,7 @@ defmodule Bombus.Training.LoRA do
   """
 
   alias Bombus.Error
+  alias Bombus.Options.Spec
   alias Bombus.Training.LoRA.{Data, Events, Folder, Jsonl, Monitor, Options, Progress, Rates, Run}
 
   @typedoc """
@@ -36,7 +37,41 @@ defmodule Bombus.Training.LoRA do
     * `:warnings` - of `:done`, where there are any: texts that are logged too, such as that the loss
       has grown
   """
-  @type event :: %{required(:type) => atom(), optional(atom()) => term()}
+  @type event :: %{
+          required(:type) =>
+            :start | :train | :validation | :checkpoint | :done | :error | :cancelled,
+          optional(:iteration) => non_neg_integer(),
+          optional(:iterations) => pos_integer(),
+          optional(:loss) => number(),
+          optional(:learning_rate) => number(),
+          optional(:tokens_per_second) => number(),
+          optional(:iterations_per_second) => number(),
+          optional(:trained_tokens) => non_neg_integer(),
+          optional(:peak_memory) => number(),
+          optional(:seconds) => number(),
+          optional(:path) => Path.t(),
+          optional(:reason) => String.t(),
+          optional(:message) => String.t(),
+          optional(:warnings) => [String.t()],
+          optional(:os_pid) => pos_integer()
+        }
+
+  @typedoc "A row of `prepare_data/3`."
+  @type row ::
+          String.t()
+          | %{optional(atom()) => term()}
+          | %{optional(String.t()) => term()}
+          | keyword()
+          | struct()
+
+  @typedoc "An option of `prepare_data/3`."
+  @type prepare_option :: unquote(Spec.option(Options.schema(:prepare)))
+
+  @typedoc "An option of `train/1`."
+  @type train_option :: unquote(Spec.option(Options.schema(:train)))
+
+  @typedoc "An option of `monitor_training/2`."
+  @type monitor_option :: unquote(Spec.option(Options.schema(:monitor)))
 
   @typedoc "What `prepare_data/3` took, and what it left out."
   @type report :: %{
@@ -80,7 +115,8 @@ defmodule Bombus.Training.LoRA do
 
   #{Options.docs(:prepare)}
   """
-  @spec prepare_data(Enumerable.t(), Path.t(), keyword()) :: {:ok, report()} | {:error, Error.t()}
+  @spec prepare_data(Enumerable.t(row()), Path.t(), [prepare_option()]) ::
+          {:ok, report()} | {:error, Error.t()}
   def prepare_data(rows, dir, options \\ []), do: Data.prepare(rows, dir, options)
 
   @doc """
@@ -92,10 +128,10 @@ defmodule Bombus.Training.LoRA do
   ## Options
 
   #{Options.docs(:train)}
-  A training that makes things worse still ends with `{:ok, path}`: where the loss of rows that were
-  trained with has grown, a warning is logged and stands in the last event of `monitor_training/2`. It
-  is nearly always too high a `:learning_rate`. The same goes for rows that were cut off, and for
-  iterations that are too few for a single step (`:grad_accumulation`).
+  A training that makes things worse still ends with `{:ok, path}`. When the loss of the rows that it
+  trained with has grown, a warning is logged, and stands in the last event of `monitor_training/2`. The
+  cause is nearly always too high a `:learning_rate`. There are such warnings too for rows that were cut
+  off, and for iterations that are too few for a single step (`:grad_accumulation`).
 
   ## Errors
 
@@ -114,7 +150,7 @@ defmodule Bombus.Training.LoRA do
     * `:training_killed`, `:training_failed` - with what Python said; `training.log` has all of it
     * `:cancelled`
   """
-  @spec train(keyword()) :: {:ok, Path.t()} | {:error, Error.t()}
+  @spec train([train_option()]) :: {:ok, Path.t()} | {:error, Error.t()}
   def train(options) do
     options = Options.validate!(options, :train)
     path = Path.expand(options.output_path)
@@ -173,7 +209,7 @@ defmodule Bombus.Training.LoRA do
         IO.puts("\#{event.iteration}: \#{event.loss}")
       end
   """
-  @spec monitor_training(Path.t(), keyword()) :: Enumerable.t(event())
+  @spec monitor_training(Path.t(), [monitor_option()]) :: Enumerable.t(event())
   def monitor_training(output_path, options \\ []) do
     Monitor.stream(path!(output_path), Options.validate!(options, :monitor).timeout)
   end
@@ -192,7 +228,7 @@ defmodule Bombus.Training.LoRA do
   had). Else it is guessed from the size of the model: a second for each two billion parameters,
   which may be off by a factor of ten.
   """
-  @spec estimate_training_time(pos_integer(), term()) ::
+  @spec estimate_training_time(pos_integer(), Bombus.source()) ::
           %{seconds: float(), source: :measured | :guess} | {:error, Error.t()}
   def estimate_training_time(iterations, model) when iterations in 1..0x7FFFFFFF do
     with {:ok, name} <- Options.model(model) do

@@ -19,7 +19,7 @@ defmodule Mix.Tasks.Compile.BombusNative do
     library = Path.join(target, "bombus_nif.so")
     mlx = mlx_dir(target)
 
-    if stale?(library, sources(native)) or linked_mlx(target) != mlx do
+    if stale?(native, library) or linked_mlx(target) != mlx do
       File.mkdir_p!(target)
       announce(native)
       build(native, mlx_arguments(native, mlx))
@@ -36,13 +36,15 @@ defmodule Mix.Tasks.Compile.BombusNative do
     File.rm_rf!(Path.join(Path.dirname(Mix.Project.project_file()), "priv/native"))
   end
 
+  @doc false
+  # Whether the library is older than what it is made of.
+  def stale?(native, library), do: Mix.Utils.stale?(sources(native), [library])
+
+  # The engine holds the text of CUDA's kernels: src has them, and `.*` finds them.
   defp sources(native) do
-    # CUDA's kernels are in src too: the engine holds their text.
     patterns = ~w(Cargo.* */Cargo.toml */build.rs */cpp/* */src/**/*.*)
     Enum.flat_map(patterns, &Path.wildcard(Path.join(native, &1)))
   end
-
-  defp stale?(library, sources), do: Mix.Utils.stale?(sources, [library])
 
   defp mac?, do: match?({:unix, :darwin}, :os.type())
 

@@ -94,6 +94,8 @@ struct Spec {
     generation_config: String,
     /// What of the configuration is not followed.
     warnings: Vec<String>,
+    /// Why steps go layer by layer where a card has a fused kernel.
+    fallback: Option<String>,
 }
 
 #[derive(NifMap)]
@@ -284,6 +286,7 @@ fn spec(engine: &Engine, device: Device, max_batch_size: usize) -> Spec {
         max_batch_size,
         generation_config: serde_json::Value::Object(config.generation.clone()).to_string(),
         warnings: config.warnings.clone(),
+        fallback: engine.fallback().map(str::to_owned),
     }
 }
 

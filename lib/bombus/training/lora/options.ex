@@ -9,11 +9,13 @@ defmodule Bombus.Training.LoRA.Options do
   @prepare [
     prompt: [
       type: {:custom, {__MODULE__, :text}},
+      type_spec: quote(do: String.t()),
       default: "Write a post",
       doc: "what a text answers"
     ],
     split_ratio: [
       type: {:custom, {__MODULE__, :ratio}},
+      type_spec: quote(do: number()),
       default: 0.9,
       doc:
         "the part that is trained on; the rest is for validation (at least one row, unless it is 1)"
@@ -33,8 +35,10 @@ defmodule Bombus.Training.LoRA.Options do
   @train [
     base_model: [
       type: {:custom, {__MODULE__, :source}},
+      type_spec: quote(do: Bombus.source()),
       required: true,
-      doc: "a Hub id (which mlx_lm downloads, into the same cache), a folder, or a source"
+      doc:
+        "a source; a string is a folder, or else a Hub id, which mlx_lm downloads into the same cache"
     ],
     training_data: [
       type: :path,
@@ -54,10 +58,11 @@ defmodule Bombus.Training.LoRA.Options do
     scale: [type: {:number, -3.4e38, 3.4e38}, default: 20.0, doc: "of the adapter: its strength"],
     dropout: [
       type: {:custom, {__MODULE__, :dropout}},
+      type_spec: quote(do: number()),
       default: 0.0,
       doc: "the part of the adapter's inputs that is left out, in 0..1, below 1"
     ],
-    fine_tune_type: [type: {:in, [:lora, :dora]}, default: :lora, doc: "`:lora` or `:dora`"],
+    fine_tune_type: [type: {:in, [:lora, :dora]}, default: :lora, doc: "the kind of adapter"],
     num_layers: [
       type: {:or, [{:in, [:all]}, {:integer, 1..@most}]},
       default: :all,
@@ -65,6 +70,7 @@ defmodule Bombus.Training.LoRA.Options do
     ],
     learning_rate: [
       type: {:custom, {__MODULE__, :positive}},
+      type_spec: quote(do: number()),
       default: 1.0e-5,
       doc: "how far a step goes; 1.0e-5 to 2.0e-4 are usual"
     ],
@@ -107,7 +113,8 @@ defmodule Bombus.Training.LoRA.Options do
     ],
     on_progress: [
       type: {:function, 1},
-      doc: "a function that gets every `t:event/0`, in the calling process",
+      type_spec: quote(do: (Bombus.Training.LoRA.event() -> term())),
+      doc: "a function that is called with every event, in the calling process",
       by_default: "a progress bar, where there is a terminal"
     ]
   ]
@@ -115,8 +122,9 @@ defmodule Bombus.Training.LoRA.Options do
   @monitor [
     timeout: [
       type: {:or, [{:in, [:infinity]}, {:integer, 0..@most}]},
+      type_spec: quote(do: timeout()),
       default: 10_000,
-      doc: "the milliseconds that it waits for a training to begin, or `:infinity`"
+      doc: "the milliseconds that it waits for a training to begin"
     ]
   ]
 

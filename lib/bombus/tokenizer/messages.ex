@@ -1,4 +1,4 @@
-defmodule Bombus.Serving.Messages do
+defmodule Bombus.Tokenizer.Messages do
   @moduledoc false
   # A conversation and what its chat template takes, as JSON text in an order of its own.
 
@@ -38,14 +38,35 @@ defmodule Bombus.Serving.Messages do
             "expected every name once, as an atom or a string, got: #{show(object)}"
   end
 
-  @doc "Whether template options are names and values that JSON has."
-  @spec options?(map()) :: boolean()
-  def options?(options) do
+  # Names and values that JSON has.
+  defp options?(options) do
     _json = encode(options, :options)
     true
   catch
     {:not_text, _text} -> true
     {kind, _term} when kind in [:not_json, :name_twice] -> false
+  end
+
+  @doc "The type of the option `:template_options`."
+  def check_options(options) do
+    if is_non_struct_map(options) or Keyword.keyword?(options),
+      do: checked(Map.new(options)),
+      else: {:error, "a map or a keyword list"}
+  end
+
+  defp checked(options) do
+    name = options[:chat_template] || options["chat_template"]
+
+    cond do
+      not options?(options) ->
+        {:error, "names and values as in JSON"}
+
+      not (is_atom(name) or is_binary(name)) ->
+        {:error, "names and values, :chat_template the name of a template"}
+
+      true ->
+        {:ok, options}
+    end
   end
 
   @doc "Raises for an option that no template looks at, which would be without effect."
