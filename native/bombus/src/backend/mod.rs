@@ -14,6 +14,7 @@ pub mod cuda;
 pub mod mlx;
 #[cfg(test)]
 mod sample_tests;
+mod ticket_lock;
 
 pub use batch::{Batch, BoundAdapter, Entry, KvCache, Loras};
 
