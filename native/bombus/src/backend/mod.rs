@@ -15,6 +15,7 @@ mod device;
 pub mod mlx;
 #[cfg(test)]
 mod sample_tests;
+mod ticket_lock;
 
 pub use batch::{Batch, BoundAdapter, Entry, KvCache, Loras};
 pub use device::Device;

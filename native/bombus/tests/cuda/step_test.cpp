@@ -86,7 +86,7 @@ struct Weight {
     swizzle(swiglu);
   }
 
-  // As `scales_biases` of step.rs.
+  // As `swizzled` of step.rs.
   void swizzle(bool swiglu) {
     const int groups = k / 64, quads = (groups + 3) / 4;
     memset(scales_biases.data, 0, scales_biases.bytes);

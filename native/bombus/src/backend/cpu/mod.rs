@@ -28,9 +28,10 @@ mod tensor;
 mod tests;
 mod weights;
 
-pub use pool::{PoolGuard, default_threads};
+pub use pool::default_threads;
 pub use simd::Level;
 
+use super::ticket_lock::TicketGuard;
 use super::{Adapted, AttentionWeights, Backend, LinearWeights};
 use super::{LoraRows, LoraWeights, Page, Segment, Token};
 use crate::error::{Error, Result};
@@ -139,11 +140,11 @@ impl Backend for Cpu {
     type Lora = Lora;
     type Cache = Vec<Cache>;
     type Samples = Samples;
-    type Guard = PoolGuard;
+    type Guard = TicketGuard;
 
     const ASYNC: bool = false;
 
-    fn guard(&self) -> PoolGuard {
+    fn guard(&self) -> TicketGuard {
         self.pool.guard()
     }
 

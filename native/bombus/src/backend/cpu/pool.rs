@@ -5,11 +5,12 @@
 //! the threads spin; soon after the last one they sleep, and cost nothing.
 
 use super::lock;
+use crate::backend::ticket_lock::{TicketGuard, TicketLock};
 use std::cell::UnsafeCell;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
@@ -39,21 +40,11 @@ pub struct Pool {
 }
 
 struct Global {
-    tickets: Tickets,
+    /// Whoever holds it runs its steps; others wait in the order in which they came.
+    steps: TicketLock,
     /// Locked while a region runs.
     workers: Mutex<Vec<Arc<Worker>>>,
 }
-
-/// Whoever holds it runs its steps; others wait in the order in which they came.
-#[derive(Default)]
-struct Tickets {
-    /// the next ticket to hand out, and the one that is served
-    tickets: Mutex<(u64, u64)>,
-    changed: Condvar,
-}
-
-/// The right to use the cores, given back when it is dropped.
-pub struct PoolGuard(&'static Tickets);
 
 struct Worker {
     /// Counts the regions that this worker was given, and those that it is done with.
@@ -79,8 +70,8 @@ unsafe impl Send for Worker {}
 impl Pool {
     pub fn new(threads: usize) -> std::io::Result<Self> {
         static GLOBAL: OnceLock<Global> = OnceLock::new();
-        let global = GLOBAL
-            .get_or_init(|| Global { tickets: Tickets::default(), workers: Mutex::default() });
+        let global =
+            GLOBAL.get_or_init(|| Global { steps: TicketLock::new(), workers: Mutex::default() });
         let mut workers = lock(&global.workers);
         while workers.len() + 1 < threads {
             let index = workers.len() + 1;
@@ -91,8 +82,8 @@ impl Pool {
     }
 
     /// Waits until no other model has the cores. Without a guard, single regions of two models alternate.
-    pub fn guard(&self) -> PoolGuard {
-        self.global.tickets.take()
+    pub fn guard(&self) -> TicketGuard {
+        self.global.steps.take()
     }
 
     /// Calls `work` once for each thread number, at once, and returns when all are done.
@@ -247,25 +238,6 @@ impl Worker {
             }
             self.asleep.store(false, Ordering::SeqCst);
         }
-    }
-}
-
-impl Tickets {
-    fn take(&'static self) -> PoolGuard {
-        let mut tickets = lock(&self.tickets);
-        let own = tickets.0;
-        tickets.0 += 1;
-        while tickets.1 != own {
-            tickets = self.changed.wait(tickets).unwrap_or_else(PoisonError::into_inner);
-        }
-        PoolGuard(self)
-    }
-}
-
-impl Drop for PoolGuard {
-    fn drop(&mut self) {
-        lock(&self.0.tickets).1 += 1;
-        self.0.changed.notify_all();
     }
 }
 

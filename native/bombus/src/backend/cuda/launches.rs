@@ -1,25 +1,24 @@
 //! Who may launch the kernel for steps. Its blocks wait for each other, so all of them must find room on
 //! the card: two models' launches at once might each have half, and wait for ever.
 
+use crate::backend::ticket_lock::{TicketGuard, TicketLock};
 use crate::error::Result;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 static LAUNCHES: Launches = Launches::new();
 
 struct Launches {
+    line: TicketLock,
     state: Mutex<State>,
-    changed: Condvar,
 }
 
 struct State {
-    /// The model that may launch, and what it has launched that may not be done.
-    owner: Option<usize>,
+    /// The model that may launch, and its place in the line.
+    owner: Option<(usize, TicketGuard)>,
+    /// What it has launched that may not be done.
     launches: usize,
     /// How often the owner changed.
     reign: usize,
-    /// The next to come, and the next to be served.
-    last: usize,
-    next: usize,
 }
 
 /// A launch that may not be done yet.
@@ -36,11 +35,11 @@ pub fn take(owner: usize, finish: impl FnOnce() -> Result<()>) -> Result<LaunchG
 
 impl Launches {
     const fn new() -> Self {
-        let state = State { owner: None, launches: 0, reign: 0, last: 0, next: 0 };
-        Self { state: Mutex::new(state), changed: Condvar::new() }
+        let state = State { owner: None, launches: 0, reign: 0 };
+        Self { line: TicketLock::new(), state: Mutex::new(state) }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -49,43 +48,43 @@ impl Launches {
         owner: usize,
         finish: impl FnOnce() -> Result<()>,
     ) -> Result<LaunchGuard> {
-        let mut state = self.lock();
-        if state.owner == Some(owner) {
-            if state.last == state.next {
+        let mut state = self.state();
+        if let Some((same, place)) = &state.owner
+            && *same == owner
+        {
+            if !place.is_wanted() {
                 state.launches += 1;
                 return Ok(LaunchGuard { launches: self, reign: state.reign });
             }
             drop(state);
             finish()?;
-            state = self.lock();
-            self.free(&mut state);
+            state = self.state();
+            state.free();
         }
-        let ticket = state.last;
-        state.last += 1;
-        while state.owner.is_some() || state.next != ticket {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        state.next += 1;
-        state.owner = Some(owner);
+        drop(state);
+        let place = self.line.take();
+        let mut state = self.state();
+        state.owner = Some((owner, place));
         state.launches = 1;
         Ok(LaunchGuard { launches: self, reign: state.reign })
     }
+}
 
-    fn free(&self, state: &mut State) {
-        state.owner = None;
-        state.launches = 0;
-        state.reign += 1;
-        self.changed.notify_all();
+impl State {
+    fn free(&mut self) {
+        self.owner = None;
+        self.launches = 0;
+        self.reign += 1;
     }
 }
 
 impl Drop for LaunchGuard {
     fn drop(&mut self) {
-        let mut state = self.launches.lock();
+        let mut state = self.launches.state();
         if state.reign == self.reign {
             state.launches -= 1;
             if state.launches == 0 {
-                self.launches.free(&mut state);
+                state.free();
             }
         }
     }
@@ -125,6 +124,6 @@ mod tests {
                 });
             }
         });
-        assert!(LAUNCHES.lock().owner.is_none());
+        assert!(LAUNCHES.state().owner.is_none());
     }
 }

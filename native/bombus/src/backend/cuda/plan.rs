@@ -16,7 +16,7 @@ pub struct PlanEncoder {
 impl PlanEncoder {
     const MOST_STEPS: u64 = 1 << 15;
 
-    /// The words to send: see `plan` of `layout.cuh`.
+    /// The words to send: see the head of `layout.cuh`.
     pub fn encode(&mut self, mut plan: Vec<u64>, sampled: bool) -> Vec<u64> {
         if sampled && self.goes_on(&plan) {
             self.steps += 1;
