@@ -229,3 +229,27 @@ fn split<'a>(
     places.sort_unstable();
     (single, rest, places.into_iter().map(|(_, place)| place).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::mlx::Device;
+
+    #[test]
+    fn outputs_of_a_batch_that_is_split_keep_their_order() {
+        let mlx = Mlx::new(Device::Cpu).unwrap();
+        let mut caches: Vec<Cache> = (0..4).map(|_| mlx.cache(1)).collect();
+        let mut batch = Batch::default();
+        let ids = |ids: &[u32]| ids.iter().map(|id| Token::Id(*id)).collect::<Vec<_>>();
+        let rows: [&[u32]; 4] = [&[1, 2], &[3], &[4, 5, 6], &[7]];
+        for (cache, rows) in caches.iter_mut().zip(rows) {
+            batch.push(&ids(rows), 0, &[rows.len() - 1], cache, None);
+        }
+        assert_eq!(batch.outputs, [1, 2, 5, 6]);
+        let (single, rest, places) = split(&mut batch, &[false, true, false, true]);
+        assert_eq!((single.tokens, single.outputs), (ids(&[3, 7]), vec![0, 1]));
+        assert_eq!((rest.tokens, rest.outputs), (ids(&[1, 2, 4, 5, 6]), vec![1, 4]));
+        // Among the logits of 3, 7, 2 and 6 those of 2, 3, 6 and 7.
+        assert_eq!(places, [2, 0, 3, 1]);
+    }
+}

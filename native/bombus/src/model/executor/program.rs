@@ -98,3 +98,58 @@ fn bfloat16(array: &Array) -> Result<&Array, Reason> {
         other => Err(format!("its norms or biases are in {other:?}, not in bfloat16")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::HeadSpec;
+
+    fn spec() -> ModelSpec {
+        let rope = Rope { dim: 64, theta: 1e4, scaling: Scaling::None };
+        let attention = AttentionSpec {
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 64,
+            rope,
+            qk_norm: None,
+            qkv_bias: true,
+            o_bias: false,
+        };
+        let norm = NormSpec { eps: 1e-6 };
+        let mlp = MlpSpec { inner: 512, bias: false };
+        let layers = vec![LayerSpec { attention, mlp, norm }; 3];
+        ModelSpec { hidden: 256, vocab: 320, layers, norm, head: HeadSpec::Tied, context: 512 }
+    }
+
+    fn with(change: impl FnOnce(&mut ModelSpec)) -> Result<Shape, Reason> {
+        let mut spec = spec();
+        change(&mut spec);
+        shape(&spec).map(|(shape, _)| shape)
+    }
+
+    #[test]
+    fn the_kernel_serves_biases_of_qkv_and_scaled_rotations() {
+        let plain = with(|_| {}).unwrap();
+        assert!(plain.qkv_bias && !plain.qk_norm && !plain.scaled);
+        let linear = Scaling::Linear { factor: 4.0 };
+        let all = |spec: &mut ModelSpec| {
+            spec.layers.iter_mut().for_each(|layer| layer.attention.rope.scaling = linear.clone());
+        };
+        assert!(with(all).unwrap().scaled);
+    }
+
+    #[test]
+    fn a_model_that_it_does_not_serve_is_told_why() {
+        let reason = |change: &dyn Fn(&mut LayerSpec)| {
+            with(|spec| spec.layers.iter_mut().for_each(change)).err().unwrap_or_default()
+        };
+        assert!(reason(&|layer| layer.attention.o_bias = true).contains("o_proj"));
+        assert!(reason(&|layer| layer.mlp.bias = true).contains("MLP"));
+        assert!(reason(&|layer| layer.attention.kv_heads = 16).is_empty());
+        assert!(reason(&|layer| layer.attention.heads = 18).contains("more than 8 heads"));
+        let dynamic = Scaling::Dynamic { factor: 2.0, context: 64 };
+        assert!(reason(&|layer| layer.attention.rope.scaling = dynamic.clone()).contains("length"));
+        let differ = with(|spec| spec.layers[1].mlp.inner = 256).err().unwrap_or_default();
+        assert_eq!(differ, "its layers differ");
+    }
+}
