@@ -95,7 +95,7 @@ impl<E: Executor> Worker<E> {
                 let command = self.wait();
                 busy = Busy::enter();
                 match command {
-                    Ok(command) => self.obey(command),
+                    Ok(command) => self.handle(command),
                     Err(RecvTimeoutError::Timeout) => {}
                     Err(RecvTimeoutError::Disconnected) => return,
                 }
@@ -165,14 +165,14 @@ impl<E: Executor> Worker<E> {
     fn take_commands(&mut self) -> bool {
         loop {
             match self.inbox.receiver.try_recv() {
-                Ok(command) => self.obey(command),
+                Ok(command) => self.handle(command),
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
             }
         }
     }
 
-    fn obey(&mut self, command: Command) {
+    fn handle(&mut self, command: Command) {
         match command {
             Command::Generate(..) | Command::Score { .. } | Command::Fit { .. }
                 if self.unloading.is_asked() =>
