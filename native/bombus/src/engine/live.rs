@@ -50,8 +50,8 @@ impl<B: Backend> Live<B> {
         self.usage.first_token.get_or_insert_with(|| self.asked.elapsed());
     }
 
-    /// Tells of a token; -> whether anyone hears it, and whether it has completed a stop string.
-    pub fn tell(&mut self, sample: Sample) -> Result<(bool, bool)> {
+    /// Emits a token; -> whether anyone hears it, and whether it has completed a stop string.
+    pub fn emit(&mut self, sample: Sample) -> Result<(bool, bool)> {
         let text = self.text.as_mut().map(|text| text.push(sample.id));
         let (text, stopped) = text.map_or_else(Default::default, |text| (text.text, text.stopped));
         self.usage.output_tokens += 1;
@@ -59,7 +59,7 @@ impl<B: Backend> Live<B> {
         Ok((self.sink.chunk(Chunk { ids: vec![sample.id], text, logprobs }), stopped))
     }
 
-    /// Tells of the text that was held back, and gives all but the sink back; -> what to end with
+    /// Emits the text that was held back, and gives all but the sink back; -> what to end with
     pub fn end(mut self, reason: FinishReason) -> (Sink, Result<Event>) {
         let rest = catch(|| Ok(self.text.as_mut().map(TextStream::finish)));
         let event = rest.map(|rest| {

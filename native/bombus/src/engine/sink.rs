@@ -133,11 +133,11 @@ impl Sink {
     }
 
     pub(super) fn end(mut self, event: Event) {
-        self.tell(event);
+        self.emit(event);
     }
 
     /// What is held comes before the end. A fault of whoever listens is not the engine's.
-    fn tell(&mut self, event: Event) {
+    fn emit(&mut self, event: Event) {
         let Some(mut listener) = self.listener.take() else { return };
         let held = self.window.take().map(|window| window.held).filter(|held| !held.is_empty());
         let events = held.map(Event::Chunk).into_iter().chain([event]);
@@ -147,7 +147,7 @@ impl Sink {
 
 impl Drop for Sink {
     fn drop(&mut self) {
-        self.tell(Event::Failed(Error::Stopped));
+        self.emit(Event::Failed(Error::Stopped));
     }
 }
 

@@ -171,7 +171,7 @@ impl<E: Executor> Worker<E> {
             Ok(samples) => {
                 for (&(id, is_token), sample) in step.chunks.iter().zip(samples) {
                     let handed = match sample {
-                        Some(sample) if is_token => catch(|| self.hand_out(id, sample)),
+                        Some(sample) if is_token => catch(|| self.deliver(id, sample)),
                         Some(_) => Ok(()),
                         None => Err(Error::Backend("the logits are not finite numbers".into())),
                     };
@@ -208,7 +208,7 @@ impl<E: Executor> Worker<E> {
     }
 
     /// A sampled token: to its sequence, if that is still there, and to whoever asked for it.
-    fn hand_out(&mut self, id: u64, sample: Sample) -> Result<()> {
+    fn deliver(&mut self, id: u64, sample: Sample) -> Result<()> {
         let Some(sequence) = self.scheduler.get(id) else { return Ok(()) };
         let Some(live) = self.live.get_mut(&id) else { return Ok(()) };
         live.note_token();
@@ -217,7 +217,7 @@ impl<E: Executor> Worker<E> {
             return Ok(());
         }
         let exhausted = sequence.accept(sample.id);
-        let (heard, stopped) = live.tell(sample)?;
+        let (heard, stopped) = live.emit(sample)?;
         match (heard, stopped, exhausted) {
             (false, ..) => self.finish(id, Ok(FinishReason::Cancelled)),
             (_, true, _) => self.finish(id, Ok(FinishReason::Stop)),
