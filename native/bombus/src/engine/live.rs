@@ -1,6 +1,6 @@
 //! What belongs to a sequence beside its tokens.
 
-use super::queue::Place;
+use super::admission::Permit;
 use super::sink::{Chunk, Event, Sink, Usage};
 use crate::backend::{Backend, BoundAdapter, KvCache};
 use crate::engine::sequence::FinishReason;
@@ -18,7 +18,7 @@ pub struct Live<B: Backend> {
     pub adapter: Option<InUse<B>>,
     pub text: Option<TextStream>,
     pub sink: Sink,
-    pub places: Vec<Place>,
+    pub permits: Vec<Permit>,
     pub usage: Usage,
     pub asked: Instant,
     pub share: metrics::Share,

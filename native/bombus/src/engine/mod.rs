@@ -4,13 +4,13 @@
 //! for texts; the engine's thread (`worker`) owns the decoder, the caches and the scheduler. It
 //! ends when the handle and all generations are gone.
 
+mod admission;
 mod bindings;
 mod deadlines;
 mod live;
 mod monitor;
 mod pending;
 mod prefix_cache;
-mod queue;
 mod request;
 pub mod scheduler;
 mod score;
@@ -20,8 +20,8 @@ mod steps;
 mod unload;
 mod worker;
 
+pub use admission::Group;
 pub use monitor::{Monitor, Step};
-pub use queue::Group;
 pub use request::{Prompt, Request, chat};
 pub use sink::{Chunk, Event, Sink, Usage};
 
@@ -44,8 +44,8 @@ use crate::runtime::abandon::Abandoned;
 use crate::runtime::{exit, metrics, threads};
 use crate::spec::Quantization;
 use crate::tokenizer::{TextStream, workers};
+use admission::{AdmissionLimit, Permit};
 use pending::Scoring;
-use queue::{Place, Queue};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -109,7 +109,7 @@ struct Order {
     adapter: Option<Arc<Adapter>>,
     text: Option<TextStream>,
     sink: Sink,
-    places: Vec<Place>,
+    permits: Vec<Permit>,
     asked: Instant,
     deadline: Option<Instant>,
     /// Set when the request has ended, so that its text is not encoded.
@@ -117,9 +117,9 @@ struct Order {
 }
 
 impl Order {
-    /// Whoever hears of the end has the places back.
+    /// Whoever hears of the end has the permits back.
     fn fail(self, error: Error) {
-        drop(self.places);
+        drop(self.permits);
         self.sink.end(Event::Failed(error));
     }
 }
@@ -150,7 +150,7 @@ type Commands = Arc<Sender<Command>>;
 pub struct Engine {
     commands: Commands,
     unloaded: AtomicBool,
-    queue: Queue,
+    admission: AdmissionLimit,
     batch_size: Arc<AtomicUsize>,
     next_id: AtomicU64,
     config: Arc<Config>,
@@ -176,7 +176,7 @@ impl Engine {
             return Err(Error::Request("expected a max_batch_size and a prefill_chunk".into()));
         }
         let config = Arc::new(weights::open(folder)?.0);
-        let queue = Queue::new(&limits);
+        let admission = AdmissionLimit::new(&limits);
         let longest = config.spec.context;
         let context = limits.max_context.map_or(longest, |max| max.min(longest));
         let (commands, receiver) = mpsc::channel();
@@ -198,7 +198,7 @@ impl Engine {
         Ok(Self {
             commands,
             unloaded,
-            queue,
+            admission,
             batch_size,
             next_id,
             config,
@@ -247,15 +247,15 @@ impl Engine {
             true => request.task(&self.config, self.context, &cancelled).map(Some),
             false => Ok(None),
         });
-        let places = checked.and_then(|task| Ok((task, self.places(request.group.as_deref())?)));
-        let ((task, places), sink) = admitted(places, sink)?;
+        let permits = checked.and_then(|task| Ok((task, self.permits(request.group.as_deref())?)));
+        let ((task, permits), sink) = admitted(permits, sink)?;
         let generation = self.generation();
         let order = Order {
             id: generation.id,
             adapter: request.adapter.clone(),
             text: None,
             sink,
-            places,
+            permits,
             asked,
             deadline: deadline(asked, request.timeout),
             cancelled: cancelled.clone(),
@@ -303,10 +303,10 @@ impl Engine {
         sink: Sink,
     ) -> Result<Generation> {
         let deadline = deadline(Instant::now(), timeout);
-        let (places, sink) = admitted(self.places(None), sink)?;
+        let (permits, sink) = admitted(self.permits(None), sink)?;
         let generation = self.generation();
         let id = generation.id;
-        let scoring = Scoring { ids, adapter, sink, places };
+        let scoring = Scoring { ids, adapter, sink, permits };
         self.send(Command::Score { id, scoring, deadline })?;
         Ok(generation)
     }
@@ -320,7 +320,7 @@ impl Engine {
     /// How many requests run together, and how many more wait.
     pub fn requests(&self) -> (usize, usize) {
         let running = self.batch_size.load(Relaxed);
-        (running, self.queue.taken().saturating_sub(running))
+        (running, self.admission.taken().saturating_sub(running))
     }
 
     /// Frees the model, though its handle is held: requests that run or wait end first, or are
@@ -367,10 +367,10 @@ impl Engine {
         Generation { id, commands: self.commands.clone() }
     }
 
-    fn places(&self, group: Option<&Group>) -> Result<Vec<Place>> {
+    fn permits(&self, group: Option<&Group>) -> Result<Vec<Permit>> {
         self.check_loaded()?;
-        let own = group.map(Group::place).transpose()?;
-        Ok(own.into_iter().chain([self.queue.place()?]).collect())
+        let own = group.map(Group::permit).transpose()?;
+        Ok(own.into_iter().chain([self.admission.permit()?]).collect())
     }
 }
 
@@ -379,9 +379,9 @@ fn deadline(asked: Instant, timeout: Option<Duration>) -> Option<Instant> {
 }
 
 /// What is refused at once does not reach the sink.
-fn admitted<T>(places: Result<T>, sink: Sink) -> Result<(T, Sink)> {
-    match places {
-        Ok(places) => Ok((places, sink)),
+fn admitted<T>(permits: Result<T>, sink: Sink) -> Result<(T, Sink)> {
+    match permits {
+        Ok(permits) => Ok((permits, sink)),
         Err(error) => {
             sink.discard();
             Err(error)

@@ -2,7 +2,7 @@
 //! adapter is not bound.
 
 use super::Order;
-use super::queue::Place;
+use super::admission::Permit;
 use super::sink::{Event, Sink, Usage};
 use crate::engine::sequence::{FinishReason, Task};
 use crate::error::Error;
@@ -23,7 +23,7 @@ pub struct Scoring {
     pub ids: Vec<u32>,
     pub adapter: Option<Arc<Adapter>>,
     pub sink: Sink,
-    pub places: Vec<Place>,
+    pub permits: Vec<Permit>,
 }
 
 impl Pending {
@@ -35,7 +35,7 @@ impl Pending {
         }
     }
 
-    /// Whoever hears of the end has the places back, and the adapter.
+    /// Whoever hears of the end has the permits back, and the adapter.
     pub fn fail(self, error: Error) {
         self.end(Event::Failed(error));
     }
@@ -50,16 +50,16 @@ impl Pending {
     }
 
     fn end(self, event: Event) {
-        let (sink, places, adapter) = match self {
+        let (sink, permits, adapter) = match self {
             Pending::Generate(order, _) => {
                 // A text that is not tokens yet need not become any.
                 order.cancelled.store(true, Relaxed);
-                (order.sink, order.places, order.adapter)
+                (order.sink, order.permits, order.adapter)
             }
-            Pending::Score(Scoring { sink, places, adapter, .. }) => (sink, places, adapter),
+            Pending::Score(Scoring { sink, permits, adapter, .. }) => (sink, permits, adapter),
             Pending::Fit(adapter, sink) => (sink, vec![], Some(adapter)),
         };
-        drop((places, adapter));
+        drop((permits, adapter));
         sink.end(event);
     }
 }

@@ -1,6 +1,6 @@
 //! What a request asks for, and all that can be wrong with it before it joins the others.
 
-use super::queue::Group;
+use super::admission::Group;
 use crate::config::Config;
 use crate::engine::sequence::Task;
 use crate::error::{Error, Result};

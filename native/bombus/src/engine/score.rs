@@ -1,8 +1,8 @@
 //! Scoring: the log-probabilities of a given text, a chunk at a time between the steps of others.
 
+use super::admission::Permit;
 use super::live::{InUse, adapter_key};
 use super::pending::Scoring;
-use super::queue::Place;
 use super::sink::Sink;
 use crate::backend::{Backend, Batch, KvCache, Token};
 use crate::error::{Error, Result};
@@ -18,14 +18,14 @@ pub struct Score<B: Backend> {
     pub log_probs: Vec<f32>,
     pub sink: Sink,
     pub share: metrics::Share,
-    pub places: Vec<Place>,
+    pub permits: Vec<Permit>,
 }
 
 impl<B: Backend> Score<B> {
     pub fn new(id: u64, scoring: Scoring, adapter: Option<InUse<B>>, cache: KvCache<B>) -> Self {
-        let Scoring { ids, sink, places, .. } = scoring;
+        let Scoring { ids, sink, permits, .. } = scoring;
         let share = metrics::Share::one(&metrics::SEQUENCES);
-        Self { id, ids, adapter, cache, log_probs: vec![], sink, share, places }
+        Self { id, ids, adapter, cache, log_probs: vec![], sink, share, permits }
     }
 
     pub fn adapter_key(&self) -> usize {

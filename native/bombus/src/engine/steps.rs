@@ -254,9 +254,9 @@ impl<E: Executor> Worker<E> {
 
     /// Whoever hears of the end finds everything given back.
     pub(super) fn finish_score(&mut self, score: Score<E::Backend>, end: Event) {
-        let Score { id, sink, cache, adapter, share, places, .. } = score;
+        let Score { id, sink, cache, adapter, share, permits, .. } = score;
         self.deadlines.remove(id);
-        drop((cache, adapter, share, places));
+        drop((cache, adapter, share, permits));
         self.count();
         sink.end(end);
     }

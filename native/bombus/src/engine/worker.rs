@@ -271,11 +271,11 @@ impl<E: Executor> Worker<E> {
         };
         match self.pending.remove(&id) {
             Some(Pending::Generate(order, Some(task))) => {
-                let Order { text, sink, places, asked, .. } = *order;
+                let Order { text, sink, permits, asked, .. } = *order;
                 let usage = Usage { prompt_tokens: task.prompt.len(), ..Usage::default() };
                 let share = metrics::Share::one(&metrics::SEQUENCES);
                 let cache = self.executor.cache();
-                let live = Live { cache, adapter, text, sink, places, usage, asked, share };
+                let live = Live { cache, adapter, text, sink, permits, usage, asked, share };
                 self.live.insert(id, live);
                 match task.max_new_tokens {
                     0 => self.finish(id, Ok(FinishReason::Length)),
@@ -384,7 +384,7 @@ impl<E: Executor> Worker<E> {
             self.keep(live.adapter_key(), sequence.computed(), &cache);
         }
         drop(cache);
-        live.places.clear();
+        live.permits.clear();
         live.adapter = None;
         live.share.set(0);
         // Of thousands that are cancelled in the queue, none changes what is held.

@@ -8,15 +8,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 /// How many requests there are, of how many that may be.
 #[derive(Clone)]
-pub struct Queue {
+pub struct AdmissionLimit {
     taken: Arc<AtomicUsize>,
     max: usize,
 }
 
-/// A place in a queue, given back when the request ends.
-pub struct Place(Queue);
+/// A permit, given back when the request ends.
+pub struct Permit(AdmissionLimit);
 
-impl Queue {
+impl AdmissionLimit {
     pub fn new(limits: &Limits) -> Self {
         let max = limits.max_batch_size.saturating_add(limits.max_queue);
         Self { taken: Arc::default(), max }
@@ -27,15 +27,15 @@ impl Queue {
         self.taken.load(Relaxed)
     }
 
-    /// An error at once where all places are taken.
-    pub fn place(&self) -> Result<Place> {
+    /// An error at once where all permits are taken.
+    pub fn permit(&self) -> Result<Permit> {
         let one_more = |taken| (taken < self.max).then_some(taken + 1);
         let taken = self.taken.fetch_update(Relaxed, Relaxed, one_more);
-        taken.map(|_| Place(self.clone())).map_err(|_| Error::Overloaded(self.max))
+        taken.map(|_| Permit(self.clone())).map_err(|_| Error::Overloaded(self.max))
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
         self.0.taken.fetch_sub(1, Relaxed);
     }
@@ -45,15 +45,15 @@ impl Drop for Place {
 pub struct Group {
     id: u64,
     limits: Limits,
-    queue: Queue,
+    admission: AdmissionLimit,
     closed: AtomicBool,
 }
 
 impl Group {
     pub fn new(limits: Limits) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        let queue = Queue::new(&limits);
-        Self { id: NEXT.fetch_add(1, Relaxed), limits, queue, closed: AtomicBool::new(false) }
+        let admission = AdmissionLimit::new(&limits);
+        Self { id: NEXT.fetch_add(1, Relaxed), limits, admission, closed: AtomicBool::new(false) }
     }
 
     /// Takes no more requests.
@@ -61,11 +61,11 @@ impl Group {
         self.closed.store(true, Relaxed);
     }
 
-    pub(super) fn place(&self) -> Result<Place> {
+    pub(super) fn permit(&self) -> Result<Permit> {
         if self.closed.load(Relaxed) {
             return Err(Error::Stopping);
         }
-        self.queue.place()
+        self.admission.permit()
     }
 
     pub(super) fn share(&self) -> Share {
