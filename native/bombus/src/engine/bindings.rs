@@ -1,7 +1,7 @@
 //! The adapters bound to a model. One that is not yet is bound layer by layer between the steps of
 //! others, since a large one takes seconds.
 
-use super::live::{InUse, adapter_key};
+use super::active::{InUse, adapter_key};
 use crate::backend::Backend;
 use crate::backend::{BoundAdapter, Loras};
 use crate::error::{Result, catch_in};

@@ -4,10 +4,10 @@
 //! for texts; the engine's thread (`worker`) owns the decoder, the caches and the scheduler. It
 //! ends when the handle and all generations are gone.
 
+mod active;
 mod admission;
 mod bindings;
 mod deadlines;
-mod live;
 mod monitor;
 mod pending;
 mod prefix_cache;
@@ -428,7 +428,7 @@ fn serve(
     let served = match device {
         Device::Cpu(options) => {
             static EXIT: Once = Once::new();
-            catch(|| Cpu::new(options)).and_then(|cpu| live(cpu, Ok, work, loading, &EXIT))
+            catch(|| Cpu::new(options)).and_then(|cpu| run_model(cpu, Ok, work, loading, &EXIT))
         }
         #[cfg(feature = "mlx")]
         Device::Mlx(device) => {
@@ -436,9 +436,9 @@ fn serve(
             catch(|| Mlx::new(device)).and_then(|mlx| match device.is_cuda() {
                 true => {
                     exit::expect_compilation();
-                    live(mlx, CudaExecutor::new, work, loading, &EXIT)
+                    run_model(mlx, CudaExecutor::new, work, loading, &EXIT)
                 }
-                false => live(mlx, Ok, work, loading, &EXIT),
+                false => run_model(mlx, Ok, work, loading, &EXIT),
             })
         }
     };
@@ -453,7 +453,7 @@ type Source<'a> = (&'a Path, Option<Quantization>);
 /// Beside the limits, the context.
 type Work<'a> = (Source<'a>, &'a Arc<Config>, (Limits, usize), &'a Sender<Result<Fallback>>, Inbox);
 
-fn live<B: Backend + Clone, E: Executor<Backend = B>>(
+fn run_model<B: Backend + Clone, E: Executor<Backend = B>>(
     backend: B,
     executor: impl FnOnce(Decoder<B>) -> Result<E>,
     work: Work,

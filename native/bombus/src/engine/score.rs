@@ -1,7 +1,7 @@
 //! Scoring: the log-probabilities of a given text, a chunk at a time between the steps of others.
 
+use super::active::{InUse, adapter_key};
 use super::admission::Permit;
-use super::live::{InUse, adapter_key};
 use super::pending::Scoring;
 use super::sink::Sink;
 use crate::backend::{Backend, Batch, KvCache, Token};

@@ -1,7 +1,7 @@
 //! A step of the engine's thread: room for it, its rows, its tokens.
 
 use super::Fault;
-use super::live::Live;
+use super::active::ActiveRequest;
 use super::monitor::Step;
 use super::score::Score;
 use super::sink::Event;
@@ -66,16 +66,16 @@ impl<E: Executor> Worker<E> {
         if sequence.has_begun() {
             return Ok(());
         }
-        let Some(live) = self.live.get_mut(&id) else { return Ok(()) };
+        let Some(active) = self.active.get_mut(&id) else { return Ok(()) };
         let tokens = sequence.tokens();
         let mut cached = 0;
-        if let Some((cache, common)) = self.prefixes.find(live.adapter_key(), &tokens) {
+        if let Some((cache, common)) = self.prefixes.find(active.adapter_key(), &tokens) {
             // The last token's logits are needed.
             cached = common.min(tokens.len() - 1);
-            live.cache = self.executor.decoder().fork(cache, cached)?;
+            active.cache = self.executor.decoder().fork(cache, cached)?;
         }
         sequence.begin_at(cached);
-        live.start(cached);
+        active.start(cached);
         self.uncounted = COUNTED;
         self.reserve(id, cached..tokens.len())
     }
@@ -93,8 +93,8 @@ impl<E: Executor> Worker<E> {
 
     fn reserve(&mut self, id: u64, positions: Range<usize>) -> Result<()> {
         self.with_memory(|worker| {
-            let Some(live) = worker.live.get_mut(&id) else { return Ok(()) };
-            worker.executor.decoder().reserve(&mut live.cache, positions.clone())
+            let Some(active) = worker.active.get_mut(&id) else { return Ok(()) };
+            worker.executor.decoder().reserve(&mut active.cache, positions.clone())
         })
     }
 
@@ -119,11 +119,11 @@ impl<E: Executor> Worker<E> {
 
     /// -> what was in it
     fn give_up_cache(&mut self, id: u64) -> Option<(usize, Vec<u32>, KvCache<E::Backend>)> {
-        let (sequence, live) = (self.scheduler.get(id)?, self.live.get_mut(&id)?);
+        let (sequence, active) = (self.scheduler.get(id)?, self.active.get_mut(&id)?);
         let computed = sequence.computed();
         sequence.give_up_cache();
-        let cache = std::mem::replace(&mut live.cache, self.executor.cache());
-        Some((live.adapter_key(), computed, cache))
+        let cache = std::mem::replace(&mut active.cache, self.executor.cache());
+        Some((active.adapter_key(), computed, cache))
     }
 
     /// Its reader lags behind: others run meanwhile.
@@ -142,10 +142,10 @@ impl<E: Executor> Worker<E> {
     ) -> Result<InFlight<E::Backend>> {
         let begun = Instant::now();
         let mut batch = Batch::default();
-        for (chunk, live) in chunks.iter().zip(lives(&mut self.live, chunks)) {
-            let adapter = live.adapter.as_ref().map(|(_, bound)| bound.as_ref());
+        for (chunk, active) in chunks.iter().zip(requests_of(&mut self.active, chunks)) {
+            let adapter = active.adapter.as_ref().map(|(_, bound)| bound.as_ref());
             let last = [chunk.tokens.len() - 1];
-            batch.push(&chunk.tokens, chunk.start, &last, &mut live.cache, adapter);
+            batch.push(&chunk.tokens, chunk.start, &last, &mut active.cache, adapter);
         }
         let rows = batch.tokens.len();
         let previous = previous.map(|step| &step.samples);
@@ -210,19 +210,19 @@ impl<E: Executor> Worker<E> {
     /// A sampled token: to its sequence, if that is still there, and to whoever asked for it.
     fn deliver(&mut self, id: u64, sample: Sample) -> Result<()> {
         let Some(sequence) = self.scheduler.get(id) else { return Ok(()) };
-        let Some(live) = self.live.get_mut(&id) else { return Ok(()) };
-        live.note_token();
+        let Some(active) = self.active.get_mut(&id) else { return Ok(()) };
+        active.note_token();
         if sequence.task.eos_token_ids.contains(&sample.id) {
             self.finish(id, Ok(FinishReason::Stop));
             return Ok(());
         }
         let exhausted = sequence.accept(sample.id);
-        let (heard, stopped) = live.emit(sample)?;
+        let (heard, stopped) = active.emit(sample)?;
         match (heard, stopped, exhausted) {
             (false, ..) => self.finish(id, Ok(FinishReason::Cancelled)),
             (_, true, _) => self.finish(id, Ok(FinishReason::Stop)),
             (_, _, true) => self.finish(id, Ok(FinishReason::Length)),
-            _ if live.sink.is_full() => self.pause(id),
+            _ if active.sink.is_full() => self.pause(id),
             _ => {}
         }
         Ok(())
@@ -264,7 +264,7 @@ impl<E: Executor> Worker<E> {
     pub(super) fn count(&mut self) {
         self.uncounted = 0;
         self.inbox.batch_size.store(self.scheduler.running().len(), Relaxed);
-        let sequences = self.live.values().map(|live| &live.cache);
+        let sequences = self.active.values().map(|active| &active.cache);
         let caches = sequences.chain(self.scores.iter().map(|score| &score.cache));
         let pages = caches.flat_map(|cache| self.executor.decoder().pages(cache));
         let mut seen = HashSet::new();
@@ -275,14 +275,14 @@ impl<E: Executor> Worker<E> {
 }
 
 /// What belongs to the sequences of these chunks, in their order.
-fn lives<'a, B: Backend>(
-    live: &'a mut HashMap<u64, Live<B>>,
+fn requests_of<'a, B: Backend>(
+    active: &'a mut HashMap<u64, ActiveRequest<B>>,
     chunks: &[Chunk],
-) -> Vec<&'a mut Live<B>> {
+) -> Vec<&'a mut ActiveRequest<B>> {
     let place: HashMap<u64, usize> =
         chunks.iter().enumerate().map(|(place, chunk)| (chunk.id, place)).collect();
-    let mut lives: Vec<_> =
-        live.iter_mut().filter_map(|(id, live)| Some((*place.get(id)?, live))).collect();
-    lives.sort_by_key(|(place, _)| *place);
-    lives.into_iter().map(|(_, live)| live).collect()
+    let mut found: Vec<_> =
+        active.iter_mut().filter_map(|(id, active)| Some((*place.get(id)?, active))).collect();
+    found.sort_by_key(|(place, _)| *place);
+    found.into_iter().map(|(_, active)| active).collect()
 }

@@ -1,9 +1,9 @@
 //! The engine's thread: takes commands, plans a step, submits it, and hands out the tokens of the
 //! step before while it computes (`steps`).
 
+use super::active::{ActiveRequest, adapter_key};
 use super::bindings::{Bindings, Bound};
 use super::deadlines::Deadlines;
-use super::live::{Live, adapter_key};
 use super::monitor::Monitor;
 use super::pending::Pending;
 use super::prefix_cache::Prefixes;
@@ -37,7 +37,7 @@ pub struct Worker<E: Executor> {
     pub(super) prefill_chunk: usize,
     pub(super) scheduler: Scheduler,
     pending: HashMap<u64, Pending>,
-    pub(super) live: HashMap<u64, Live<E::Backend>>,
+    pub(super) active: HashMap<u64, ActiveRequest<E::Backend>>,
     pub(super) scores: VecDeque<Score<E::Backend>>,
     pub(super) deadlines: Deadlines,
     bindings: Bindings<E::Backend>,
@@ -69,7 +69,7 @@ impl<E: Executor> Worker<E> {
             prefill_chunk: limits.prefill_chunk,
             scheduler: Scheduler::new(limits.clone()),
             pending: HashMap::new(),
-            live: HashMap::new(),
+            active: HashMap::new(),
             scores: VecDeque::new(),
             deadlines: Deadlines::default(),
             bindings: Bindings::new(),
@@ -128,8 +128,8 @@ impl<E: Executor> Worker<E> {
 
     /// Gives all back but what is told last.
     pub fn end(self) -> Unloading {
-        let Self { mut unloading, inbox, pending, live, .. } = self;
-        drop((pending, live));
+        let Self { mut unloading, inbox, pending, active, .. } = self;
+        drop((pending, active));
         // Who came too late learns why.
         for command in inbox.receiver.try_iter() {
             unloading.refuse(command);
@@ -149,7 +149,7 @@ impl<E: Executor> Worker<E> {
 
     /// Whether every request has ended.
     fn has_ended(&self) -> bool {
-        self.pending.is_empty() && self.live.is_empty() && self.scores.is_empty()
+        self.pending.is_empty() && self.active.is_empty() && self.scores.is_empty()
     }
 
     /// The next command, unless a deadline comes first.
@@ -224,9 +224,9 @@ impl<E: Executor> Worker<E> {
     /// `chosen`: by the adapter's key
     fn cancel_those(&mut self, chosen: impl Fn(usize) -> bool) {
         let pending = self.pending.iter().map(|(id, it)| (*id, adapter_key(it.adapter())));
-        let live = self.live.iter().map(|(id, it)| (*id, it.adapter_key()));
+        let active = self.active.iter().map(|(id, it)| (*id, it.adapter_key()));
         let scores = self.scores.iter().map(|score| (score.id, score.adapter_key()));
-        let all = pending.chain(live).chain(scores).filter(|(_, adapter)| chosen(*adapter));
+        let all = pending.chain(active).chain(scores).filter(|(_, adapter)| chosen(*adapter));
         let ids: Vec<u64> = all.map(|(id, _)| id).collect();
         ids.into_iter().for_each(|id| self.cancel(id));
     }
@@ -275,8 +275,9 @@ impl<E: Executor> Worker<E> {
                 let usage = Usage { prompt_tokens: task.prompt.len(), ..Usage::default() };
                 let share = metrics::Share::one(&metrics::SEQUENCES);
                 let cache = self.executor.cache();
-                let live = Live { cache, adapter, text, sink, permits, usage, asked, share };
-                self.live.insert(id, live);
+                let active =
+                    ActiveRequest { cache, adapter, text, sink, permits, usage, asked, share };
+                self.active.insert(id, active);
                 match task.max_new_tokens {
                     0 => self.finish(id, Ok(FinishReason::Length)),
                     _ => self.scheduler.add(Sequence::new(id, task)),
@@ -346,8 +347,8 @@ impl<E: Executor> Worker<E> {
 
     /// A reader has taken so many chunks.
     fn acknowledge(&mut self, id: u64, chunks: usize) {
-        let Some(live) = self.live.get_mut(&id) else { return };
-        match catch(|| Ok((live.sink.acknowledge(chunks), live.sink.is_full()))) {
+        let Some(active) = self.active.get_mut(&id) else { return };
+        match catch(|| Ok((active.sink.acknowledge(chunks), active.sink.is_full()))) {
             Ok((true, false)) => self.scheduler.go_on(id),
             Ok((true, true)) => {}
             Ok((false, _)) => self.cancel(id),
@@ -364,7 +365,7 @@ impl<E: Executor> Worker<E> {
                 Ok(_) => pending.cancel(),
                 Err(error) => pending.fail(error),
             }
-        } else if self.live.contains_key(&id) {
+        } else if self.active.contains_key(&id) {
             self.finish_sequence(id, end);
         } else if let Some(place) = self.scores.iter().position(|score| score.id == id) {
             let score = self.scores.remove(place);
@@ -377,24 +378,24 @@ impl<E: Executor> Worker<E> {
 
     fn finish_sequence(&mut self, id: u64, end: Result<FinishReason>) {
         let sequence = self.scheduler.remove(id);
-        let Some(mut live) = self.live.remove(&id) else { return };
-        let cache = std::mem::replace(&mut live.cache, self.executor.cache());
+        let Some(mut active) = self.active.remove(&id) else { return };
+        let cache = std::mem::replace(&mut active.cache, self.executor.cache());
         let held = !self.executor.decoder().pages(&cache).is_empty();
         if let Some(sequence) = sequence.filter(|_| end.is_ok()) {
-            self.keep(live.adapter_key(), sequence.computed(), &cache);
+            self.keep(active.adapter_key(), sequence.computed(), &cache);
         }
         drop(cache);
-        live.permits.clear();
-        live.adapter = None;
-        live.share.set(0);
+        active.permits.clear();
+        active.adapter = None;
+        active.share.set(0);
         // Of thousands that are cancelled in the queue, none changes what is held.
         if held {
             self.count();
         }
         // Whoever hears of the end finds everything given back.
         let (sink, event) = match end {
-            Ok(reason) => live.end(reason),
-            Err(error) => (live.sink, Err(error)),
+            Ok(reason) => active.end(reason),
+            Err(error) => (active.sink, Err(error)),
         };
         sink.end(event.unwrap_or_else(Event::Failed));
     }

@@ -13,7 +13,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
-pub struct Live<B: Backend> {
+pub struct ActiveRequest<B: Backend> {
     pub cache: KvCache<B>,
     pub adapter: Option<InUse<B>>,
     pub text: Option<TextStream>,
@@ -32,7 +32,7 @@ pub fn adapter_key(adapter: Option<&Arc<Adapter>>) -> usize {
     adapter.map_or(0, |adapter| Arc::as_ptr(adapter) as usize)
 }
 
-impl<B: Backend> Live<B> {
+impl<B: Backend> ActiveRequest<B> {
     pub fn adapter_key(&self) -> usize {
         adapter_key(self.adapter.as_ref().map(|(adapter, _)| adapter))
     }
