@@ -63,7 +63,7 @@ pub enum Fault {
 
 enum Command {
     /// Without a task where its text is still to become tokens: then `Encoded` follows.
-    Generate(Box<Order>, Option<Task>),
+    Generate(Box<PendingRequest>, Option<Task>),
     Encoded {
         id: u64,
         task: Result<(Task, Option<TextStream>)>,
@@ -104,7 +104,7 @@ enum Command {
 }
 
 /// A request on its way to the engine's thread.
-struct Order {
+struct PendingRequest {
     id: u64,
     adapter: Option<Arc<Adapter>>,
     text: Option<TextStream>,
@@ -116,7 +116,7 @@ struct Order {
     cancelled: Arc<AtomicBool>,
 }
 
-impl Order {
+impl PendingRequest {
     /// Whoever hears of the end has the permits back.
     fn fail(self, error: Error) {
         drop(self.permits);
@@ -128,7 +128,7 @@ impl Command {
     /// A command that no engine takes: the caller learns of it at once.
     fn discard(self) {
         match self {
-            Command::Generate(order, _) => order.sink.discard(),
+            Command::Generate(request, _) => request.sink.discard(),
             Command::Score { scoring, .. } => scoring.sink.discard(),
             Command::Fit { sink, .. } => sink.discard(),
             _ => {}
@@ -250,7 +250,7 @@ impl Engine {
         let permits = checked.and_then(|task| Ok((task, self.permits(request.group.as_deref())?)));
         let ((task, permits), sink) = admitted(permits, sink)?;
         let generation = self.generation();
-        let order = Order {
+        let pending = PendingRequest {
             id: generation.id,
             adapter: request.adapter.clone(),
             text: None,
@@ -262,9 +262,9 @@ impl Engine {
         };
         // The engine knows of it before its text is tokens: it may be cancelled, or take too long.
         if known && request.tokenizer.is_none() {
-            self.send(Command::Generate(Box::new(order), task))?;
+            self.send(Command::Generate(Box::new(pending), task))?;
         } else {
-            self.send(Command::Generate(Box::new(order), None))?;
+            self.send(Command::Generate(Box::new(pending), None))?;
             self.encode(generation.id, request, task, cancelled);
         }
         Ok(generation)

@@ -1,7 +1,7 @@
 //! Requests that have reached the engine and cannot run yet: their text is not tokens yet, or their
 //! adapter is not bound.
 
-use super::Order;
+use super::PendingRequest;
 use super::admission::Permit;
 use super::sink::{Event, Sink, Usage};
 use crate::engine::sequence::{FinishReason, Task};
@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 pub enum Pending {
     /// Without a task until its text is tokens.
-    Generate(Box<Order>, Option<Task>),
+    Generate(Box<PendingRequest>, Option<Task>),
     Score(Scoring),
     /// Whether an adapter can be bound.
     Fit(Arc<Adapter>, Sink),
@@ -29,7 +29,7 @@ pub struct Scoring {
 impl Pending {
     pub fn adapter(&self) -> Option<&Arc<Adapter>> {
         match self {
-            Pending::Generate(order, _) => order.adapter.as_ref(),
+            Pending::Generate(request, _) => request.adapter.as_ref(),
             Pending::Score(scoring) => scoring.adapter.as_ref(),
             Pending::Fit(adapter, _) => Some(adapter),
         }
@@ -51,10 +51,10 @@ impl Pending {
 
     fn end(self, event: Event) {
         let (sink, permits, adapter) = match self {
-            Pending::Generate(order, _) => {
+            Pending::Generate(request, _) => {
                 // A text that is not tokens yet need not become any.
-                order.cancelled.store(true, Relaxed);
-                (order.sink, order.permits, order.adapter)
+                request.cancelled.store(true, Relaxed);
+                (request.sink, request.permits, request.adapter)
             }
             Pending::Score(Scoring { sink, permits, adapter, .. }) => (sink, permits, adapter),
             Pending::Fit(adapter, sink) => (sink, vec![], Some(adapter)),

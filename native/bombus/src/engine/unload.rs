@@ -42,7 +42,7 @@ impl Unloading {
             false => Error::Stopped,
         };
         match command {
-            Command::Generate(order, _) => order.fail(error),
+            Command::Generate(request, _) => request.fail(error),
             Command::Score { scoring, .. } => Pending::Score(scoring).fail(error),
             Command::Fit { sink, .. } => sink.end(Event::Failed(error)),
             Command::Unload { done, .. } => self.ask(done),

@@ -12,7 +12,7 @@ use super::score::Score;
 use super::sink::{Event, Usage};
 use super::steps::InFlight;
 use super::unload::Unloading;
-use super::{Command, Fault, Inbox, Order};
+use super::{Command, Fault, Inbox, PendingRequest};
 use crate::backend::{Backend, KvCache};
 use crate::config::Config;
 use crate::engine::scheduler::{Limits, Scheduler};
@@ -179,9 +179,9 @@ impl<E: Executor> Worker<E> {
             {
                 self.unloading.refuse(command);
             }
-            Command::Generate(order, task) => {
-                let (id, deadline, encoded) = (order.id, order.deadline, task.is_some());
-                self.expect(id, Pending::Generate(order, task), deadline);
+            Command::Generate(request, task) => {
+                let (id, deadline, encoded) = (request.id, request.deadline, task.is_some());
+                self.expect(id, Pending::Generate(request, task), deadline);
                 if encoded {
                     self.admit(id);
                 }
@@ -248,10 +248,10 @@ impl<E: Executor> Worker<E> {
 
     /// A text has become tokens, or cannot; its request may have ended meanwhile.
     fn encoded(&mut self, id: u64, encoded: Result<(Task, Option<TextStream>)>) {
-        let Some(Pending::Generate(order, task)) = self.pending.get_mut(&id) else { return };
+        let Some(Pending::Generate(request, task)) = self.pending.get_mut(&id) else { return };
         match encoded {
             Ok((encoded, text)) => {
-                order.text = text;
+                request.text = text;
                 *task = Some(encoded);
                 self.admit(id);
             }
@@ -270,8 +270,8 @@ impl<E: Executor> Worker<E> {
             },
         };
         match self.pending.remove(&id) {
-            Some(Pending::Generate(order, Some(task))) => {
-                let Order { text, sink, permits, asked, .. } = *order;
+            Some(Pending::Generate(request, Some(task))) => {
+                let PendingRequest { text, sink, permits, asked, .. } = *request;
                 let usage = Usage { prompt_tokens: task.prompt.len(), ..Usage::default() };
                 let share = metrics::Share::one(&metrics::SEQUENCES);
                 let cache = self.executor.cache();
