@@ -1,7 +1,7 @@
 //! Who may come in: as many as run together and as many as may wait, of a model and of a group.
 
 use crate::engine::scheduler::Limits;
-use crate::engine::sequence::Share;
+use crate::engine::sequence::GroupLimits;
 use crate::error::{Error, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
@@ -68,8 +68,8 @@ impl Group {
         self.admission.permit()
     }
 
-    pub(super) fn share(&self) -> Share {
+    pub(super) fn limits(&self) -> GroupLimits {
         let Limits { max_batch_size, prefill_chunk, .. } = self.limits;
-        Share { id: self.id, max_batch_size, prefill_chunk }
+        GroupLimits { id: self.id, max_batch_size, prefill_chunk }
     }
 }

@@ -90,7 +90,7 @@ impl Request {
             min_new_tokens: self.min_new_tokens,
             eos_token_ids: self.ends(config)?,
             sampling: Arc::new(self.sampling.clone()),
-            share: self.group.as_ref().map(|group| group.share()),
+            group: self.group.as_ref().map(|group| group.limits()),
             prompt: ids,
         })
     }

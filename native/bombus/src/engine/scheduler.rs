@@ -1,6 +1,6 @@
 //! Which rows go into the next step: plain bookkeeping, no tensors.
 //!
-//! First come, first served, within a share where there is one. A step holds one row of every running sequence that decodes, and
+//! First come, first served, within a group where there is one. A step holds one row of every running sequence that decodes, and
 //! prompts in chunks of at most `prefill_chunk` rows in all, so that a long prompt does not
 //! stall the others. A sequence whose reader lags behind is paused: it leaves its place to others.
 
@@ -56,16 +56,16 @@ impl Scheduler {
         let mut admitted = vec![];
         let mut members: HashMap<Option<u64>, usize> = HashMap::new();
         for sequence in &self.running {
-            *members.entry(sequence.task.share_id()).or_default() += 1;
+            *members.entry(sequence.task.group_id()).or_default() += 1;
         }
         while self.running.len() < self.limits.max_batch_size {
-            // Whose share is full lets others pass.
+            // Whose group is full lets others pass.
             let has_room = |sequence: &Sequence| {
-                let taken = members.get(&sequence.task.share_id()).copied().unwrap_or(0);
-                sequence.task.share.as_ref().is_none_or(|share| taken < share.max_batch_size)
+                let taken = members.get(&sequence.task.group_id()).copied().unwrap_or(0);
+                sequence.task.group.as_ref().is_none_or(|group| taken < group.max_batch_size)
             };
             let Some(sequence) = self.waiting.pop_front(has_room) else { break };
-            *members.entry(sequence.task.share_id()).or_default() += 1;
+            *members.entry(sequence.task.group_id()).or_default() += 1;
             admitted.push(sequence.id);
             self.running.push(sequence);
         }
@@ -75,12 +75,12 @@ impl Scheduler {
     /// The next step; empty where there is nothing to do, or all must wait for samples.
     pub fn step(&mut self) -> Vec<Chunk> {
         let mut budget = self.limits.prefill_chunk;
-        let mut shares: HashMap<u64, usize> = HashMap::new();
+        let mut groups: HashMap<u64, usize> = HashMap::new();
         let mut chunks: Vec<Chunk> = vec![];
         for sequence in &mut self.running {
             let prefills = sequence.prefills();
-            let share = sequence.task.share.as_ref();
-            let own = share.map(|share| shares.entry(share.id).or_insert(share.prefill_chunk));
+            let group = sequence.task.group.as_ref();
+            let own = group.map(|group| groups.entry(group.id).or_insert(group.prefill_chunk));
             let most = own.as_ref().map_or(budget, |own| budget.min(**own));
             let Some(chunk) = sequence.next_chunk(most, chunks.len()) else { continue };
             if prefills {
@@ -162,8 +162,8 @@ fn place(sequences: &[Sequence], id: u64) -> Option<usize> {
 /// Those who wait for a place in the batch, in their order; each is found by its id.
 #[derive(Default)]
 struct Waiting {
-    /// Those of a share (of none) by their turn.
-    shares: HashMap<Option<u64>, BTreeMap<i64, Sequence>>,
+    /// Those of a group (of none) by their turn.
+    groups: HashMap<Option<u64>, BTreeMap<i64, Sequence>>,
     turns: HashMap<u64, (Option<u64>, i64)>,
     /// The turns that were given out, from the first to behind the last.
     given: Range<i64>,
@@ -186,30 +186,30 @@ impl Waiting {
     }
 
     fn insert(&mut self, sequence: Sequence, turn: i64) {
-        let share = sequence.task.share_id();
-        self.turns.insert(sequence.id, (share, turn));
-        self.shares.entry(share).or_default().insert(turn, sequence);
+        let group = sequence.task.group_id();
+        self.turns.insert(sequence.id, (group, turn));
+        self.groups.entry(group).or_default().insert(turn, sequence);
     }
 
     fn get(&mut self, id: u64) -> Option<&mut Sequence> {
-        let (share, turn) = self.turns.get(&id)?;
-        self.shares.get_mut(share)?.get_mut(turn)
+        let (group, turn) = self.turns.get(&id)?;
+        self.groups.get_mut(group)?.get_mut(turn)
     }
 
-    /// The first whose share has room.
+    /// The first whose group has room.
     fn pop_front(&mut self, has_room: impl Fn(&Sequence) -> bool) -> Option<Sequence> {
-        let firsts = self.shares.values().filter_map(BTreeMap::first_key_value);
+        let firsts = self.groups.values().filter_map(BTreeMap::first_key_value);
         let open = firsts.filter(|(_, sequence)| has_room(sequence));
         let id = open.min_by_key(|(turn, _)| **turn).map(|(_, sequence)| sequence.id)?;
         self.remove(id)
     }
 
     fn remove(&mut self, id: u64) -> Option<Sequence> {
-        let (share, turn) = self.turns.remove(&id)?;
-        let turns = self.shares.get_mut(&share)?;
+        let (group, turn) = self.turns.remove(&id)?;
+        let turns = self.groups.get_mut(&group)?;
         let sequence = turns.remove(&turn);
         if turns.is_empty() {
-            self.shares.remove(&share);
+            self.groups.remove(&group);
         }
         sequence
     }
@@ -219,15 +219,15 @@ impl Waiting {
 mod tests {
     use super::*;
     use crate::backend::Token;
-    use crate::engine::sequence::{Share, Task};
+    use crate::engine::sequence::{GroupLimits, Task};
     use crate::sampler::Sampling;
     use proptest::prelude::*;
     use std::collections::HashMap;
 
-    /// A prompt, new tokens, penalties or none, positions that a cache has, one of two shares.
+    /// A prompt, new tokens, penalties or none, positions that a cache has, one of two groups.
     type Case = (usize, usize, bool, usize, Option<bool>);
 
-    fn task(id: u64, &(prompt, new, penalized, _, share): &Case) -> Task {
+    fn task(id: u64, &(prompt, new, penalized, _, group): &Case) -> Task {
         let penalty = if penalized { 1.5 } else { 1.0 };
         let sampling = Sampling { repetition_penalty: penalty, ..Sampling::default() };
         Task {
@@ -236,14 +236,14 @@ mod tests {
             min_new_tokens: 0,
             eos_token_ids: vec![],
             sampling: sampling.into(),
-            share: share.map(share_of),
+            group: group.map(limits_of),
         }
     }
 
-    fn share_of(one: bool) -> Share {
+    fn limits_of(one: bool) -> GroupLimits {
         match one {
-            true => Share { id: 1, max_batch_size: 1, prefill_chunk: 3 },
-            false => Share { id: 2, max_batch_size: 2, prefill_chunk: 5 },
+            true => GroupLimits { id: 1, max_batch_size: 1, prefill_chunk: 3 },
+            false => GroupLimits { id: 2, max_batch_size: 2, prefill_chunk: 5 },
         }
     }
 
@@ -296,7 +296,7 @@ mod tests {
             assert!(chunks.len() <= scheduler.limits.max_batch_size);
             let mut samples = vec![];
             let mut prefilled = 0;
-            let mut shares: HashMap<bool, [usize; 2]> = HashMap::new();
+            let mut groups: HashMap<bool, [usize; 2]> = HashMap::new();
             for chunk in &chunks {
                 let position = fed.get_mut(&chunk.id).unwrap();
                 assert_eq!(*position, chunk.start);
@@ -308,19 +308,19 @@ mod tests {
                     assert_eq!(id, token(chunk.id, chunk.start + offset));
                 }
                 *position += chunk.tokens.len();
-                let (prompt, _, _, _, share) = cases[chunk.id as usize];
+                let (prompt, _, _, _, group) = cases[chunk.id as usize];
                 let rows = if chunk.start < prompt { chunk.tokens.len() } else { 0 };
                 prefilled += rows;
-                if let Some(share) = share {
-                    let used = shares.entry(share).or_default();
+                if let Some(group) = group {
+                    let used = groups.entry(group).or_default();
                     *used = [used[0] + 1, used[1] + rows];
                 }
                 samples.push((chunk.id, token(chunk.id, *position), chunk.draw.is_some()));
             }
             assert!(prefilled <= scheduler.limits.prefill_chunk);
-            for (share, [running, prefilled]) in shares {
-                let share = share_of(share);
-                assert!(running <= share.max_batch_size && prefilled <= share.prefill_chunk);
+            for (group, [running, prefilled]) in groups {
+                let group = limits_of(group);
+                assert!(running <= group.max_batch_size && prefilled <= group.prefill_chunk);
             }
             for (id, token, is_token) in std::mem::take(&mut in_flight) {
                 if is_token && scheduler.get(id).is_some_and(|sequence| sequence.accept(token)) {
@@ -337,9 +337,9 @@ mod tests {
         for (id, &(prompt, new, ..)) in cases.iter().enumerate() {
             assert_eq!(fed[&(id as u64)], prompt + new - 1);
         }
-        // First come, first served, among those with the same share.
-        for share in [None, Some(true), Some(false)] {
-            let same = order.iter().filter(|id| cases[**id as usize].4 == share);
+        // First come, first served, among those with the same group.
+        for group in [None, Some(true), Some(false)] {
+            let same = order.iter().filter(|id| cases[**id as usize].4 == group);
             assert!(same.is_sorted());
         }
         steps

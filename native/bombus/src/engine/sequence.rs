@@ -23,19 +23,19 @@ pub struct Task {
     /// The tokens that end a text: withheld until there are `min_new_tokens`.
     pub eos_token_ids: Vec<u32>,
     pub sampling: Arc<Sampling>,
-    /// Limits that it shares with some others, beside those of all.
-    pub share: Option<Share>,
+    /// Limits that it shares with others of its group, beside those of all.
+    pub group: Option<GroupLimits>,
 }
 
 impl Task {
-    pub fn share_id(&self) -> Option<u64> {
-        self.share.as_ref().map(|share| share.id)
+    pub fn group_id(&self) -> Option<u64> {
+        self.group.as_ref().map(|group| group.id)
     }
 }
 
-/// The share of some sequences, those with the same id, in the model.
+/// What the sequences of a group, those with the same id, may take of the model.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Share {
+pub struct GroupLimits {
     pub id: u64,
     /// Sequences that run together.
     pub max_batch_size: usize,
