@@ -423,7 +423,7 @@ fn serve(
     ready: &Sender<Result<Fallback>>,
     inbox: Inbox,
 ) {
-    let loading = exit::Busy::enter();
+    let loading = exit::BusyGuard::enter();
     let work = (source, config, limits, ready, inbox);
     let served = match device {
         Device::Cpu(options) => {
@@ -457,7 +457,7 @@ fn run_model<B: Backend + Clone, E: Executor<Backend = B>>(
     backend: B,
     executor: impl FnOnce(Decoder<B>) -> Result<E>,
     work: Work,
-    loading: exit::Busy,
+    loading: exit::BusyGuard,
     at_exit: &'static Once,
 ) -> Result<()> {
     let ((folder, layout), config, (limits, context), ready, inbox) = work;
@@ -480,7 +480,7 @@ fn run_model<B: Backend + Clone, E: Executor<Backend = B>>(
             worker.run();
             Ok(())
         });
-        let busy = exit::Busy::enter();
+        let busy = exit::BusyGuard::enter();
         let unloaded = worker.end();
         own.finish();
         drop(share);

@@ -20,7 +20,7 @@ use crate::engine::sequence::{FinishReason, Sequence, Task};
 use crate::error::{Error, Result, catch};
 use crate::model::adapter::Adapter;
 use crate::model::executor::Executor;
-use crate::runtime::exit::{self, Busy};
+use crate::runtime::exit::{self, BusyGuard};
 use crate::runtime::metrics;
 use crate::tokenizer::TextStream;
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -87,13 +87,13 @@ impl<E: Executor> Worker<E> {
     /// Serves until every handle is gone, or the model is unloaded.
     pub fn run(&mut self) {
         let mut in_flight: Option<InFlight<E::Backend>> = None;
-        let mut busy = Busy::enter();
+        let mut busy = BusyGuard::enter();
         loop {
             if in_flight.is_none() && self.is_idle() {
                 self.executor.decoder().backend.finish();
                 drop(busy);
                 let command = self.wait();
-                busy = Busy::enter();
+                busy = BusyGuard::enter();
                 match command {
                     Ok(command) => self.handle(command),
                     Err(RecvTimeoutError::Timeout) => {}

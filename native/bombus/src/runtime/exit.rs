@@ -16,9 +16,9 @@ static PATIENCE: AtomicU64 = AtomicU64::new(5);
 const NAP: Duration = Duration::from_millis(1);
 
 /// Held while a thread uses MLX.
-pub struct Busy(());
+pub struct BusyGuard(());
 
-impl Busy {
+impl BusyGuard {
     /// Does not return where the process is exiting.
     pub fn enter() -> Self {
         BUSY.fetch_add(1, SeqCst);
@@ -38,7 +38,7 @@ impl Busy {
     }
 }
 
-impl Drop for Busy {
+impl Drop for BusyGuard {
     fn drop(&mut self) {
         BUSY.fetch_sub(1, SeqCst);
     }

@@ -2,7 +2,7 @@
 //! streams to the thread that made them, and keeps a thread of its own for each to the end of the
 //! process.
 
-use super::exit::{self, Busy};
+use super::exit::{self, BusyGuard};
 use crate::error::{Error, Result, catch};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Mutex, Once, PoisonError};
@@ -39,7 +39,7 @@ pub fn on_thread<T: Send + 'static>(
     static EXIT: Once = Once::new();
     let (sender, done) = channel();
     run(move || {
-        let busy = Busy::enter();
+        let busy = BusyGuard::enter();
         let result = catch(work);
         // Now the backend's globals are there.
         exit::register(&EXIT);
