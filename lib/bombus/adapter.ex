@@ -11,6 +11,7 @@ defmodule Bombus.Adapter do
   say that it does not fit. Many sequences with different adapters run in one batch.
   """
 
+  @typedoc "A loaded adapter."
   @type t :: %__MODULE__{
           name: String.t() | nil,
           format: :mlx_lm | :peft | nil,

@@ -8,40 +8,41 @@ defmodule Bombus.Hub do
   A source is `{:hf, id}` or `{:hf, id, options}`:
 
   #{Bombus.Options.docs(Bombus.Hub.Options.schema())}
-  `HF_ENDPOINT` names another Hub, or a mirror. Proxies are those of `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY`.
+  The environment variable `HF_ENDPOINT` names another Hub or a mirror; `HTTPS_PROXY`, `HTTP_PROXY` and
+  `NO_PROXY` name proxies.
 
   ## The cache
 
-  It is the one of Python's huggingface_hub: what `hf download`, mlx-lm or transformers have downloaded
-  is found, and they find what was downloaded here. `cached/1` lists it and `delete/1` removes from it, as
-  `hf cache` does.
+  Bombus uses the cache of Python's huggingface_hub. It finds what `hf download`, mlx-lm or transformers
+  have downloaded, and they find what Bombus has downloaded. `cached/1` lists the cache and `delete/1`
+  removes from it, as `hf cache` does.
 
   Only the files that are needed are downloaded, four at once, straight to the disk. An interrupted
-  download goes on where it ended. A file gets its name when its size and its hash are what the Hub
-  has announced. Processes and VMs that want the same file wait for one download.
+  download goes on where it ended. A file gets its name when its size and its hash are those that the
+  Hub has announced. Processes and VMs that want the same file share one download.
 
-  The cache may be a link to another disk, and so may a repository's folder in it. A link that leads from
-  there to a file outside is not followed.
+  The cache may be a link to another disk, and so may a repository's folder in it. Links from there to
+  files outside are not followed.
 
   ## Errors
 
   `{:error, %Bombus.Error{reason: reason}}`:
 
-    * `:not_found` - no such repository (or it is private), or no such file in it
-    * `:revision_not_found`
+    * `:not_found` - there is no such repository (or it is private), or no such file in it
+    * `:revision_not_found` - the repository has no such branch, tag or commit
     * `:gated`, `:unauthorized` - the message says what to do
-    * `:rate_limited` - the Hub asks to wait for more than ten minutes, or again and again; else Bombus
-      waits as it is told
-    * `:server_error`, `:no_network` - after five attempts, with growing pauses; after two where for 20
-      seconds less than 1 kB came a second. The next call goes on where it was
-    * `:bad_download` - what came is not what was announced, twice; or its size was not announced, and it
-      does not end after 1 GiB
-    * `:io` - a file of the cache cannot be read or written, or is a link out of it
-    * `:disk_full`
+    * `:rate_limited` - the Hub asks to wait for more than ten minutes, or asks again and again. Shorter
+      waits are waited
+    * `:server_error`, `:no_network` - after five attempts, with growing pauses between them, or after two
+      where less than 1 kB a second came for 20 seconds. The next call goes on where this one ended
+    * `:bad_download` - twice, what came was not what the Hub had announced; or the size was not announced,
+      and there was more than 1 GiB
+    * `:io` - a file of the cache cannot be read or written, or is a link out of the cache
+    * `:disk_full` - there is no room for a file
     * `:busy` - `delete/1` while a download runs
-    * `:offline` - told to stay offline, and not all is in the cache
+    * `:offline` - not all is in the cache, and Bombus is told to stay offline
 
-  Where all is in the cache already, a Hub that cannot be reached, fails or limits is a warning in the log.
+  When all is in the cache already, a Hub that cannot be reached or refuses is only a warning in the log.
   """
 
   alias Bombus.{Error, Native}
@@ -109,8 +110,8 @@ defmodule Bombus.Hub do
   end
 
   @doc """
-  Whether all files are in the cache, so that loading needs no network: those of a model, a tokenizer or
-  an adapter; `:any` is a model or an adapter.
+  Whether all files of a model, a tokenizer or an adapter are in the cache, so that loading needs no
+  network. `:any` is a model or an adapter.
 
   ## Examples
 
@@ -162,9 +163,9 @@ defmodule Bombus.Hub do
   Removes a repository from the cache, with all its revisions, and returns how many bytes that has
   freed.
 
-  What is loaded of it goes on working. A download that was interrupted is removed too; while one is
-  running, in whatever process, the answer is `{:error, %Bombus.Error{reason: :busy}}`. What is not in
-  the cache is `:not_found`.
+  A model that was loaded from it goes on working. The files of an interrupted download are removed too.
+  While a download runs, in whatever process, the answer is `{:error, %Bombus.Error{reason: :busy}}`. A
+  repository that is not in the cache is `:not_found`.
 
   ## Examples
 

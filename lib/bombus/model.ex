@@ -15,12 +15,13 @@ defmodule Bombus.Model do
     * `:max_batch_size` - how many sequences run together
     * `:generation_config` - the repository's `generation_config.json`
 
-  The struct is a handle. The weights live on the model's own thread, and are freed once no process
-  holds the struct and nothing is being generated with it, or by `Bombus.unload/2`.
+  The struct is a handle. The weights belong to the model's own thread. They are freed when no process
+  holds the struct any more and no request uses the model, or by `Bombus.unload/2`.
   """
 
   alias Bombus.Options
 
+  @typedoc "A loaded model."
   @type t :: %__MODULE__{
           name: String.t(),
           spec: %{

@@ -18,7 +18,7 @@ defmodule Bombus.Quantization do
   @options [mode: @mode] ++ @device
 
   @moduledoc """
-  Matrices in MLX's affine quantization: made, taken back, and multiplied without taking them back.
+  Matrices in MLX's affine quantization: quantizes and dequantizes them, and multiplies by them as they are.
 
       {weight, scales, biases} = Bombus.Quantization.quantize(w, 64, 4)
       y = Bombus.Quantization.quantized_matmul(x, weight, scales, biases, true, 64, 4)
@@ -64,7 +64,9 @@ defmodule Bombus.Quantization do
   @typedoc "A `Bombus.Tensor`, or a tensor of Nx."
   @type tensor :: Tensor.t() | struct()
 
+  @typedoc "How many numbers of a row share a scale; 16 is `:nvfp4`'s."
   @type group_size :: 16 | 32 | 64 | 128
+  @typedoc "The bits of a code."
   @type bits :: 2..6 | 8
 
   @typedoc "An option of the functions here."
@@ -99,7 +101,7 @@ defmodule Bombus.Quantization do
     with {weight, scales} <- result, do: {weight, scales, nil}
   end
 
-  @doc "What `quantize/4` has made, as numbers again, of the type of the scales."
+  @doc "The numbers that `quantize/4` has quantized, rounded to its codes, in the type of the scales."
   @spec dequantize(tensor(), tensor(), tensor() | nil, group_size(), bits(), [option()]) ::
           tensor()
   def dequantize(weight, scales, biases, group_size \\ 64, bits \\ 4, options \\ []) do

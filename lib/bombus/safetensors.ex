@@ -12,10 +12,10 @@ defmodule Bombus.Safetensors do
   `model.safetensors.index.json` names, or else every `model*.safetensors`. The safetensors crate checks
   every header.
 
-  Files are mapped, and a tensor's binary is where it lies in the file: reading a checkpoint of many
-  gigabytes takes milliseconds, and memory only for what is looked at. Where a file is written to
-  while its tensors are in use, their bytes are of both versions, and zeros where it has become
-  shorter: write to another file, and rename it.
+  Files are mapped, and a tensor's binary is a part of the mapped file. So reading a checkpoint of many
+  gigabytes takes milliseconds, and memory only for what is looked at. Do not write to a file whose
+  tensors are in use: their bytes would be of both versions, and zeros where the file has become
+  shorter. Write to another file and rename it.
 
   Errors are `{:error, %Bombus.Error{reason: reason}}` with `:not_found`, `:io`, `:disk_full`, or
   `:bad_checkpoint` for what is no such file.
@@ -85,6 +85,8 @@ defmodule Bombus.Safetensors do
 
   @typedoc "What `read_header/1` says of a tensor, and of the file."
   @type header :: %{String.t() => header_entry() | %{String.t() => String.t()}}
+
+  @typedoc "A tensor of a file: its type, by the format's name and as Nx has it, and its shape."
   @type header_entry :: %{dtype: String.t(), type: Tensor.type(), shape: Tensor.shape()}
 
   @doc """
@@ -151,8 +153,8 @@ defmodule Bombus.Safetensors do
   end
 
   @doc """
-  Writes tensors, Nx's or `Bombus.Tensor`s, to a file, which is there when it is whole: it is written beside
-  its place and renamed. A link in its place is replaced, and what it points to is left alone.
+  Writes tensors, Nx's or `Bombus.Tensor`s, to a file. The file is written beside its place and renamed
+  when it is whole. A link in its place is replaced; the file that it points to is left alone.
 
   ## Options
 
@@ -181,8 +183,11 @@ defmodule Bombus.Safetensors do
   end
 
   @doc false
-  # A type as the format names it, and the other way round.
+  # A type as the format names it.
   def dtype(type), do: @dtypes[type]
+
+  @doc false
+  # The type of a name of the format.
   def type(dtype), do: @types[dtype]
 
   defp open(path) do

@@ -184,9 +184,14 @@ defmodule Bombus.Serving do
   @type input ::
           String.t() | text_input() | chat_input() | token_input() | %{String.t() => term()}
 
+  @typedoc "A text: a user's message where there is a chat template, else a beginning to be completed."
   @type text_input :: unquote(Spec.map([text: quote(do: String.t())], Options.schema()))
+
+  @typedoc "A conversation."
   @type chat_input ::
           unquote(Spec.map([messages: quote(do: [Tokenizer.message()])], Options.schema()))
+
+  @typedoc "Token ids as they are."
   @type token_input ::
           unquote(Spec.map([token_ids: quote(do: [Tokenizer.token_id()])], Options.schema()))
 
@@ -196,6 +201,7 @@ defmodule Bombus.Serving do
   @typedoc "What a request answers: see \"Results\" above."
   @type result :: %{results: [entry()]}
 
+  @typedoc "One text of a result."
   @type entry :: %{
           required(:text) => String.t() | nil,
           required(:token_ids) => [Tokenizer.token_id()],
@@ -205,8 +211,10 @@ defmodule Bombus.Serving do
           optional(:logprobs) => [token_logprobs()]
         }
 
+  @typedoc "Why a text ended."
   @type finish_reason :: :stop | :length | :cancelled
 
+  @typedoc "How many tokens a request had."
   @type token_summary :: %{
           input: non_neg_integer(),
           cached: non_neg_integer(),

@@ -75,6 +75,9 @@ defmodule Bombus.Telemetry do
   end
 
   @doc false
+  def child_spec(options), do: super(options)
+
+  @doc false
   def start_link(_options), do: GenServer.start_link(__MODULE__, nil, name: __MODULE__)
 
   @doc false

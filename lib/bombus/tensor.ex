@@ -14,6 +14,7 @@ defmodule Bombus.Tensor do
 
   alias Bombus.Options
 
+  @typedoc "A tensor."
   @type t :: %__MODULE__{type: type(), shape: shape(), binary: binary()}
 
   @typedoc "A name and the bits of a number, such as `{:f, 32}`."

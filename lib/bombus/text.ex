@@ -17,11 +17,11 @@ defmodule Bombus.Text do
       {Nx.Serving, serving: serving, name: MyLLM}
       Nx.Serving.batched_run(MyLLM, "Write a post")
 
-  It works on another node of a cluster, where only Nx is loaded, as any `Nx.Serving` does.
+  As any `Nx.Serving`, it can be called from another node of a cluster on which only Nx is loaded.
 
   Requests of many callers run in the engine's one batch, whatever the serving's `:batch_size` and
-  partitions: what goes through the serving's process is only the permission to begin. It is set to
-  a `:batch_size` of 1 by `Nx.Serving.process_options/2`; a larger one only adds its `:batch_timeout`.
+  partitions are: only the permission to begin goes through the serving's process. The `:batch_size` is
+  set to 1; a larger one would only add its `:batch_timeout`.
   """
 
   # Asked for when a serving is made: the package works without Nx.
@@ -46,9 +46,8 @@ defmodule Bombus.Text do
 
   #{Options.docs(@bumblebee)}
   What goes wrong at run time is `{:error, %Bombus.Error{}}` in place of a result, and raised by a
-  stream. The death of the calling process cancels the request, also on another node. Halting a stream
-  cancels it too; only Nx does not tell when a stream is halted on another node, where
-  `Bombus.Serving.stream/2` does.
+  stream. The death of the calling process cancels the request, also on another node. So does halting a
+  stream, except on another node: Nx does not tell of it. `Bombus.Serving.stream/2` does.
   """
   @spec generation(Model.t(), Tokenizer.t() | nil, [option()]) :: struct()
   def generation(model, tokenizer, options \\ []) do

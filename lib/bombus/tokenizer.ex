@@ -77,6 +77,7 @@ defmodule Bombus.Tokenizer do
   have threads of their own, and end with their caller.
   """
 
+  @typedoc "A loaded tokenizer."
   @type t :: %__MODULE__{
           vocab_size: pos_integer(),
           chat_template?: boolean(),
@@ -86,6 +87,7 @@ defmodule Bombus.Tokenizer do
           ref: reference()
         }
 
+  @typedoc "The number of a token."
   @type token_id :: non_neg_integer()
 
   @typedoc """
@@ -107,6 +109,8 @@ defmodule Bombus.Tokenizer do
 
   @typedoc "A text, or parts that are texts."
   @type content :: String.t() | [part()] | nil
+
+  @typedoc "A part of a content, which is a text."
   @type part :: %{type: String.t(), text: String.t()} | %{required(String.t()) => String.t()}
 
   @typedoc "What a chat template takes, by the names that it knows."

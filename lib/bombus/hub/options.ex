@@ -26,8 +26,8 @@ defmodule Bombus.Hub.Options do
       expected: "a branch, a tag or a commit's hash",
       by_default: ~s(`"main"`),
       doc: """
-      a branch, a tag or a commit's hash. With a hash the Hub is
-      not even asked where all is in the cache
+      a branch, a tag or a commit's hash. With a hash the Hub is not asked when all files are in the
+      cache
       """
     ],
     subdir: [
@@ -39,10 +39,10 @@ defmodule Bombus.Hub.Options do
     auth_token: [
       type: {:custom, {__MODULE__, :check_token}},
       type_spec: quote(do: String.t() | false),
-      by_default: "`HF_TOKEN`, else what `hf auth login` has left",
+      by_default: "`HF_TOKEN`, else what `hf auth login` has stored",
       doc: """
-      for what is private or gated; `false` for none. It is sent to the endpoint alone, never to the
-      hosts that files come from, and it is not shown in logs, errors or `inspect`
+      the token for private and gated repositories; `false` is none. It is sent only to the endpoint,
+      never to the hosts that files come from, and it is not shown in logs, errors or `inspect`
       """
     ],
     cache_dir: [

@@ -28,7 +28,7 @@ defmodule Bombus.Model.Options do
         "64 on `:cpu`, which is no slower there than more, 2048 on an NVIDIA card, else 512",
       doc: """
       how many prompt tokens go into one step, beside a token of every sequence that is being
-      generated: what a long prompt holds the others up for
+      generated. Others wait so long for each piece of a long prompt
       """
     ]
   ]
@@ -43,9 +43,10 @@ defmodule Bombus.Model.Options do
       type: {:integer, 0..@bytes},
       by_default: "1 GiB",
       doc: """
-      how many bytes of keys and values of finished sequences are kept, 0 for none. A request whose
-      tokens begin as those did, with the same adapter, computes only the rest: the next turn of a
-      conversation, the same instructions for another visitor. What was used longest ago goes first
+      how many bytes of keys and values of finished sequences are kept, 0 for none. A request that
+      begins with the same tokens and has the same adapter computes only the rest: the next turn of a
+      conversation, or the same instructions for another visitor. What was used longest ago is dropped
+      first
       """
     ]
   ]
@@ -55,8 +56,8 @@ defmodule Bombus.Model.Options do
       type: {:integer, 1..1024},
       by_default: "the physical cores",
       doc: """
-      of `:cpu`: how many threads work on a step, 1 to 1024. All models share one pool, and take
-      turns at it step by step
+      how many threads work on a step, on `:cpu`. All models share one pool, and take turns at it step
+      by step
       """
     ],
     quantization: [

@@ -15,8 +15,8 @@ defmodule Bombus.Training.LoRA do
       {:ok, adapter} = Bombus.load_adapter(path)
 
   Training needs a Python with mlx_lm: `python3 -m pip install mlx mlx-lm` on a Mac,
-  `python3 -m pip install "mlx[cpu]" mlx-lm` (or `"mlx[cuda13]"`) on Linux. The guide "Fine-tuning"
-  goes through all of it.
+  `python3 -m pip install "mlx[cpu]" mlx-lm` (or `"mlx[cuda13]"`) on Linux. The
+  [guide to fine-tuning](fine_tuning.md) goes through all of it.
   """
 
   alias Bombus.Error
@@ -26,15 +26,15 @@ defmodule Bombus.Training.LoRA do
   @typedoc """
   What a training reports.
 
-    * `:type` - `:start`, `:train`, `:validation`, `:checkpoint`, and in `monitor_training/2` the
-      last one: `:done`, `:error` or `:cancelled`
-    * `:iteration` - so many are done
-    * `:loss` - the mean cross entropy of a token, in nats (`:train`: since the last report)
-    * `:tokens_per_second`, `:iterations_per_second`, `:learning_rate`, `:trained_tokens` (`:train`)
-    * `:seconds` - what a validation took
-    * `:peak_memory` - bytes
-    * `:path` - of a checkpoint, or of the adapter
-    * `:warnings` - of `:done`, where there are any: texts that are logged too, such as that the loss
+    * `:type` - `:start`, `:train`, `:validation` or `:checkpoint`; the last event of
+      `monitor_training/2` is `:done`, `:error` or `:cancelled`
+    * `:iteration` - how many iterations are done
+    * `:loss` - the mean cross entropy of a token, in nats; in a `:train` since the last report
+    * `:tokens_per_second`, `:iterations_per_second`, `:learning_rate`, `:trained_tokens` - in a `:train`
+    * `:seconds` - how long a validation took
+    * `:peak_memory` - in bytes
+    * `:path` - the file of a checkpoint, or the folder of the adapter
+    * `:warnings` - in a `:done`, where there are any: texts that are logged too, such as that the loss
       has grown
   """
   @type event :: %{
@@ -94,11 +94,12 @@ defmodule Bombus.Training.LoRA do
     * `%{messages: [%{role: role, content: text}, ...]}`, whose last message is the assistant's;
       with `:tools`, where the model is to learn to call them
 
-  as a map with atoms or strings as keys, a keyword list or a struct. Its other fields do not count,
-  nor do those that are nil. A content may also be a list of parts (`%{type: "text", text: text}`),
-  which are joined.
+  as a map with atoms or strings as keys, a keyword list or a struct. Other fields are ignored, and so
+  are fields that are nil. A content may also be a list of parts (`%{type: "text", text: text}`), which
+  are joined.
 
-  A row that is none of these, is not valid UTF-8, or has no answer of `:min_length` is left out.
+  Other rows are left out, and so are rows that are not valid UTF-8 or whose answer is shorter than
+  `:min_length`.
 
       {:ok, report} = Bombus.Training.LoRA.prepare_data(rows, "data")
       report
@@ -122,8 +123,8 @@ defmodule Bombus.Training.LoRA do
   @doc """
   Trains an adapter and returns its folder, ready for `Bombus.load_adapter/2`.
 
-  It blocks until the training is over. If the calling process ends, or the VM, so does Python;
-  `cancel/1` stops it from another process.
+  It returns when the training is over. If the calling process or the VM ends, Python ends too;
+  `cancel/1` stops a training from another process.
 
   ## Options
 
@@ -138,17 +139,18 @@ defmodule Bombus.Training.LoRA do
   `{:error, %Bombus.Error{}}` with the reason
 
     * `:python_missing`, `:mlx_lm_missing` - the message says what to install
-    * `:not_found`, `:bad_training_data`, `:too_few_rows` - of the data, the model or the checkpoint;
-      the message names file and line. All rows of a file have one format, and a line has at most
-      64 MiB; with `:mask_prompt` a prompt
-      that fills `:max_seq_length` leaves nothing to learn
-    * `:bad_request` - more `:num_layers` than the model has
+    * `:not_found`, `:bad_training_data`, `:too_few_rows` - of the data, the model or the checkpoint; the
+      message names file and line. All rows of a file must have one format, and a line at most 64 MiB.
+      With `:mask_prompt` a prompt that fills `:max_seq_length` leaves nothing to learn
+    * `:bad_request` - `:num_layers` is more than the model has
     * `:already_there` - an adapter is in `:output_path`: see `:overwrite` and `:resume_from`
     * `:already_done` - nothing is left to resume
     * `:busy` - another training of this node writes to the same folder
-    * `:loss_is_nan`, `:out_of_memory`, `:disk_full`
-    * `:training_killed`, `:training_failed` - with what Python said; `training.log` has all of it
-    * `:cancelled`
+    * `:loss_is_nan` - the loss is no number any more; a lower `:learning_rate` may help
+    * `:out_of_memory`, `:disk_full`
+    * `:training_killed`, `:training_failed` - the message quotes what Python said; `training.log` has all
+      of it
+    * `:cancelled` - by `cancel/1`
   """
   @spec train([train_option()]) :: {:ok, Path.t()} | {:error, Error.t()}
   def train(options) do
@@ -194,11 +196,11 @@ defmodule Bombus.Training.LoRA do
   def cancel(output_path), do: Run.cancel(path!(output_path))
 
   @doc """
-  The events of the training that writes, or wrote, to `output_path`, from its first one on, as a
-  stream. It ends behind `:done`, `:error` or `:cancelled`, or where Python is gone without.
+  A stream of the events of the training that writes, or wrote, to `output_path`, from its first one on.
+  It ends after `:done`, `:error` or `:cancelled`, or when Python has ended without one of them.
 
-  Where nothing has trained yet it waits for a training to begin, and raises a `Bombus.Error` with the
-  reason `:not_found` when none has.
+  Where nothing has trained yet, the stream waits for a training to begin. When none does, it raises a
+  `Bombus.Error` with the reason `:not_found`.
 
   ## Options
 
@@ -222,11 +224,11 @@ defmodule Bombus.Training.LoRA do
   end
 
   @doc """
-  The seconds that so many iterations take, as `%{seconds: number, source: :measured | :guess}`.
+  How many seconds that many iterations of a model take, as `%{seconds: number, source: :measured | :guess}`.
 
-  Measured is the rate of the last training of that model on this machine (with whatever options it
-  had). Else it is guessed from the size of the model: a second for each two billion parameters,
-  which may be off by a factor of ten.
+  `:measured` is by the rate of the last training of that model on this machine, whatever its options
+  were. Without one it is a guess from the size of the model: an iteration takes a second for each two
+  billion parameters. It may be wrong by a factor of ten.
   """
   @spec estimate_training_time(pos_integer(), Bombus.source()) ::
           %{seconds: float(), source: :measured | :guess} | {:error, Error.t()}

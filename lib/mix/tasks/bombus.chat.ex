@@ -2,7 +2,7 @@ defmodule Mix.Tasks.Bombus.Chat do
   @shortdoc "Talks with a model, in the terminal"
 
   @moduledoc """
-  Talks with a model, in the terminal: it knows what was said before.
+  Talks with a model in the terminal. The model sees what was said before.
 
       mix bombus.chat
       mix bombus.chat --model mlx-community/Qwen3-0.6B-4bit --adapter mine=adapters/my-posts
@@ -11,13 +11,13 @@ defmodule Mix.Tasks.Bombus.Chat do
   Ctrl-C stops an answer, Ctrl-D ends. A line that begins with a slash is a command:
 
     * `/adapter NAME` - answers with an adapter from now on: one that `--adapter` has named, one of the
-      demo model's, a folder or a Hub id. `/adapter none` answers without, `/adapter` lists them
+      demo model's, a folder or a Hub id. `/adapter none` answers without one, `/adapter` lists them
     * `/system TEXT` - what the model is told first; without a text, nothing
     * `/reset` - forgets the conversation
     * `/help`, `/quit`
 
-  Where the standard input is no terminal, each of its lines is a turn; only the answers are written,
-  and the exit status is 1 where one has failed.
+  Where the standard input is no terminal, each of its lines is a turn. Then only the answers are
+  written, and the exit status is 1 if one has failed.
 
   ## Options
 

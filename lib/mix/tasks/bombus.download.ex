@@ -8,8 +8,8 @@ defmodule Mix.Tasks.Bombus.Download do
       mix bombus.download mlx-community/Qwen3-0.6B-4bit
       mix bombus.download someone/my-adapter --revision v2
 
-  Interrupted, it goes on where it was when it is called again. A token for what is private or gated is
-  taken from `HF_TOKEN`, or from what `hf auth login` has left.
+  After an interruption, the same command goes on where it ended. A token for private and gated
+  repositories is taken from `HF_TOKEN`, or from what `hf auth login` has stored.
 
   ## Options
 

@@ -9,8 +9,7 @@ defmodule Mix.Tasks.Bombus.Generate do
       mix bombus.generate --model mlx-community/Qwen3-0.6B-4bit "Write a post about coffee"
       mix bombus.generate - < prompt.txt
 
-  Where the prompt is `-`, it is what the standard input has, to its end. `mix bombus.chat` keeps a
-  conversation going.
+  Where the prompt is `-`, all of the standard input is the prompt. `mix bombus.chat` has conversations.
 
   ## Options
 

@@ -2,11 +2,12 @@ defmodule Mix.Tasks.Compile.BombusNative do
   @moduledoc """
   Builds the engine with cargo and puts it into `priv/native`.
 
-  On a Mac, MLX is built with it. On Linux nothing but cargo is needed, and the engine runs on the
-  CPU alone; with MLX where an unpacked wheel of it is named, by the environment variable
-  `BOMBUS_MLX_DIR` or by `config :bombus, mlx_dir: "..."`. What is linked already stays until
-  `mix clean`. MLX's C layer is built once by `native/xtask`. The engine is always optimized, in
-  every `MIX_ENV`.
+  It runs when a source of the engine has changed: Rust, C++, CUDA's `.cu` and `.cuh`, or cargo's files.
+
+  On a Mac, MLX is built with the engine. On Linux only cargo is needed, and the engine runs on the CPU.
+  It has MLX too where the environment variable `BOMBUS_MLX_DIR`, or `config :bombus, mlx_dir: "..."`,
+  names the folder of an unpacked wheel of MLX, which then stays linked until `mix clean`. `native/xtask`
+  builds MLX's C layer once. The engine is optimized in every `MIX_ENV`.
   """
 
   use Mix.Task.Compiler
