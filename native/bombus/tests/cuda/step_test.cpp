@@ -589,7 +589,7 @@ int main(int count, char** arguments) {
   }
   Sequence sequence(1);
   test.lost_step(std::vector<Row>(3, {1, &sequence, nullptr}));
-  const Adapter broken({8}, 1e38f);
+  const Adapter broken({8}, NAN);
   for (int rows : {1, 2, 9}) {
     std::vector<std::unique_ptr<Sequence>> sequences;
     std::vector<Row> own;
