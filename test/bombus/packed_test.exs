@@ -41,6 +41,21 @@ defmodule Bombus.PackedTest do
     end
   end
 
+  # AutoGPTQ writes biases for layers that have none (Qwen2's GPTQ checkpoints have them).
+  test "biases of zeros are left out, others are refused", %{tmp_dir: dir} do
+    folder = copy("gptq", dir)
+    {:ok, scores} = Bombus.score(Bombus.load_model!(folder), [1, 5, 9, 2])
+    bias = fn data -> &[{@q <> ".bias", "F16", [div(byte_size(data), 2)], data} | &1] end
+
+    Fixtures.edit_tensor_list(folder, @tensors, bias.(<<0::128>>))
+    assert Bombus.score(Bombus.load_model!(folder), [1, 5, 9, 2]) == {:ok, scores}
+
+    other = copy("gptq", dir)
+    Fixtures.edit_tensor_list(other, @tensors, bias.(<<0::112, 1::16>>))
+    assert {:error, %Error{reason: :bad_checkpoint} = error} = Bombus.load_model(other)
+    assert error.message =~ "#{@q}.bias"
+  end
+
   @tag skip: if(!System.get_env("BOMBUS_PYTHON"), do: "BOMBUS_PYTHON names no Python with mlx_lm")
   test "mlx-lm reads what is saved, and scores as it does its own", %{tmp_dir: dir} do
     folder = copy("awq", dir)

@@ -65,6 +65,8 @@ pub fn steps(config: &Config, tensors: &TensorFiles) -> Result<Vec<Step>> {
             }
             ("qzeros" | "scales", _) => {}
             ("weight" | "g_idx", Some(_)) if is_packed(module) => {}
+            // AutoGPTQ writes zeros as the biases of layers that have none.
+            ("bias", Some(known)) if !known.bias && is_zero(&view)? => {}
             _ => {
                 let to = dtype.filter(|_| is_float(view.dtype)).unwrap_or(view.dtype);
                 steps.push(Step::copy(name, &view, to));
@@ -72,6 +74,10 @@ pub fn steps(config: &Config, tensors: &TensorFiles) -> Result<Vec<Step>> {
         }
     }
     Ok(steps)
+}
+
+fn is_zero(tensor: &TensorView) -> Result<bool> {
+    Ok(tensor.read()?.iter().all(|byte| *byte == 0))
 }
 
 fn scales_of(tensors: &TensorFiles, module: &str) -> Option<Dtype> {
