@@ -156,7 +156,8 @@ fn checkpoint(folder: &Path) -> Result<()> {
     let mut tensors: Vec<(String, &str, Vec<usize>, Vec<u8>)> = vec![];
     let half = |number: f32, count: usize| half::f16::from_f32(number).to_le_bytes().repeat(count);
     for module in config.spec.linears() {
-        let Module { path, in_features, out_features, .. } = module;
+        let out_features = module.out_features();
+        let Module { path, in_features, .. } = module;
         let columns = in_features / 8;
         let groups = out_features * in_features / GROUP_SIZE;
         let shape = vec![out_features, in_features / GROUP_SIZE];
@@ -186,7 +187,8 @@ fn adapter(folder: &Path) -> Result<()> {
     std::fs::write(adapter.join("adapter_config.json"), settings.to_string())?;
     let mut tensors = vec![];
     for module in (0..config.spec.layers.len()).flat_map(|layer| config.spec.layer(layer)) {
-        let Module { path, in_features, out_features, .. } = module;
+        let out_features = module.out_features();
+        let Module { path, in_features, .. } = module;
         for (name, shape) in [("lora_a", [in_features, RANK]), ("lora_b", [RANK, out_features])] {
             let bytes = 1e-3f32.to_le_bytes().repeat(shape[0] * shape[1]);
             tensors.push((format!("{path}.{name}"), "F32", shape.to_vec(), bytes));

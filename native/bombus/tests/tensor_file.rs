@@ -35,7 +35,7 @@ fn tensors_are_found_with_their_shapes() {
     let written = write(&file(HEADER, &[7; 12]));
     let file = TensorFile::open(written.path()).unwrap();
     let b = file.tensor("b").unwrap();
-    assert_eq!((b.shape, b.read().unwrap()), (&[1, 1][..], vec![7; 4]));
+    assert_eq!((&*b.shape, b.read().unwrap()), (&[1, 1][..], vec![7; 4]));
     assert!(file.tensor("c").is_none());
 }
 

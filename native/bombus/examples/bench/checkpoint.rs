@@ -41,7 +41,8 @@ pub fn adapters(folder: &Path, count: usize) -> Result<Vec<PathBuf>> {
         let layers = 0..config.spec.layers.len();
         let modules = layers.flat_map(|layer| config.spec.layer(layer));
         let tensors = modules.enumerate().flat_map(|(place, module)| {
-            let Module { path, in_features, out_features, .. } = module;
+            let out_features = module.out_features();
+            let Module { path, in_features, .. } = module;
             let seed = (index * 1000 + place) as u64;
             let half = |name, shape: [usize; 2]| {
                 let kind = Kind::About(1e-3);
@@ -109,7 +110,9 @@ fn tensors(config: &Config, bits: usize, dtype: &str) -> Result<Vec<(String, Ran
     };
     // A standard deviation of 0.02, as at the start of a training.
     let scale = 0.07 / (1 << bits) as f32;
-    for Module { path, in_features, out_features, bias } in config.spec.linears() {
+    for module in config.spec.linears() {
+        let out_features = module.out_features();
+        let Module { path, in_features, bias, .. } = module;
         let groups = [out_features, in_features / GROUP_SIZE];
         let columns = in_features * bits / 32;
         add(format!("{path}.weight"), Dtype::U32, &[out_features, columns], Kind::Codes);

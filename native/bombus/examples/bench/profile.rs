@@ -143,10 +143,13 @@ fn time(
     Ok(outputs)
 }
 
-/// As `Decoder::forward`.
+/// As `Decoder::forward`, of a model whose norms stand before attention and MLP.
 fn layers(decoder: &Decoder<Mlx>, rows: usize) -> Result<Table> {
     let backend = &decoder.backend;
-    let eps = decoder.spec.norm.eps;
+    let norm = |weight: &Option<Array>, x: &Array| match weight {
+        Some(weight) => Ok(vec![backend.normalize(x, weight, &decoder.spec.norm)?]),
+        None => Ok(vec![x.clone()]),
+    };
     let tokens: Vec<Token> = (0..rows).map(token).collect();
     let segments = [Segment { rows: 0..rows, start: 0 }];
     let mut cache = decoder.cache();
@@ -157,7 +160,7 @@ fn layers(decoder: &Decoder<Mlx>, rows: usize) -> Result<Table> {
     })?);
     for (index, layer) in decoder.layers.iter().enumerate() {
         let x = one(time(&mut table, "norms", 0, &[&hidden], || {
-            Ok(vec![backend.rms_norm(&hidden, &layer.input_layernorm, eps)?])
+            norm(&layer.before_attention, &hidden)
         })?);
         let qkv = time(&mut table, "qkv", layer.qkv_proj.nbytes(), &[&x], || {
             backend.project(&layer.qkv_proj, &x, &[])
@@ -172,22 +175,21 @@ fn layers(decoder: &Decoder<Mlx>, rows: usize) -> Result<Table> {
             backend.project(&layer.o_proj, &x, &[])
         })?);
         hidden = one(time(&mut table, "sums", 0, &[&hidden, &x], || {
-            Ok(vec![backend.add(&hidden, &x)?])
+            Ok(vec![backend.add(&hidden, &x, decoder.spec.layers[index].residual_scale)?])
         })?);
-        let x = one(time(&mut table, "norms", 0, &[&hidden], || {
-            Ok(vec![backend.rms_norm(&hidden, &layer.post_attention_layernorm, eps)?])
-        })?);
+        let x = one(time(&mut table, "norms", 0, &[&hidden], || norm(&layer.before_mlp, &hidden))?);
         let gate_up = time(&mut table, "gate, up", layer.gate_up_proj.nbytes(), &[&x], || {
             backend.project(&layer.gate_up_proj, &x, &[])
         })?;
-        let x = one(time(&mut table, "silu(gate) * up", 0, &[&gate_up[0], &gate_up[1]], || {
-            Ok(vec![backend.swiglu(&gate_up[0], &gate_up[1])?])
+        let x = one(time(&mut table, "gated unit", 0, &[&gate_up[0], &gate_up[1]], || {
+            let activation = decoder.spec.layers[index].mlp.activation;
+            Ok(vec![backend.glu(&gate_up[0], &gate_up[1], activation)?])
         })?);
         let x = one(time(&mut table, "down", layer.down_proj.nbytes(), &[&x], || {
             backend.project(&layer.down_proj, &x, &[])
         })?);
         hidden = one(time(&mut table, "sums", 0, &[&hidden, &x], || {
-            Ok(vec![backend.add(&hidden, &x)?])
+            Ok(vec![backend.add(&hidden, &x, decoder.spec.layers[index].residual_scale)?])
         })?);
     }
     Ok(table)

@@ -1,7 +1,7 @@
 //! Llama 2 and 3, Mistral, and what has their form (SmolLM2, TinyLlama, Yi, ...). Reference: mlx-lm's
-//! `models/llama.py`.
+//! `models/llama.py`; for Mistral's window transformers' `MistralConfig`.
 
-use super::fields::{Uniform, eps, head_dim};
+use super::fields::{Uniform, eps, head, kv_heads, own_head_dim};
 use super::rope::rope;
 use super::windows;
 use crate::error::Result;
@@ -10,28 +10,20 @@ use crate::spec::{AttentionSpec, ModelSpec};
 
 pub fn spec(fields: &Fields) -> Result<ModelSpec> {
     let heads = fields.size("num_attention_heads")?;
-    let head_dim = match fields.optional_size("head_dim")? {
-        Some(head_dim) => head_dim,
-        None => head_dim(fields, heads)?,
-    };
+    let head_dim = own_head_dim(fields, heads)?;
     let bias = fields.flag_or("attention_bias", false)?;
+    let rope = rope(fields, head_dim, 10_000.0)?;
     let attention = AttentionSpec {
-        heads,
-        kv_heads: fields.size_or("num_key_value_heads", heads)?,
-        head_dim,
-        rope: rope(fields, head_dim, 10_000.0)?,
-        qk_norm: None,
         qkv_bias: bias,
         o_bias: bias,
+        ..AttentionSpec::plain(heads, kv_heads(fields, heads)?, head_dim, rope)
     };
-    let (mlp_bias, eps) = (fields.flag_or("mlp_bias", false)?, eps(fields, None)?);
-    let mut spec = Uniform { attention, mlp_bias, eps, tied: true, context: 2048 }.spec(fields)?;
+    let uniform = Uniform::new(attention, eps(fields, None)?, head(fields, true)?, 2048);
+    let mlp_bias = fields.flag_or("mlp_bias", false)?;
+    let mut spec = Uniform { mlp_bias, ..uniform }.spec(fields)?;
     let window = fields.optional_size("sliding_window")?;
-    let whole = window.is_some_and(|window| window >= spec.context);
-    windows::refuse_types(fields, spec.layers.len(), whole)?;
-    // Of Mistral all layers have the window, within which attention is full.
-    if fields.text("model_type")? == "mistral" && fields.value("layer_types").is_none() {
-        spec.context = window.map_or(spec.context, |window| spec.context.min(window));
-    }
+    // Of Mistral all layers have the window where nothing else is said.
+    let all = fields.text("model_type")? == "mistral";
+    windows::set(fields, &mut spec.layers, window, |_| all)?;
     Ok(spec)
 }

@@ -21,7 +21,7 @@ impl From<mlx_rs::error::Exception> for Error {
 
 /// Copies a tensor out of its file.
 pub fn load(view: &TensorView) -> Result<Array> {
-    from_bytes(view.dtype, view.shape, &view.read()?)
+    from_bytes(view.dtype, &view.shape, &view.read()?)
 }
 
 #[allow(unsafe_code)]

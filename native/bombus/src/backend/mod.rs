@@ -23,8 +23,7 @@ pub use device::Device;
 use crate::error::Result;
 use crate::files::safetensors::TensorView;
 use crate::sampler::{Draw, Sample};
-use crate::spec::AttentionSpec;
-use crate::spec::Quantization;
+use crate::spec::{Activation, AttentionSpec, NormSpec, Quantization};
 use safetensors::tensor::Dtype;
 use std::ops::Range;
 
@@ -55,6 +54,8 @@ pub struct LoraWeights<'a> {
     /// `[rank, out]`, transposed `[out, rank]`
     pub b: TensorView<'a>,
     pub transposed: bool,
+    /// Those of B's outputs that are this layer's, where several are one matrix in the file.
+    pub outputs: Option<Range<usize>>,
     pub scale: f32,
     /// `[out]`, where a norm is that of a row; of an embedding in mlx-lm's format `[vocab]`, in
     /// PEFT's (transposed) `[hidden]`, where a norm is that of a column
@@ -72,7 +73,7 @@ pub enum Adapted<'a, B: Backend + ?Sized> {
 
 /// What an attention layer has besides its linear layers.
 pub struct AttentionWeights<'a> {
-    /// of q's heads and of k's, `[head_dim]`
+    /// of q and of k, as wide as `AttentionSpec::norm_widths` says
     pub norms: Option<[TensorView<'a>; 2]>,
     /// The type of the model's activations, which decides on that of keys and values.
     pub dtype: Dtype,
@@ -136,7 +137,7 @@ pub trait Backend {
     /// Waits until this model may use what it shares with others.
     fn guard(&self) -> Self::Guard;
 
-    fn norm(&self, weight: &TensorView) -> Result<Self::Norm>;
+    fn norm(&self, weight: &TensorView, spec: &NormSpec) -> Result<Self::Norm>;
     fn linear(&self, fused: &[LinearWeights]) -> Result<Self::Linear>;
     fn attention_layer(
         &self,
@@ -147,6 +148,8 @@ pub trait Backend {
     fn cache(&self, layers: usize) -> Self::Cache;
     /// A cache that begins as this one, up to so many positions: what is the same is shared.
     fn fork(&self, cache: &Self::Cache, positions: usize) -> Result<Self::Cache>;
+    /// The first position that a layer's cache still has: those before a window go.
+    fn kept_from(&self, cache: &Self::Cache, layer: usize) -> usize;
     /// The memory of a cache, in blocks that forks may share.
     fn pages(&self, cache: &Self::Cache) -> Vec<Page>;
     /// Makes room for these positions in a layer: an error where there is no memory for them.
@@ -175,10 +178,15 @@ pub trait Backend {
         loras: &[LoraRows<Self>],
     ) -> Result<Vec<Self::Tensor>>;
 
-    fn rms_norm(&self, x: &Self::Tensor, norm: &Self::Norm, eps: f32) -> Result<Self::Tensor>;
+    fn normalize(
+        &self,
+        x: &Self::Tensor,
+        norm: &Self::Norm,
+        spec: &NormSpec,
+    ) -> Result<Self::Tensor>;
 
-    /// Norms (where there are norms) and rotates the heads of q and k, appends k and v to the segments' caches and
-    /// attends: q `[rows, heads * head_dim]` -> the same shape. `caches` go with `segments`.
+    /// Norms and rotates the heads of q and k as the layer's spec says, appends k and v to the segments'
+    /// caches and attends: q `[rows, heads * head_dim]` -> the same shape. `caches` go with `segments`.
     fn attention(
         &self,
         attention: &Self::Attention,
@@ -188,9 +196,19 @@ pub trait Backend {
         caches: &mut [&mut Self::Cache],
     ) -> Result<Self::Tensor>;
 
-    /// `silu(gate) * up`
-    fn swiglu(&self, gate: &Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor>;
-    fn add(&self, x: &Self::Tensor, y: &Self::Tensor) -> Result<Self::Tensor>;
+    /// `activation(gate) * up`
+    fn glu(
+        &self,
+        gate: &Self::Tensor,
+        up: &Self::Tensor,
+        activation: Activation,
+    ) -> Result<Self::Tensor>;
+    /// `x + scale * y`
+    fn add(&self, x: &Self::Tensor, y: &Self::Tensor, scale: f32) -> Result<Self::Tensor>;
+    /// `scale * x`
+    fn scale(&self, x: Self::Tensor, scale: f32) -> Result<Self::Tensor>;
+    /// `cap * tanh(x / cap)`
+    fn softcap(&self, x: Self::Tensor, cap: f32) -> Result<Self::Tensor>;
     /// Some rows of x, in any order.
     fn gather_rows(&self, x: &Self::Tensor, rows: &[usize]) -> Result<Self::Tensor>;
 

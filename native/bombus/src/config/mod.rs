@@ -35,7 +35,7 @@ impl Config {
     pub fn open(folder: &Path) -> Result<Self> {
         let fields = Fields::open(&folder.join("config.json"))?;
         let generation_path = folder.join("generation_config.json");
-        let none = || Fields { path: generation_path.clone(), map: Map::new() };
+        let none = || Fields::new(&generation_path, Map::new());
         let generation =
             match files::is_there(&generation_path).then(|| Fields::open(&generation_path)) {
                 Some(Err(error)) if !matches!(error, Error::Config(_)) => return Err(error),
@@ -58,14 +58,24 @@ impl Config {
         let quantization = fields.quantization()?;
         let spec = arch::spec(fields)?;
         let mut warnings = vec![];
-        let eos_token_ids = eos_token_ids(fields, &generation, spec.vocab, &mut warnings)?;
+        // Of a language model within another, also where only the inner configuration says it.
+        let inner = arch::language_model(fields)?;
+        let eos_token_ids = eos_token_ids(
+            inner.as_ref().unwrap_or(fields),
+            &generation,
+            spec.vocab,
+            &mut warnings,
+        )?;
         warnings.extend(generation::warning(&generation));
+        let own =
+            |(path, layout): (String, _)| (spec.names.own_path(&path).unwrap_or(path), layout);
+        let overrides = quantization.overrides.into_iter().map(own).collect();
         let config = Self {
             model_type: fields.text("model_type")?,
             spec,
             eos_token_ids,
             quantization: quantization.default,
-            overrides: quantization.overrides,
+            overrides,
             quant_method: fields.quant_method()?,
             generation: generation.map,
             warnings,
@@ -129,8 +139,8 @@ mod tests {
 
     fn parse(value: Value) -> Result<Config> {
         let Value::Object(map) = value else { unreachable!("an object") };
-        let fields = Fields { path: "config.json".into(), map };
-        Config::parse(&fields, Fields { path: "generation_config.json".into(), map: Map::new() })
+        let fields = Fields::new(Path::new("config.json"), map);
+        Config::parse(&fields, Fields::new(Path::new("generation_config.json"), Map::new()))
     }
 
     fn with(field: &str, value: Value) -> Result<Config> {
@@ -195,9 +205,8 @@ mod tests {
 
     #[test]
     fn what_is_not_followed_is_said() {
-        let fields = |path: &str, value: Value| Fields {
-            path: path.into(),
-            map: value.as_object().cloned().unwrap_or_default(),
+        let fields = |path: &str, value: Value| {
+            Fields::new(Path::new(path), value.as_object().cloned().unwrap_or_default())
         };
         let generation = json!({"num_beams": 1, "typical_p": 1.0, "suppress_tokens": [1],
             "forced_eos_token_id": 3, "bad_words_ids": [], "do_sample": true, "eos_token_id": [7, 256]});
@@ -221,9 +230,9 @@ mod tests {
     #[test]
     fn generation_config_decides_on_eos() {
         assert_eq!(parse(minimal()).unwrap().eos_token_ids, [1, 7]);
-        let fields = |value: Value| Fields {
-            path: "config.json".into(),
-            map: value.as_object().cloned().unwrap_or_default(),
+        let fields = |value: Value| {
+            let map = value.as_object().cloned().unwrap_or_default();
+            Fields::new(Path::new("config.json"), map)
         };
         let generation = fields(json!({"eos_token_id": 9}));
         assert_eq!(Config::parse(&fields(minimal()), generation).unwrap().eos_token_ids, [9]);
@@ -247,7 +256,7 @@ mod tests {
         );
         assert!(message(with("vocab_size", json!(1u64 << 40))).contains("vocab_size"));
         assert!(message(with("num_key_value_heads", json!(3))).contains("num_key_value_heads"));
-        assert!(message(with("rope_scaling", json!({"type": "su"}))).contains("su"));
+        assert!(message(with("rope_scaling", json!({"type": "other"}))).contains("other"));
         assert!(message(with("model_type", json!("gpt2"))).contains("gpt2"));
         assert!(message(with("model_file", json!("model.py"))).contains("model_file"));
     }

@@ -38,10 +38,16 @@ impl<T> Prefixes<T> {
         self.pages.contains_key(&page.id)
     }
 
-    /// What has the most of the prompt's beginning, and how many tokens that are.
-    pub fn find(&mut self, adapter: usize, prompt: &[u32]) -> Option<(&T, usize)> {
+    /// What has the most of the prompt's beginning, and how many tokens that are. `usable`: with how
+    /// many of so many tokens of a value a text can go on
+    pub fn find(
+        &mut self,
+        adapter: usize,
+        prompt: &[u32],
+        usable: impl Fn(&T, usize) -> usize,
+    ) -> Option<(&T, usize)> {
         let same = self.entries.iter_mut().filter(|entry| entry.adapter == adapter);
-        let shared = same.map(|entry| (common(&entry.ids, prompt), entry));
+        let shared = same.map(|entry| (usable(&entry.value, common(&entry.ids, prompt)), entry));
         let (common, entry) = shared.max_by_key(|(common, _)| *common)?;
         self.clock += 1;
         entry.used = self.clock;
@@ -113,19 +119,35 @@ mod tests {
         Page { id, bytes: 10 }
     }
 
+    fn all<T>(_: &T, common: usize) -> usize {
+        common
+    }
+
+    #[test]
+    fn a_beginning_that_cannot_be_used_gives_way_to_a_shorter_one() {
+        let mut prefixes = Prefixes::new(1000);
+        prefixes.insert(0, vec![1, 2, 3, 4, 9], "cut", vec![page(1)]);
+        prefixes.insert(0, vec![1, 2, 8], "whole", vec![page(2)]);
+        let usable = |value: &&str, common| if *value == "cut" { 0 } else { common };
+        assert_eq!(prefixes.find(0, &[1, 2, 3, 4, 5], usable), Some((&"whole", 2)));
+        prefixes.forget(0);
+        prefixes.insert(0, vec![1, 2], "cut", vec![page(1)]);
+        assert_eq!(prefixes.find(0, &[1, 2], usable), None);
+    }
+
     #[test]
     fn the_longest_beginning_is_found_of_the_same_adapter() {
         let mut prefixes = Prefixes::new(1000);
         prefixes.insert(0, vec![1, 2, 3], "short", vec![page(1)]);
         prefixes.insert(0, vec![1, 2, 9, 9], "other", vec![page(2)]);
         prefixes.insert(7, vec![1, 2, 3, 4, 5], "adapted", vec![page(3)]);
-        assert_eq!(prefixes.find(0, &[1, 2, 3, 4, 5]), Some((&"short", 3)));
-        assert_eq!(prefixes.find(0, &[1, 2, 9]), Some((&"other", 3)));
-        assert_eq!(prefixes.find(7, &[1, 2, 3, 4]), Some((&"adapted", 4)));
-        assert_eq!(prefixes.find(0, &[5]), None);
-        assert_eq!(prefixes.find(8, &[1, 2]), None);
+        assert_eq!(prefixes.find(0, &[1, 2, 3, 4, 5], all), Some((&"short", 3)));
+        assert_eq!(prefixes.find(0, &[1, 2, 9], all), Some((&"other", 3)));
+        assert_eq!(prefixes.find(7, &[1, 2, 3, 4], all), Some((&"adapted", 4)));
+        assert_eq!(prefixes.find(0, &[5], all), None);
+        assert_eq!(prefixes.find(8, &[1, 2], all), None);
         prefixes.forget(7);
-        assert_eq!(prefixes.find(7, &[1, 2, 3, 4]), None);
+        assert_eq!(prefixes.find(7, &[1, 2, 3, 4], all), None);
         assert_eq!(prefixes.bytes(), 20);
     }
 
@@ -135,7 +157,7 @@ mod tests {
         prefixes.insert(0, vec![1, 2], "first turn", vec![page(1)]);
         prefixes.insert(0, vec![1, 2, 3, 4], "second turn", vec![page(1), page(2)]);
         prefixes.insert(0, vec![1, 2, 3], "stopped early", vec![page(3)]);
-        assert_eq!(prefixes.find(0, &[1, 2, 3]), Some((&"second turn", 3)));
+        assert_eq!(prefixes.find(0, &[1, 2, 3], all), Some((&"second turn", 3)));
         assert_eq!(prefixes.bytes(), 20);
     }
 
@@ -144,13 +166,13 @@ mod tests {
         let mut prefixes = Prefixes::new(20);
         prefixes.insert(0, vec![1], 1, vec![page(1)]);
         prefixes.insert(0, vec![2], 2, vec![page(2)]);
-        assert!(prefixes.find(0, &[1]).is_some());
+        assert!(prefixes.find(0, &[1], all).is_some());
         prefixes.insert(0, vec![3], 3, vec![page(3)]);
-        assert_eq!(prefixes.find(0, &[2]), None);
-        assert!(prefixes.find(0, &[1]).is_some() && prefixes.find(0, &[3]).is_some());
+        assert_eq!(prefixes.find(0, &[2], all), None);
+        assert!(prefixes.find(0, &[1], all).is_some() && prefixes.find(0, &[3], all).is_some());
         // More than fits alone is not kept, and takes all others along.
         prefixes.insert(0, vec![4], 4, vec![page(4), page(5), page(6)]);
-        assert_eq!((prefixes.bytes(), prefixes.find(0, &[1])), (0, None));
+        assert_eq!((prefixes.bytes(), prefixes.find(0, &[1], all)), (0, None));
     }
 
     proptest! {
@@ -165,7 +187,7 @@ mod tests {
             for (adapter, ids, pages, action) in steps {
                 match action {
                     0..8 => prefixes.forget(adapter),
-                    8..80 => _ = prefixes.find(adapter, &ids),
+                    8..80 => _ = prefixes.find(adapter, &ids, all),
                     _ => {
                         let pages: HashSet<usize> = pages.into_iter().collect();
                         prefixes.insert(adapter, ids, (), pages.into_iter().map(page).collect());

@@ -69,10 +69,14 @@ impl<E: Executor> Worker<E> {
         let Some(active) = self.active.get_mut(&id) else { return Ok(()) };
         let tokens = sequence.tokens();
         let mut cached = 0;
-        if let Some((cache, common)) = self.prefixes.find(active.adapter_key(), &tokens) {
-            // The last token's logits are needed.
-            cached = common.min(tokens.len() - 1);
-            active.cache = self.executor.decoder().fork(cache, cached)?;
+        let decoder = self.executor.decoder();
+        // The last token's logits are needed.
+        let usable = |cache: &KvCache<E::Backend>, common: usize| {
+            decoder.resumable(cache, common.min(tokens.len() - 1))
+        };
+        if let Some((cache, common)) = self.prefixes.find(active.adapter_key(), &tokens, usable) {
+            cached = common;
+            active.cache = decoder.fork(cache, cached)?;
         }
         sequence.begin_at(cached);
         active.start(cached);

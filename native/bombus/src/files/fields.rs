@@ -2,17 +2,25 @@
 
 use crate::error::{Error, Result};
 use serde_json::{Map, Value};
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 pub struct Fields {
     pub path: PathBuf,
     pub map: Map<String, Value>,
+    /// The names that somebody has asked for.
+    read: RefCell<BTreeSet<String>>,
 }
 
 impl Fields {
+    pub fn new(path: &Path, map: Map<String, Value>) -> Self {
+        Self { path: path.to_owned(), map, read: RefCell::default() }
+    }
+
     pub fn open(path: &Path) -> Result<Self> {
         let map = super::json(path, super::FIELDS, Error::Config)?;
-        Ok(Self { path: path.to_owned(), map })
+        Ok(Self::new(path, map))
     }
 
     pub fn error(&self, field: &str, problem: impl std::fmt::Display) -> Error {
@@ -31,7 +39,13 @@ impl Fields {
 
     /// A null is as good as nothing.
     pub fn value(&self, field: &str) -> Option<&Value> {
+        self.read.borrow_mut().insert(field.to_owned());
         self.map.get(field).filter(|value| !value.is_null())
+    }
+
+    /// Whether anybody has asked for a field.
+    pub fn was_read(&self, field: &str) -> bool {
+        self.read.borrow().contains(field)
     }
 
     pub fn required<T>(&self, field: &str, value: Option<T>) -> Result<T> {
@@ -80,9 +94,7 @@ impl Fields {
     pub fn object(&self, field: &str) -> Result<Option<Self>> {
         match self.value(field) {
             None => Ok(None),
-            Some(Value::Object(map)) => {
-                Ok(Some(Self { path: self.path.join(field), map: map.clone() }))
-            }
+            Some(Value::Object(map)) => Ok(Some(Self::new(&self.path.join(field), map.clone()))),
             Some(_) => Err(self.error(field, "expected an object")),
         }
     }

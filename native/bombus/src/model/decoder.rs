@@ -5,7 +5,7 @@
 
 use crate::backend::{Backend, Batch, BoundAdapter, Entry, KvCache, LoraRows, Page, Segment};
 use crate::error::Result;
-use crate::spec::{ModelSpec, Projection};
+use crate::spec::{BlockNorms, LayerSpec, ModelSpec, Projection};
 use std::ops::Range;
 
 pub struct Decoder<B: Backend> {
@@ -19,13 +19,15 @@ pub struct Decoder<B: Backend> {
 }
 
 pub struct Layer<B: Backend> {
-    pub input_layernorm: B::Norm,
+    pub before_attention: Option<B::Norm>,
     pub qkv_proj: B::Linear,
     pub attention: B::Attention,
     pub o_proj: B::Linear,
-    pub post_attention_layernorm: B::Norm,
+    pub after_attention: Option<B::Norm>,
+    pub before_mlp: Option<B::Norm>,
     pub gate_up_proj: B::Linear,
     pub down_proj: B::Linear,
+    pub after_mlp: Option<B::Norm>,
 }
 
 impl<B: Backend> Layer<B> {
@@ -46,6 +48,16 @@ impl<B: Backend> Decoder<B> {
     /// What shares the first `positions` with `cache`.
     pub fn fork(&self, cache: &KvCache<B>, positions: usize) -> Result<KvCache<B>> {
         self.backend.fork(cache, positions)
+    }
+
+    /// Up to so many positions, with how many of them a text can go on: none where a layer has let go
+    /// of what its window sees from there.
+    pub fn resumable(&self, cache: &KvCache<B>, positions: usize) -> usize {
+        let mut layers = self.spec.layers.iter().enumerate();
+        let has = layers.all(|(index, layer)| {
+            self.backend.kept_from(cache, index) <= layer.attention.first_seen(positions)
+        });
+        if has { positions } else { 0 }
     }
 
     /// Makes room for these positions.
@@ -70,6 +82,9 @@ impl<B: Backend> Decoder<B> {
         let spans = spans(entries);
         let loras = loras(&spans, 0, Range::clone, |adapter| adapter.embed_tokens.as_ref());
         let mut hidden = self.backend.embed(&self.embed_tokens, tokens, previous, &loras)?;
+        if self.spec.embedding_scale != 1.0 {
+            hidden = self.backend.scale(hidden, self.spec.embedding_scale)?;
+        }
         for (index, layer) in self.layers.iter().enumerate() {
             hidden = self.layer(index, layer, hidden, entries, &spans)?;
         }
@@ -85,24 +100,67 @@ impl<B: Backend> Decoder<B> {
         entries: &mut [Entry<B>],
         spans: &[Span<B>],
     ) -> Result<B::Tensor> {
-        let backend = &self.backend;
-        let eps = self.spec.layers[index].norm.eps;
-        let loras = |projections| layer_loras(index, projections, spans);
+        let LayerSpec { norms: BlockNorms { spec: norm, .. }, residual_scale, parallel, .. } =
+            &self.spec.layers[index];
+        let normalize = |x: &B::Tensor, weight: &B::Norm| self.backend.normalize(x, weight, norm);
+        let before = |weight: &Option<B::Norm>, x: &B::Tensor| {
+            weight.as_ref().map(|weight| normalize(x, weight)).transpose()
+        };
+        let add = |to: &B::Tensor, x: B::Tensor, after: &Option<B::Norm>| {
+            let x = match after {
+                Some(weight) => normalize(&x, weight)?,
+                None => x,
+            };
+            self.backend.add(to, &x, *residual_scale)
+        };
+        let normed = before(&layer.before_attention, &hidden)?;
+        let x = normed.as_ref().unwrap_or(&hidden);
+        let attended = self.attention(index, layer, x, entries, spans)?;
+        if *parallel {
+            let x = self.mlp(index, layer, x, spans)?;
+            let hidden = add(&hidden, attended, &layer.after_attention)?;
+            return add(&hidden, x, &layer.after_mlp);
+        }
+        let hidden = add(&hidden, attended, &layer.after_attention)?;
+        let normed = before(&layer.before_mlp, &hidden)?;
+        let x = self.mlp(index, layer, normed.as_ref().unwrap_or(&hidden), spans)?;
+        add(&hidden, x, &layer.after_mlp)
+    }
 
-        let x = backend.rms_norm(&hidden, &layer.input_layernorm, eps)?;
-        let [q, k, v] = outputs(backend.project(&layer.qkv_proj, &x, &loras(Projection::Qkv))?);
+    /// x: `[rows, hidden]`, as what comes out
+    fn attention(
+        &self,
+        index: usize,
+        layer: &Layer<B>,
+        x: &B::Tensor,
+        entries: &mut [Entry<B>],
+        spans: &[Span<B>],
+    ) -> Result<B::Tensor> {
+        let backend = &self.backend;
+        let loras = |projections| layer_loras(index, projections, spans);
+        let qkv = outputs(backend.project(&layer.qkv_proj, x, &loras(Projection::Qkv))?);
         let segments: Vec<Segment> = entries.iter().map(|entry| entry.segment.clone()).collect();
         let mut caches: Vec<_> = entries.iter_mut().map(|entry| &mut *entry.cache).collect();
-        let x = backend.attention(&layer.attention, index, [q, k, v], &segments, &mut caches)?;
+        let x = backend.attention(&layer.attention, index, qkv, &segments, &mut caches)?;
         let [x] = outputs(backend.project(&layer.o_proj, &x, &loras(Projection::O))?);
-        let hidden = backend.add(&hidden, &x)?;
+        Ok(x)
+    }
 
-        let x = backend.rms_norm(&hidden, &layer.post_attention_layernorm, eps)?;
+    /// x: `[rows, hidden]`, as what comes out
+    fn mlp(
+        &self,
+        index: usize,
+        layer: &Layer<B>,
+        x: &B::Tensor,
+        spans: &[Span<B>],
+    ) -> Result<B::Tensor> {
+        let backend = &self.backend;
+        let loras = |projections| layer_loras(index, projections, spans);
         let [gate, up] =
-            outputs(backend.project(&layer.gate_up_proj, &x, &loras(Projection::GateUp))?);
-        let x = backend.swiglu(&gate, &up)?;
+            outputs(backend.project(&layer.gate_up_proj, x, &loras(Projection::GateUp))?);
+        let x = backend.glu(&gate, &up, self.spec.layers[index].mlp.activation)?;
         let [x] = outputs(backend.project(&layer.down_proj, &x, &loras(Projection::Down))?);
-        backend.add(&hidden, &x)
+        Ok(x)
     }
 
     /// hidden: `[outputs, hidden]`, the step's rows `outputs`
@@ -112,13 +170,19 @@ impl<B: Backend> Decoder<B> {
         outputs: &[usize],
         spans: &[Span<B>],
     ) -> Result<B::Tensor> {
-        let x = self.backend.rms_norm(hidden, &self.norm, self.spec.norm.eps)?;
+        let x = self.backend.normalize(hidden, &self.norm, &self.spec.norm)?;
         let within = |row: usize| outputs.partition_point(|output| *output < row);
         let selected = |rows: &Range<usize>| within(rows.start)..within(rows.end);
         let loras = loras(spans, 0, selected, |adapter| adapter.lm_head.as_ref());
         let lm_head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
-        let [logits] = self::outputs(self.backend.project(lm_head, &x, &loras)?);
-        Ok(logits)
+        let [mut logits] = self::outputs(self.backend.project(lm_head, &x, &loras)?);
+        if self.spec.head.scale != 1.0 {
+            logits = self.backend.scale(logits, self.spec.head.scale)?;
+        }
+        match self.spec.head.softcap {
+            Some(cap) => self.backend.softcap(logits, cap),
+            None => Ok(logits),
+        }
     }
 }
 

@@ -10,8 +10,15 @@ pub const LM_HEAD: &str = "lm_head";
 pub struct Module {
     pub path: String,
     pub in_features: usize,
-    pub out_features: usize,
+    /// The rows of each output: more than one where several layers are one matrix in the file.
+    pub outputs: Vec<usize>,
     pub bias: bool,
+}
+
+impl Module {
+    pub fn out_features(&self) -> usize {
+        self.outputs.iter().sum()
+    }
 }
 
 /// Linear layers of a decoder layer that share their input: one product serves them.
@@ -27,28 +34,35 @@ impl Projection {
     pub const ALL: [Self; 4] = [Self::Qkv, Self::O, Self::GateUp, Self::Down];
 }
 
+/// Name, outputs and bias of a linear layer.
+type Linear = (&'static str, Vec<usize>, bool);
+
 impl LayerSpec {
-    /// A projection's inputs, and name, outputs and bias of each linear layer.
-    fn projection(
-        &self,
-        hidden: usize,
-        projection: Projection,
-    ) -> (usize, Vec<(&'static str, usize, bool)>) {
+    /// A projection's inputs, and its linear layers.
+    fn projection(&self, hidden: usize, projection: Projection) -> (usize, Vec<Linear>) {
         let Self { attention, mlp, .. } = self;
-        let (q, kv) =
-            (attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim);
+        let width = |heads: usize| heads * attention.head_dim;
+        let (q, kv) = (width(attention.heads), width(attention.kv_heads));
+        let apart = |names: &[&'static str], outputs: &[usize], bias| {
+            let linears = names.iter().zip(outputs);
+            linears.map(|(name, outputs)| (*name, vec![*outputs], bias)).collect()
+        };
         match projection {
+            Projection::Qkv if attention.fused => {
+                (hidden, vec![("self_attn.qkv_proj", vec![q, kv, kv], attention.qkv_bias)])
+            }
             Projection::Qkv => {
                 let names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
-                let linear = |(name, outputs)| (name, outputs, attention.qkv_bias);
-                (hidden, names.into_iter().zip([q, kv, kv]).map(linear).collect())
+                (hidden, apart(&names, &[q, kv, kv], attention.qkv_bias))
             }
-            Projection::O => (q, vec![("self_attn.o_proj", hidden, attention.o_bias)]),
+            Projection::O => (q, apart(&["self_attn.o_proj"], &[hidden], attention.o_bias)),
+            Projection::GateUp if mlp.fused => {
+                (hidden, vec![("mlp.gate_up_proj", vec![mlp.inner; 2], mlp.bias)])
+            }
             Projection::GateUp => {
-                let linear = |name| (name, mlp.inner, mlp.bias);
-                (hidden, ["mlp.gate_proj", "mlp.up_proj"].map(linear).into())
+                (hidden, apart(&["mlp.gate_proj", "mlp.up_proj"], &[mlp.inner; 2], mlp.bias))
             }
-            Projection::Down => (mlp.inner, vec![("mlp.down_proj", hidden, mlp.bias)]),
+            Projection::Down => (mlp.inner, apart(&["mlp.down_proj"], &[hidden], mlp.bias)),
         }
     }
 }
@@ -57,9 +71,9 @@ impl ModelSpec {
     /// The linear layers of a projection of layer `layer`.
     pub fn projection(&self, layer: usize, projection: Projection) -> Vec<Module> {
         let (in_features, linears) = self.layers[layer].projection(self.hidden, projection);
-        let module = |(name, out_features, bias)| {
+        let module = |(name, outputs, bias)| {
             let path = format!("model.layers.{layer}.{name}");
-            Module { path, in_features, out_features, bias }
+            Module { path, in_features, outputs, bias }
         };
         linears.into_iter().map(module).collect()
     }
@@ -79,8 +93,8 @@ impl ModelSpec {
     }
 
     fn vocabulary(&self, path: &str) -> Module {
-        let (in_features, out_features) = (self.hidden, self.vocab);
-        Module { path: path.into(), in_features, out_features, bias: false }
+        let (in_features, outputs) = (self.hidden, vec![self.vocab]);
+        Module { path: path.into(), in_features, outputs, bias: false }
     }
 
     /// All linear layers, the embedding, and the head where it is not the embedding.
@@ -92,11 +106,13 @@ impl ModelSpec {
 
     /// Paths and widths of the norms of layer `layer`.
     pub fn layer_norms(&self, layer: usize) -> impl Iterator<Item = (String, usize)> {
-        let attention = &self.layers[layer].attention;
-        let of_heads = attention.qk_norm.map(|_| ["self_attn.q_norm", "self_attn.k_norm"]);
-        let of_heads = of_heads.into_iter().flatten().map(|name| (name, attention.head_dim));
-        let of_rows = ["input_layernorm", "post_attention_layernorm"];
-        let of_rows = of_rows.into_iter().map(|name| (name, self.hidden));
+        let LayerSpec { attention, norms, .. } = &self.layers[layer];
+        let of_heads = attention
+            .qk_norm
+            .map(|norm| norm.names.into_iter().zip(attention.norm_widths(norm.heads)));
+        let of_heads = of_heads.into_iter().flatten();
+        let of_heads = of_heads.map(|(name, width)| (format!("self_attn.{name}"), width));
+        let of_rows = norms.names().map(|name| (name.to_owned(), self.hidden));
         let norm = move |(name, width)| (format!("model.layers.{layer}.{name}"), width);
         of_rows.chain(of_heads).map(norm)
     }

@@ -7,9 +7,11 @@ use std::f64::consts::TAU;
 /// Source: Su et al., "RoFormer" (2021).
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
-    /// The numbers of a head that are rotated, all of them.
+    /// The numbers of a head that are rotated, from the first on: even, at most all.
     pub dim: usize,
     pub theta: f32,
+    /// Number `2 i` is rotated together with number `2 i + 1`, as in the source.
+    pub interleaved: bool,
     pub scaling: Scaling,
 }
 
@@ -41,10 +43,23 @@ pub enum Scaling {
         beta_slow: f64,
         mscale: f64,
         mscale_all_dim: f64,
+        /// whole pairs bound what is blended
+        truncate: bool,
+        /// in place of what the mscales make
+        attention_factor: Option<f64>,
+    },
+    /// Each frequency divided by a factor of its own. Source: Ding et al., "LongRoPE" (2024).
+    Long {
+        factors: Vec<f64>,
+        amplitude: f64,
     },
 }
 
 impl Rope {
+    pub fn new(dim: usize, theta: f32, scaling: Scaling) -> Self {
+        Self { dim, theta, interleaved: false, scaling }
+    }
+
     /// Radians a position, `[dim / 2]`, in a sequence of so many positions.
     pub fn frequencies(&self, positions: usize) -> Vec<f64> {
         let (dim, theta) = (self.dim as f64, f64::from(self.theta));
@@ -69,30 +84,47 @@ impl Rope {
                 };
                 plain(theta).map(scaled).collect()
             }
-            Scaling::Yarn { factor, context, beta_fast, beta_slow, .. } => {
-                let (low, high) = self.yarn_range(context, beta_fast, beta_slow);
+            Scaling::Yarn { factor, context, beta_fast, beta_slow, truncate, .. } => {
+                let (low, high) = self.yarn_range(context, beta_fast, beta_slow, truncate);
                 let scaled = |(pair, frequency): (usize, f64)| {
                     let kept = 1.0 - ((pair as f64 - low) / (high - low)).clamp(0.0, 1.0);
                     frequency * ((1.0 - kept) / factor + kept)
                 };
                 plain(theta).enumerate().map(scaled).collect()
             }
+            Scaling::Long { ref factors, .. } => {
+                plain(theta).zip(factors).map(|(frequency, factor)| frequency / factor).collect()
+            }
         }
     }
 
     /// The pairs between which frequencies are blended.
-    fn yarn_range(&self, context: usize, beta_fast: f64, beta_slow: f64) -> (f64, f64) {
+    fn yarn_range(
+        &self,
+        context: usize,
+        beta_fast: f64,
+        beta_slow: f64,
+        truncate: bool,
+    ) -> (f64, f64) {
         let (dim, theta) = (self.dim as f64, f64::from(self.theta));
         // The pair that turns so often within the context.
         let pair = |turns: f64| dim * (context as f64 / (turns * TAU)).ln() / (2.0 * theta.ln());
-        let low = pair(beta_fast).floor().max(0.0);
-        let high = pair(beta_slow).ceil().min(dim - 1.0);
+        let (low, high) = (pair(beta_fast), pair(beta_slow));
+        let (low, high) = if truncate { (low.floor(), high.ceil()) } else { (low, high) };
+        let (low, high) = (low.max(0.0), high.min(dim - 1.0));
         (low, if low == high { high + 0.001 } else { high })
     }
 
     /// What rotated heads are multiplied by.
     pub fn amplitude(&self) -> f32 {
-        let Scaling::Yarn { factor, mscale, mscale_all_dim, .. } = self.scaling else { return 1.0 };
+        let (factor, mscale, mscale_all_dim) = match self.scaling {
+            Scaling::Yarn { attention_factor: Some(factor), .. } => return factor as f32,
+            Scaling::Yarn { factor, mscale, mscale_all_dim, .. } => {
+                (factor, mscale, mscale_all_dim)
+            }
+            Scaling::Long { amplitude, .. } => return amplitude as f32,
+            _ => return 1.0,
+        };
         let of = |mscale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 };
         (of(mscale) / of(mscale_all_dim)) as f32
     }
@@ -108,7 +140,7 @@ mod tests {
     use super::*;
 
     fn rope(scaling: Scaling) -> Rope {
-        Rope { dim: 8, theta: 10_000.0, scaling }
+        Rope::new(8, 10_000.0, scaling)
     }
 
     /// Values of mlx-lm 0.32.2: `1 / initialize_rope(8, 10000, False, {...}, 64)._freqs`.
@@ -127,6 +159,8 @@ mod tests {
             beta_slow: 1.0,
             mscale: 1.0,
             mscale_all_dim: 0.0,
+            truncate: true,
+            attention_factor: None,
         });
         let cases: [(&Rope, [f64; 4]); 2] = [(&llama3, LLAMA3), (&yarn, YARN)];
         for (rope, expected) in cases {

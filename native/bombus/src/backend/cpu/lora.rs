@@ -39,11 +39,15 @@ enum Factors {
 
 impl Lora {
     pub fn load(cpu: &Cpu, weights: &LoraWeights, adapted: Adapted<Cpu>) -> Result<Self> {
-        let LoraWeights { a, b, transposed, scale, magnitude } = weights;
-        let (a, b, rank) = match transposed {
+        let LoraWeights { a, b, transposed, outputs, scale, magnitude } = weights;
+        let (a, mut b, rank) = match transposed {
             true => (Float::read(a)?, transpose(b)?, a.shape[0]),
             false => (transpose(a)?, Float::read(b)?, b.shape[0]),
         };
+        if let Some(outputs) = outputs {
+            let all = b.len() / rank.max(1);
+            b = b.chunks_exact(all).flat_map(|row| row[outputs.clone()].to_vec()).collect();
+        }
         let float = match adapted.weights().float() {
             Float::F32 => Float::F32,
             _ => Float::F16,
@@ -59,7 +63,10 @@ impl Lora {
             let by_token = matches!(adapted, Adapted::Embedding(_)) && !transposed;
             let by_column = matches!(adapted, Adapted::Embedding(_)) && *transposed;
             let norms = if by_column { rows.column_norms(cpu) } else { rows.norms(cpu) };
-            let magnitudes = Float::read(magnitude)?;
+            let mut magnitudes = Float::read(magnitude)?;
+            if let Some(outputs) = outputs {
+                magnitudes = magnitudes[outputs.clone()].to_vec();
+            }
             let factors: Vec<f32> =
                 magnitudes.iter().zip(norms).map(|(magnitude, norm)| magnitude / norm).collect();
             bytes += factors.len() * size_of::<f32>();

@@ -38,14 +38,13 @@ use crate::error::{Error, Result};
 use crate::files::mapped::MappedFile;
 use crate::files::safetensors::TensorView;
 use crate::sampler::{Draw, Sample};
-use crate::spec::AttentionSpec;
-use attention::{Attention, Cache, Rotation};
-use float::Float;
+use crate::spec::{Activation, AttentionSpec, NormSpec};
+use attention::{Attention, Cache, Rotations};
 use limbs::{Format, Limbs};
 use linear::Linear;
 use lora::{Delta, Lora};
 use pool::Pool;
-use rows::{Norm, RmsNorm, Sum, SwiGlu};
+use rows::{Glu, Norm, Normalize, Softcap, Sum};
 use sample::Samples;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -73,7 +72,7 @@ pub struct Cpu {
     level: Level,
     spare: Spare,
     limbs: Arc<Mutex<Vec<(Format, Limbs)>>>,
-    rotation: Arc<Mutex<Rotation>>,
+    rotations: Arc<Mutex<Rotations>>,
     /// Where the weights are: an answer counts only if none of these has changed.
     files: Arc<Mutex<Vec<Arc<MappedFile>>>>,
 }
@@ -96,7 +95,7 @@ impl Cpu {
             level,
             spare: Spare::default(),
             limbs: Arc::default(),
-            rotation: Arc::default(),
+            rotations: Arc::default(),
             files: Arc::default(),
         })
     }
@@ -132,6 +131,21 @@ impl Cpu {
     }
 }
 
+impl Cpu {
+    /// Each row, changed where it is.
+    fn change(&self, mut x: Tensor, work: impl Fn(&mut [f32]) + Sync) -> Tensor {
+        let (rows, width, stride) = (x.rows, x.width, x.stride);
+        let target = SendPtr(x.data_mut().as_mut_ptr());
+        self.pool.rows(rows, width, |range| {
+            for row in range {
+                // SAFETY: each row is changed by one thread.
+                work(unsafe { std::slice::from_raw_parts_mut(target.at(row * stride), width) });
+            }
+        });
+        x
+    }
+}
+
 impl Backend for Cpu {
     type Tensor = Tensor;
     type Norm = Norm;
@@ -148,8 +162,8 @@ impl Backend for Cpu {
         self.pool.guard()
     }
 
-    fn norm(&self, weight: &TensorView) -> Result<Norm> {
-        Ok(Norm { weight: Float::read(weight)?, float: Float::of(weight.dtype)? })
+    fn norm(&self, weight: &TensorView, spec: &NormSpec) -> Result<Norm> {
+        Norm::load(weight, spec)
     }
 
     fn linear(&self, fused: &[LinearWeights]) -> Result<Linear> {
@@ -176,6 +190,10 @@ impl Backend for Cpu {
         Ok(cache.iter().map(|layer| layer.fork(positions)).collect())
     }
 
+    fn kept_from(&self, cache: &Vec<Cache>, layer: usize) -> usize {
+        cache[layer].kept_from()
+    }
+
     fn pages(&self, cache: &Vec<Cache>) -> Vec<Page> {
         cache.iter().flat_map(Cache::pages).collect()
     }
@@ -187,7 +205,7 @@ impl Backend for Cpu {
         cache: &mut Vec<Cache>,
         positions: Range<usize>,
     ) -> Result<()> {
-        cache[layer].reserve(positions, &attention.layout)
+        attention.reserve(&mut cache[layer], positions)
     }
 
     fn embed(
@@ -226,9 +244,9 @@ impl Backend for Cpu {
         Ok(linear.apply(self, x, &Delta::all(self, x, loras)))
     }
 
-    fn rms_norm(&self, x: &Tensor, norm: &Norm, eps: f32) -> Result<Tensor> {
+    fn normalize(&self, x: &Tensor, norm: &Norm, spec: &NormSpec) -> Result<Tensor> {
         Ok(self.map(x.rows, x.width, |row, y| {
-            let kernel = RmsNorm { x: x.row(row), weight: &norm.weight, eps, y };
+            let kernel = Normalize { x: x.row(row), weight: &norm.weight, spec: *spec, y };
             // SAFETY: x, y and the weight are of one width.
             unsafe { self.level.run(kernel) };
         }))
@@ -246,18 +264,28 @@ impl Backend for Cpu {
         attention::attend(self, attention, qkv, segments, &mut caches)
     }
 
-    fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    fn glu(&self, gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
         Ok(self.map(gate.rows, gate.width, |row, out| {
+            let kernel = Glu { gate: gate.row(row), up: up.row(row), activation, out };
             // SAFETY: all three are of one width.
-            unsafe { self.level.run(SwiGlu { gate: gate.row(row), up: up.row(row), out }) };
+            unsafe { self.level.run(kernel) };
         }))
     }
 
-    fn add(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    fn add(&self, x: &Tensor, y: &Tensor, scale: f32) -> Result<Tensor> {
         Ok(self.map(x.rows, x.width, |row, out| {
             // SAFETY: all three are of one width.
-            unsafe { self.level.run(Sum { x: x.row(row), y: y.row(row), out }) };
+            unsafe { self.level.run(Sum { x: x.row(row), y: y.row(row), scale, out }) };
         }))
+    }
+
+    fn scale(&self, x: Tensor, scale: f32) -> Result<Tensor> {
+        Ok(self.change(x, |x| x.iter_mut().for_each(|x| *x *= scale)))
+    }
+
+    fn softcap(&self, x: Tensor, cap: f32) -> Result<Tensor> {
+        // SAFETY: the level is this machine's.
+        Ok(self.change(x, |x| unsafe { self.level.run(Softcap { x, cap }) }))
     }
 
     fn gather_rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {

@@ -4,13 +4,14 @@ use super::few_rows;
 use super::kernel::{Kernel, Launch, Source};
 use super::{NUMBERS, PRIMITIVES};
 use crate::error::Result;
+use crate::spec::Activation;
 use mlx_rs::{Array, Dtype};
 use std::sync::OnceLock;
 
 const THREADS: i32 = 256;
 
 struct Operations {
-    swiglu: Kernel,
+    glu: Kernel,
     dense: Kernel,
     greedy: Kernel,
 }
@@ -25,12 +26,12 @@ fn operations() -> Option<&'static Operations> {
 impl Operations {
     fn new() -> Result<Self> {
         let header = [PRIMITIVES, NUMBERS].concat();
-        let swiglu = Kernel::new(&Source {
-            name: c"bombus_swiglu",
+        let glu = Kernel::new(&Source {
+            name: c"bombus_glu",
             inputs: &[c"gate", c"up"],
             outputs: &[c"y"],
             header: &header,
-            body: include_str!("swiglu.cu"),
+            body: include_str!("glu.cu"),
             contiguous: false,
             shared: 0,
         })?;
@@ -52,12 +53,12 @@ impl Operations {
             contiguous: true,
             shared: 0,
         })?;
-        Ok(Self { swiglu, dense, greedy })
+        Ok(Self { glu, dense, greedy })
     }
 }
 
-/// `silu(gate) * up`, `[rows, width]`; none where the kernel does not take them.
-pub fn swiglu(gate: &Array, up: &Array) -> Result<Option<Array>> {
+/// `activation(gate) * up`, `[rows, width]`; none where the kernel does not take them.
+pub fn glu(gate: &Array, up: &Array, activation: Activation) -> Result<Option<Array>> {
     let fits = |x: &Array| {
         x.dtype() == Dtype::Bfloat16 && x.strides()[1] == 1 && x.strides()[0].is_multiple_of(8)
     };
@@ -66,12 +67,12 @@ pub fn swiglu(gate: &Array, up: &Array) -> Result<Option<Array>> {
         return Ok(None);
     }
     let Some(operations) = operations() else { return Ok(None) };
-    let mut outputs = operations.swiglu.run(&Launch {
+    let mut outputs = operations.glu.run(&Launch {
         inputs: &[gate, up],
         outputs: &[(&[rows, width], Dtype::Bfloat16)],
         blocks: (rows * (width / 8) + THREADS - 1) / THREADS,
         threads: THREADS,
-        constants: &[],
+        constants: &[(c"GELU", i32::from(activation == Activation::Gelu))],
     })?;
     Ok(Some(outputs.swap_remove(0)))
 }

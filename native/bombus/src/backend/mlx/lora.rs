@@ -2,7 +2,7 @@
 
 use super::{Adapted, LoraRows, LoraWeights, Mlx, arrays, cuda};
 use crate::error::{Error, Result};
-use mlx_rs::ops::indexing::take_axis;
+use mlx_rs::ops::indexing::{Ellipsis, take_axis};
 use mlx_rs::{Array, Dtype, ops, transforms};
 use std::ops::Range;
 use std::rc::Rc;
@@ -26,12 +26,18 @@ impl Lora {
         if weights.transposed {
             (a, b) = (a.t(), b.t());
         }
+        if let Some(outputs) = &weights.outputs {
+            b = arrays::index(&b, (Ellipsis, outputs.start as i32..outputs.end as i32))?;
+        }
         let embedding = matches!(adapted, Adapted::Embedding(_));
         let by_token = embedding && !weights.transposed;
         let scale = Array::from_f32(weights.scale);
         let mut lora = Self { a, b, scale, factors: None, by_token, packed: None };
         if let Some(magnitude) = &weights.magnitude {
-            let magnitude = arrays::load(magnitude)?.as_dtype(Dtype::Float32)?;
+            let mut magnitude = arrays::load(magnitude)?.as_dtype(Dtype::Float32)?;
+            if let Some(outputs) = &weights.outputs {
+                magnitude = arrays::rows(&magnitude, outputs)?;
+            }
             let by_column = embedding && weights.transposed;
             let factors = magnitude.divide(lora.norms(adapted, by_column)?)?;
             transforms::eval([&factors])?;

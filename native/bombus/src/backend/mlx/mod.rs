@@ -21,7 +21,7 @@ use super::{LoraRows, LoraWeights, Page, Segment, Token, arrays, cuda};
 use crate::error::{Error, Result};
 use crate::files::safetensors::TensorView;
 use crate::sampler::{Draw, Sample};
-use crate::spec::AttentionSpec;
+use crate::spec::{Activation, AttentionSpec, NormSpec};
 use attention::{Attention, LayerCache};
 use mlx_rs::ops::indexing::{take_along_axis, take_axis};
 use mlx_rs::{Array, Dtype, Stream, fast, ops, transforms};
@@ -91,8 +91,8 @@ impl Backend for Mlx {
 
     fn guard(&self) {}
 
-    fn norm(&self, weight: &TensorView) -> Result<Array> {
-        arrays::load(weight)
+    fn norm(&self, weight: &TensorView, spec: &NormSpec) -> Result<Array> {
+        load_norm(weight, spec)
     }
 
     fn linear(&self, fused: &[LinearWeights]) -> Result<Linear> {
@@ -123,6 +123,13 @@ impl Backend for Mlx {
             }
             Cache::Paged(sequence) => Cache::Paged(sequence.fork(positions)),
         })
+    }
+
+    fn kept_from(&self, cache: &Cache, layer: usize) -> usize {
+        match cache {
+            Cache::Layers(layers) => layers[layer].kept_from(),
+            Cache::Paged(_) => 0,
+        }
     }
 
     fn pages(&self, cache: &Cache) -> Vec<Page> {
@@ -174,8 +181,8 @@ impl Backend for Mlx {
         outputs.map(add).collect()
     }
 
-    fn rms_norm(&self, x: &Array, norm: &Array, eps: f32) -> Result<Array> {
-        Ok(fast::rms_norm(x, Some(norm), eps)?)
+    fn normalize(&self, x: &Array, norm: &Array, spec: &NormSpec) -> Result<Array> {
+        normed(x, norm, spec)
     }
 
     fn attention(
@@ -202,18 +209,32 @@ impl Backend for Mlx {
         cuda::stacked(&outputs)
     }
 
-    fn swiglu(&self, gate: &Array, up: &Array) -> Result<Array> {
+    fn glu(&self, gate: &Array, up: &Array, activation: Activation) -> Result<Array> {
         if self.device.is_cuda()
-            && let Some(swiglu) = cuda::operations::swiglu(gate, up)?
+            && let Some(gated) = cuda::operations::glu(gate, up, activation)?
         {
-            return Ok(swiglu);
+            return Ok(gated);
         }
-        let silu = gate.multiply(ops::sigmoid(gate)?)?;
-        Ok(silu.multiply(up)?)
+        let activated = match activation {
+            Activation::Silu => gate.multiply(ops::sigmoid(gate)?)?,
+            Activation::Gelu => gelu(gate)?,
+        };
+        Ok(activated.multiply(up)?)
     }
 
-    fn add(&self, x: &Array, y: &Array) -> Result<Array> {
-        Ok(x.add(y)?)
+    fn add(&self, x: &Array, y: &Array, scale: f32) -> Result<Array> {
+        match scale {
+            1.0 => Ok(x.add(y)?),
+            scale => Ok(x.add(scaled(y, scale)?)?),
+        }
+    }
+
+    fn scale(&self, x: Array, scale: f32) -> Result<Array> {
+        scaled(&x, scale)
+    }
+
+    fn softcap(&self, x: Array, cap: f32) -> Result<Array> {
+        scaled(&ops::tanh(&scaled(&x, 1.0 / cap)?)?, cap)
     }
 
     fn gather_rows(&self, x: &Array, rows: &[usize]) -> Result<Array> {
@@ -248,6 +269,34 @@ impl Backend for Mlx {
     fn read(&self, samples: &Samples) -> Result<Vec<Option<Sample>>> {
         samples.read()
     }
+}
+
+fn load_norm(weight: &TensorView, spec: &NormSpec) -> Result<Array> {
+    let weight = arrays::load(weight)?;
+    match spec.plus_one {
+        true => Ok(weight.add(Array::from_f32(1.0).as_dtype(weight.dtype())?)?),
+        false => Ok(weight),
+    }
+}
+
+fn normed(x: &Array, norm: &Array, spec: &NormSpec) -> Result<Array> {
+    match spec.centered {
+        true => Ok(fast::layer_norm(x, Some(norm), None, spec.eps)?),
+        false => Ok(fast::rms_norm(x, Some(norm), spec.eps)?),
+    }
+}
+
+/// In x's type, as Python multiplies by a number.
+fn scaled(x: &Array, scale: f32) -> Result<Array> {
+    Ok(x.multiply(Array::from_f32(scale).as_dtype(x.dtype())?)?)
+}
+
+/// As mlx-lm's `gelu_approx`, operation by operation.
+fn gelu(x: &Array) -> Result<Array> {
+    let one = Array::from_f32(1.0).as_dtype(x.dtype())?;
+    let cubic = scaled(&x.multiply(x)?.multiply(x)?, 0.044_715)?;
+    let tanh = ops::tanh(&scaled(&x.add(cubic)?, (2.0 / std::f32::consts::PI).sqrt())?)?;
+    Ok(scaled(x, 0.5)?.multiply(one.add(tanh)?)?)
 }
 
 /// The ids of a step, `[rows]`: those known from here, those sampled from the previous step.

@@ -17,6 +17,7 @@ use crate::files::mapped::{Mapped, MappedFile};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata, SafeTensorError};
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::ops::Range;
 use std::path::Path;
@@ -26,13 +27,26 @@ use std::sync::Arc;
 #[derive(Clone, Debug)]
 pub struct TensorView<'a> {
     pub dtype: Dtype,
-    pub shape: &'a [usize],
+    pub shape: Cow<'a, [usize]>,
     file: &'a Arc<MappedFile>,
     /// Where its bytes lie in the file.
     range: Range<usize>,
 }
 
 impl TensorView<'_> {
+    /// Some of its rows, as a tensor: `None` where it has no such rows.
+    pub fn rows(&self, rows: Range<usize>) -> Option<Self> {
+        let (&count, others) = self.shape.split_first()?;
+        if rows.end > count || rows.start > rows.end {
+            return None;
+        }
+        let row = self.range.len().checked_div(count)?;
+        let start = self.range.start + rows.start * row;
+        let range = start..start + rows.len() * row;
+        let shape = [&[rows.len()], others].concat();
+        Some(Self { dtype: self.dtype, shape: shape.into(), file: self.file, range })
+    }
+
     /// A copy of its bytes, as many as dtype and shape say. Fails where the file was written to
     /// since it was opened: they would then be of both versions.
     pub fn read(&self) -> Result<Vec<u8>> {
@@ -74,7 +88,8 @@ impl TensorFile {
         let info = self.metadata.info(name)?;
         let (start, end) = info.data_offsets;
         let range = self.data_start + start..self.data_start + end;
-        Some(TensorView { dtype: info.dtype, shape: &info.shape, file: &self.file, range })
+        let shape = Cow::Borrowed(&info.shape[..]);
+        Some(TensorView { dtype: info.dtype, shape, file: &self.file, range })
     }
 }
 

@@ -18,33 +18,45 @@ pub fn is_shard(name: &str) -> bool {
     name.starts_with("model") && name.ends_with(".safetensors")
 }
 
+/// As the files have it.
+fn same(name: &str) -> Option<String> {
+    Some(name.to_owned())
+}
+
 #[derive(Debug)]
 pub struct TensorFiles {
     files: Vec<TensorFile>,
-    /// tensor name -> index into `files`
-    names: BTreeMap<String, usize>,
+    /// tensor name -> index into `files`, and the name there
+    names: BTreeMap<String, (usize, String)>,
+    /// Names in the files of what is not asked for.
+    left_out: Vec<String>,
 }
 
 impl TensorFiles {
     /// The tensors of a folder, where no file is known to be missing.
     pub fn open(folder: &Path) -> Result<Self> {
-        Self::choose(folder, |_, known_missing| !known_missing)
+        Self::choose(folder, same, |_, known_missing| !known_missing)
     }
 
     /// The first set of files that is `whole`; it is told whether one is known to be missing. Where
-    /// none is, the error says what is missing, or all files come.
-    pub fn choose(folder: &Path, whole: impl Fn(&Self, bool) -> bool) -> Result<Self> {
+    /// none is, the error says what is missing, or all files come. `own`: what a name in the files is
+    /// called here; `None` leaves the tensor out
+    pub fn choose(
+        folder: &Path,
+        own: impl Fn(&str) -> Option<String>,
+        whole: impl Fn(&Self, bool) -> bool,
+    ) -> Result<Self> {
         let sets = Sets::find(folder)?;
         for set in [&sets.single, &sets.indexed] {
             if set.is_empty() {
                 continue;
             }
-            let files = Self::open_all(set)?;
+            let files = Self::open_all(set, &own)?;
             if whole(&files, false) {
                 return Ok(files);
             }
         }
-        let files = Self::open_all(&sets.all)?;
+        let files = Self::open_all(&sets.all, &own)?;
         let problem = sets.missing(folder, &files);
         match problem {
             Some(problem) if !whole(&files, true) => Err(problem),
@@ -53,18 +65,28 @@ impl TensorFiles {
     }
 
     pub fn open_one(path: &Path) -> Result<Self> {
-        Self::open_all(&[path.to_owned()])
+        Self::open_all(&[path.to_owned()], &same)
     }
 
     /// Where a name stands in several files, the last has it.
-    fn open_all(paths: &[PathBuf]) -> Result<Self> {
-        let (mut files, mut names) = (Vec::new(), BTreeMap::new());
+    fn open_all(paths: &[PathBuf], own: &dyn Fn(&str) -> Option<String>) -> Result<Self> {
+        let (mut files, mut names, mut left_out) = (Vec::new(), BTreeMap::new(), Vec::new());
         for path in paths {
             let file = TensorFile::open(path)?;
-            names.extend(file.names().into_iter().map(|name| (name, files.len())));
+            for name in file.names() {
+                match own(&name) {
+                    Some(own) => _ = names.insert(own, (files.len(), name)),
+                    None => left_out.push(name),
+                }
+            }
             files.push(file);
         }
-        Ok(Self { files, names })
+        Ok(Self { files, names, left_out })
+    }
+
+    /// Names in the files of what is not asked for.
+    pub fn left_out(&self) -> impl Iterator<Item = &String> {
+        self.left_out.iter()
     }
 
     pub fn names(&self) -> impl Iterator<Item = &str> {
@@ -76,7 +98,8 @@ impl TensorFiles {
     }
 
     pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
-        self.files[*self.names.get(name)?].tensor(name)
+        let (file, name) = self.names.get(name)?;
+        self.files[*file].tensor(name)
     }
 
     pub fn require(&self, name: &str) -> Result<TensorView<'_>> {

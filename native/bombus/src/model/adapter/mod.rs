@@ -22,6 +22,7 @@ use fields::short;
 use file::{File, Pair};
 use safetensors::tensor::Dtype;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use targets::Chosen;
@@ -122,11 +123,17 @@ impl Adapter {
         let mut loras = [const { vec![] }; Projection::ALL.len()];
         for projection in Projection::ALL {
             let linear = decoder.layers[index].projection(projection);
-            let modules = decoder.spec.projection(index, projection).into_iter().enumerate();
-            let own = modules.map(|(part, module)| {
-                self.lora(&module.path, Adapted::Projection(linear, part), &decoder.backend)
-            });
-            loras[projection as usize] = own.collect::<Result<_>>()?;
+            for module in decoder.spec.projection(index, projection) {
+                let mut end = 0;
+                for count in &module.outputs {
+                    end += count;
+                    let adapted = Adapted::Projection(linear, loras[projection as usize].len());
+                    let outputs = (module.outputs.len() > 1).then_some(end - count..end);
+                    let own =
+                        self.lora(&decoder.spec, &module.path, outputs, adapted, &decoder.backend)?;
+                    loras[projection as usize].push(own);
+                }
+            }
         }
         Ok(loras)
     }
@@ -138,15 +145,18 @@ impl Adapter {
         layers: Vec<Loras<B>>,
     ) -> Result<BoundAdapter<B>> {
         let backend = &decoder.backend;
-        let lora = |path: &str, adapted: Adapted<B>| self.lora(path, adapted, backend);
+        let lora = |path: &str, adapted: Adapted<B>| {
+            self.lora(&decoder.spec, path, None, adapted, backend)
+        };
         let embed_tokens = lora(EMBED_TOKENS, Adapted::Embedding(&decoder.embed_tokens))?;
-        let lm_head = match (&decoder.lm_head, self.pairs.get(EMBED_TOKENS)) {
+        let lm_head = match (&decoder.lm_head, self.pair(&decoder.spec, EMBED_TOKENS)) {
             (Some(lm_head), _) => lora(LM_HEAD, Adapted::Projection(lm_head, 0))?,
             (None, Some(pair)) if !self.transposed => {
                 // mlx-lm's embedding is the head the other way round, its pair too. (PEFT adapts
                 // them one by one, a tied head as `lm_head`.)
-                let LoraWeights { a, b, transposed, scale, magnitude } = self.weights(pair)?;
-                let turned = LoraWeights { a: b, b: a, transposed: !transposed, scale, magnitude };
+                let weights = self.weights(pair)?;
+                let transposed = !weights.transposed;
+                let turned = LoraWeights { a: weights.b, b: weights.a, transposed, ..weights };
                 Some(backend.lora(&turned, Adapted::TiedHead(&decoder.embed_tokens))?)
             }
             (None, _) => lora(LM_HEAD, Adapted::TiedHead(&decoder.embed_tokens))?,
@@ -154,14 +164,24 @@ impl Adapter {
         Ok(BoundAdapter { embed_tokens, layers, lm_head })
     }
 
+    /// `outputs`: those of the module that are meant, where they are not all
     fn lora<B: Backend>(
         &self,
+        spec: &ModelSpec,
         path: &str,
+        outputs: Option<Range<usize>>,
         adapted: Adapted<B>,
         backend: &B,
     ) -> Result<Option<B::Lora>> {
-        let weights = self.pairs.get(path).map(|pair| self.weights(pair)).transpose()?;
-        weights.map(|weights| backend.lora(&weights, adapted)).transpose()
+        let Some(pair) = self.pair(spec, path) else { return Ok(None) };
+        let weights = LoraWeights { outputs, ..self.weights(pair)? };
+        backend.lora(&weights, adapted).map(Some)
+    }
+
+    /// The pair of a module, by whatever name its file has for it.
+    fn pair(&self, spec: &ModelSpec, path: &str) -> Option<&Pair> {
+        let other = || spec.names.others(path).find_map(|name| self.pairs.get(&name));
+        self.pairs.get(path).or_else(other)
     }
 
     /// Every tensor must find its module, with the right shape; the error lists the first that do not.
@@ -177,14 +197,17 @@ impl Adapter {
             modules.iter().map(|module| (module.path.as_str(), module)).collect();
         let mut problems = vec![];
         for (path, pair) in &self.pairs {
-            let is_chosen = |chosen: &Chosen| chosen.names(path, spec.layers.len());
+            let own = spec.names.own_path(path).unwrap_or_else(|| path.clone());
+            let is_chosen = |chosen: &Chosen| {
+                [path, &own].iter().any(|path| chosen.names(path, spec.layers.len()))
+            };
             if !self.chosen.as_ref().is_none_or(is_chosen) {
                 let path = short(path);
                 let fields = "`num_layers` and `keys` of its `adapter_config.json`";
                 problems.push(format!("{fields} do not name `{path}`"));
                 continue;
             }
-            match modules.get(path.as_str()) {
+            match modules.get(own.as_str()) {
                 Some(module) => self.check_pair(module, pair, &mut problems),
                 None => {
                     let path = short(path);
@@ -203,7 +226,7 @@ impl Adapter {
     }
 
     fn check_pair(&self, module: &Module, pair: &Pair, problems: &mut Vec<String>) {
-        let (inputs, outputs, rank) = (module.in_features, module.out_features, pair.rank);
+        let (inputs, outputs, rank) = (module.in_features, module.out_features(), pair.rank);
         let [a, b] = match self.transposed {
             false => [[inputs, rank], [rank, outputs]],
             true => [[rank, inputs], [outputs, rank]],
@@ -215,7 +238,7 @@ impl Adapter {
         for (name, shape) in [(&pair.a, &a[..]), (&pair.b, &b[..])].into_iter().chain(magnitude) {
             let Some(tensor) = self.tensors.get(name) else { continue };
             let float = matches!(tensor.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32);
-            if !float || tensor.shape != shape {
+            if !float || *tensor.shape != *shape {
                 let (name, found) = (short(name), short(&format!("{:?}", tensor.shape)));
                 problems.push(format!(
                     "`{name}` is {:?} of shape {found}, expected a float of {shape:?}",
@@ -231,6 +254,7 @@ impl Adapter {
             a: self.tensors.require(&pair.a)?,
             b: self.tensors.require(&pair.b)?,
             transposed: self.transposed,
+            outputs: None,
             scale: pair.scale,
             magnitude: magnitude.map(|name| self.tensors.require(name)).transpose()?,
         })
@@ -248,8 +272,8 @@ impl Drop for Adapter {
 
 /// An embedding's pair goes from token to hidden, where a head's goes from hidden to token.
 fn turned(module: Module) -> Module {
-    let Module { path, in_features, out_features, bias } = module;
-    Module { path, in_features: out_features, out_features: in_features, bias }
+    let in_features = module.out_features();
+    Module { in_features, outputs: vec![module.in_features], ..module }
 }
 
 /// The problems that an error lists.

@@ -80,13 +80,16 @@ fn quantizing(config: &Config, tensors: &TensorFiles, layout: Quantization) -> V
         .spec
         .linears()
         .filter(|module| fits(module.in_features))
-        .map(|module| (module.path, [module.out_features, module.in_features]))
+        .map(|module| {
+            let shape = [module.out_features(), module.in_features];
+            (module.path, shape)
+        })
         .collect();
     let step = |(name, view): (&str, TensorView)| {
         let module = name.strip_suffix(".weight");
         let shape = module.and_then(|module| modules.get(module));
         match (module, shape) {
-            (Some(module), Some(shape)) if view.shape == shape && is_float(view.dtype) => {
+            (Some(module), Some(shape)) if *view.shape == shape[..] && is_float(view.dtype) => {
                 Step::Quantize { module: module.into(), shape: *shape, dtype: view.dtype, layout }
             }
             _ => Step::copy(name, &view, view.dtype),

@@ -94,9 +94,9 @@ impl Packed {
     ) -> Result<Self> {
         let path = &module.path;
         let scales = tensors.require(&format!("{path}.scales"))?;
-        let (inputs, outputs) = (module.in_features, module.out_features);
+        let (inputs, outputs) = (module.in_features, module.out_features());
         let order = order(module, weight, config).ok_or_else(|| {
-            let shape = weight.shape;
+            let shape = &weight.shape;
             Error::Unsupported(format!(
                 "`{path}.qweight` is {:?} of shape {shape:?}, which is neither AWQ's (gemm) nor GPTQ's \
                  for {inputs} inputs and {outputs} outputs in 4 bits: load the dense model with \
@@ -104,7 +104,7 @@ impl Packed {
                 weight.dtype
             ))
         })?;
-        let &[groups, _] = scales.shape else { return Err(unfitting(path, "scales", &scales)) };
+        let &[groups, _] = &*scales.shape else { return Err(unfitting(path, "scales", &scales)) };
         let group_size = inputs.checked_div(groups).unwrap_or(0);
         let layout = Quantization { group_size, bits: 4 };
         let whole = group_size * groups == inputs && layout.is_affine();
@@ -113,11 +113,11 @@ impl Packed {
                 "`{path}` has {groups} groups for {inputs} inputs: groups of 32, 64 and 128 can be loaded"
             )));
         }
-        if !is_float(scales.dtype) || scales.shape != [groups, outputs] {
+        if !is_float(scales.dtype) || *scales.shape != [groups, outputs] {
             return Err(unfitting(path, "scales", &scales));
         }
         if let Some(zeros) = tensors.get(&format!("{path}.qzeros"))
-            && (!is_word(zeros.dtype) || zeros.shape != [groups, outputs / 8])
+            && (!is_word(zeros.dtype) || *zeros.shape != [groups, outputs / 8])
         {
             return Err(unfitting(path, "qzeros", &zeros));
         }
@@ -127,8 +127,8 @@ impl Packed {
     }
 
     pub fn entries(&self) -> Vec<Entry> {
-        let Module { path, in_features, out_features, .. } = &self.module;
-        affine_entries(path, *out_features, in_features / 8, self.groups, self.dtype)
+        let Module { path, in_features, .. } = &self.module;
+        affine_entries(path, self.module.out_features(), in_features / 8, self.groups, self.dtype)
     }
 
     pub fn write(&self, tensors: &TensorFiles, writer: &mut TensorWriter) -> Result<()> {
@@ -136,13 +136,13 @@ impl Packed {
         let weight = words(&tensors.require(&format!("{path}.qweight"))?)?;
         let codes = match self.order {
             Order::Awq => regroup(&weight, self.module.in_features, default_threads()),
-            Order::Gptq { .. } => transposed(&weight, self.module.out_features),
+            Order::Gptq { .. } => transposed(&weight, self.module.out_features()),
         };
         let bytes: Vec<u8> = codes.iter().flat_map(|word| word.to_le_bytes()).collect();
         writer.write(&format!("{path}.weight"), &bytes)?;
         let scales = tensors.require(&format!("{path}.scales"))?;
         let scales = Array::new(scales.dtype, scales.shape.to_vec(), scales.read()?)?;
-        let scales = transposed(&quantize::numbers(&scales)?, self.module.out_features);
+        let scales = transposed(&quantize::numbers(&scales)?, self.module.out_features());
         let biases = self.biases(&scales, tensors)?;
         writer.write(&format!("{path}.scales"), &self.floats(&scales)?)?;
         writer.write(&format!("{path}.biases"), &self.floats(&biases)?)
@@ -168,17 +168,17 @@ impl Packed {
         let words = words(&zeros)?;
         let zeros: Vec<f32> =
             words.iter().flat_map(|word| order.map(|place| zero(*word, place))).collect();
-        let zeros = transposed(&zeros, self.module.out_features);
+        let zeros = transposed(&zeros, self.module.out_features());
         Ok(zeros.iter().zip(scales).map(|(zero, scale)| -zero * scale).collect())
     }
 }
 
 /// Whose order a weight's shape is. (mlx-lm takes AWQ's under the name of GPTQ, too.)
 fn order(module: &Module, weight: &TensorView, config: &Config) -> Option<Order> {
-    let (inputs, outputs) = (module.in_features, module.out_features);
+    let (inputs, outputs) = (module.in_features, module.out_features());
     let method = config.quant_method.as_ref();
     let is_gptq = method.is_some_and(|method| method.name == "gptq");
-    let &[rows, columns] = weight.shape else { return None };
+    let &[rows, columns] = &*weight.shape else { return None };
     if !is_word(weight.dtype) || !inputs.is_multiple_of(8) || !outputs.is_multiple_of(8) {
         return None;
     }
@@ -218,7 +218,7 @@ fn check_groups(
 }
 
 fn unfitting(path: &str, suffix: &str, tensor: &TensorView) -> Error {
-    let (dtype, shape) = (tensor.dtype, tensor.shape);
+    let (dtype, shape) = (tensor.dtype, &tensor.shape);
     Error::Checkpoint(format!(
         "`{path}.{suffix}` is {dtype:?} of shape {shape:?}, which does not fit `{path}.qweight`"
     ))

@@ -3,7 +3,10 @@
 use crate::backend::cuda::{LayerArrays, MatrixArrays, ModelArrays, Shape};
 use crate::backend::mlx::{Linear, Mlx};
 use crate::model::decoder::{Decoder, Layer};
-use crate::spec::{AttentionSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec, Rope, Scaling};
+use crate::spec::{
+    Activation, AttentionSpec, BlockNorms, HeadSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec,
+    QkNorm, Rope, Scaling,
+};
 use mlx_rs::{Array, Dtype};
 
 /// Why a model goes layer by layer, for people.
@@ -13,16 +16,45 @@ pub type Reason = String;
 /// not compile until someone has decided whether the kernel serves it.
 pub fn shape(spec: &ModelSpec) -> Result<(Shape, &Rope), Reason> {
     // The head is a matrix of its own, tied or not.
-    let ModelSpec { hidden, vocab, layers, norm: NormSpec { eps }, head: _, context: _ } = spec;
+    let ModelSpec { hidden, vocab, embedding_scale, layers, norm, head, context: _, names: _ } =
+        spec;
+    let NormSpec { eps, plus_one: _, centered } = norm;
+    let HeadSpec { weight: _, scale: head_scale, softcap: head_softcap } = head;
     let first = layers.first().ok_or("it has no layers")?;
-    let LayerSpec { attention, mlp, norm: NormSpec { eps: layer_eps } } = first;
-    let AttentionSpec { heads, kv_heads, head_dim, rope, qk_norm, qkv_bias, o_bias } = attention;
-    let MlpSpec { inner, bias } = mlp;
-    let Rope { dim, theta, scaling } = rope;
+    let LayerSpec { attention, mlp, norms, residual_scale, parallel } = first;
+    let BlockNorms { spec: of_layer, .. } = norms;
+    let AttentionSpec {
+        heads,
+        kv_heads,
+        head_dim,
+        scale,
+        rope,
+        qk_norm,
+        query_scaling,
+        window,
+        softcap,
+        qkv_bias,
+        o_bias,
+        fused: _,
+    } = attention;
+    let MlpSpec { inner, activation, bias, fused: _ } = mlp;
+    let rope = rope.as_ref().ok_or("its heads are not rotated")?;
+    let Rope { dim, theta, interleaved, scaling } = rope;
+    let scales = [*embedding_scale, *head_scale, *residual_scale];
     let refused = [
         (layers.iter().any(|layer| layer != first), "its layers differ"),
-        (eps != layer_eps, "its norms differ"),
-        (qk_norm.is_some_and(|NormSpec { eps: own }| own != *eps), "its norms differ"),
+        (norm != of_layer, "its norms differ"),
+        (*centered, "its norms subtract the mean"),
+        (*norms != BlockNorms::before(*norm), "its layers have other norms than two"),
+        (qk_norm.is_some_and(|own| own != QkNorm::each(*norm)), "its norms of heads are others"),
+        (scales != [1.0; 3], "it multiplies embeddings, residuals or logits by a number"),
+        (*scale != (*head_dim as f32).powf(-0.5), "its scores have a scale of their own"),
+        (query_scaling.is_some(), "its queries grow with their position"),
+        (window.is_some(), "its layers have a window"),
+        (softcap.is_some() || head_softcap.is_some(), "its scores or logits are capped"),
+        (*parallel, "its MLP stands beside attention"),
+        (*activation != Activation::Silu, "its activation is another than SiLU"),
+        (*interleaved, "neighbours of a head are rotated together"),
         (*o_bias, "`o_proj` has a bias"),
         (*bias, "the MLP has biases"),
         (dim != head_dim, "heads are rotated in part"),
@@ -79,8 +111,8 @@ fn layer(layer: &Layer<Mlx>) -> Result<LayerArrays<'_>, Reason> {
         o: matrix(&layer.o_proj)?,
         gate_up: matrix(&layer.gate_up_proj)?,
         down: matrix(&layer.down_proj)?,
-        input_norm: bfloat16(&layer.input_layernorm)?,
-        post_norm: bfloat16(&layer.post_attention_layernorm)?,
+        input_norm: norm(&layer.before_attention)?,
+        post_norm: norm(&layer.before_mlp)?,
         head_norms,
         bias: layer.qkv_proj.bias_of_all().map(bfloat16).transpose()?,
     })
@@ -90,6 +122,10 @@ fn matrix(linear: &Linear) -> Result<MatrixArrays<'_>, Reason> {
     let matrix = linear.matrix().filter(|matrix| matrix.is_int4_group64());
     let other = "not all weights are in 4 bits, groups of 64 and bfloat16";
     matrix.map(|matrix| matrix.arrays).ok_or_else(|| other.into())
+}
+
+fn norm(norm: &Option<Array>) -> Result<&Array, Reason> {
+    bfloat16(norm.as_ref().ok_or("a norm is absent")?)
 }
 
 fn bfloat16(array: &Array) -> Result<&Array, Reason> {
@@ -102,23 +138,25 @@ fn bfloat16(array: &Array) -> Result<&Array, Reason> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::HeadSpec;
+    use crate::spec::{HeadWeight, Names};
 
     fn spec() -> ModelSpec {
-        let rope = Rope { dim: 64, theta: 1e4, scaling: Scaling::None };
-        let attention = AttentionSpec {
-            heads: 4,
-            kv_heads: 2,
-            head_dim: 64,
-            rope,
-            qk_norm: None,
-            qkv_bias: true,
-            o_bias: false,
-        };
-        let norm = NormSpec { eps: 1e-6 };
-        let mlp = MlpSpec { inner: 512, bias: false };
-        let layers = vec![LayerSpec { attention, mlp, norm }; 3];
-        ModelSpec { hidden: 256, vocab: 320, layers, norm, head: HeadSpec::Tied, context: 512 }
+        let rope = Rope::new(64, 1e4, Scaling::None);
+        let attention = AttentionSpec { qkv_bias: true, ..AttentionSpec::plain(4, 2, 64, rope) };
+        let norm = NormSpec::rms(1e-6);
+        let mlp = MlpSpec { inner: 512, activation: Activation::Silu, bias: false, fused: false };
+        let norms = BlockNorms::before(norm);
+        let layer = LayerSpec { attention, mlp, norms, residual_scale: 1.0, parallel: false };
+        ModelSpec {
+            hidden: 256,
+            vocab: 320,
+            embedding_scale: 1.0,
+            layers: vec![layer; 3],
+            norm,
+            head: HeadSpec::plain(HeadWeight::Tied),
+            context: 512,
+            names: Names::default(),
+        }
     }
 
     fn with(change: impl FnOnce(&mut ModelSpec)) -> Result<Shape, Reason> {
@@ -133,7 +171,9 @@ mod tests {
         assert!(plain.qkv_bias && !plain.qk_norm && !plain.scaled);
         let linear = Scaling::Linear { factor: 4.0 };
         let all = |spec: &mut ModelSpec| {
-            spec.layers.iter_mut().for_each(|layer| layer.attention.rope.scaling = linear.clone());
+            for layer in &mut spec.layers {
+                layer.attention.rope = Some(Rope::new(64, 1e4, linear.clone()));
+            }
         };
         assert!(with(all).unwrap().scaled);
     }
@@ -148,7 +188,8 @@ mod tests {
         assert!(reason(&|layer| layer.attention.kv_heads = 16).is_empty());
         assert!(reason(&|layer| layer.attention.heads = 18).contains("more than 8 heads"));
         let dynamic = Scaling::Dynamic { factor: 2.0, context: 64 };
-        assert!(reason(&|layer| layer.attention.rope.scaling = dynamic.clone()).contains("length"));
+        let dynamic = Rope::new(64, 1e4, dynamic);
+        assert!(reason(&|layer| layer.attention.rope = Some(dynamic.clone())).contains("length"));
         let differ = with(|spec| spec.layers[1].mlp.inner = 256).err().unwrap_or_default();
         assert_eq!(differ, "its layers differ");
     }

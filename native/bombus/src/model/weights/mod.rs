@@ -12,8 +12,7 @@ use crate::files::safetensors::{TensorFiles, TensorView};
 use crate::model::convert;
 use crate::model::decoder::{Decoder, Layer};
 use crate::runtime::abandon;
-use crate::spec::Quantization;
-use crate::spec::{HeadSpec, Module, Projection};
+use crate::spec::{Module, Projection, QkNorm, Quantization};
 use safetensors::tensor::Dtype;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -33,12 +32,12 @@ pub fn load<B: Backend>(
     let layers: Result<_> =
         (0..spec.layers.len()).map(|index| checkpoint.layer(index, &backend)).collect();
     let decoder = Decoder {
-        embed_tokens: backend.linear(&[checkpoint.linear(&spec.embedding())?])?,
+        embed_tokens: backend.linear(&checkpoint.linears(&[spec.embedding()])?)?,
         layers: layers?,
-        norm: backend.norm(&checkpoint.norm(NORM, spec.hidden)?)?,
-        lm_head: match spec.head {
-            HeadSpec::Tied => None,
-            HeadSpec::Linear => Some(backend.linear(&[checkpoint.linear(&spec.lm_head())?])?),
+        norm: backend.norm(&checkpoint.norm(NORM, spec.hidden)?, &spec.norm)?,
+        lm_head: match spec.is_tied() {
+            true => None,
+            false => Some(backend.linear(&checkpoint.linears(&[spec.lm_head()])?)?),
         },
         spec: spec.clone(),
         backend,
@@ -61,32 +60,39 @@ impl Checkpoint<'_> {
     fn layer<B: Backend>(&self, index: usize, backend: &B) -> Result<Layer<B>> {
         abandon::check()?;
         let spec = &self.config.spec;
-        let norm = |name: &str| {
-            backend.norm(&self.norm(&format!("model.layers.{index}.{name}"), spec.hidden)?)
+        let layer = &spec.layers[index];
+        let norm = |name: Option<&'static str>| {
+            let load = |name: &str| {
+                let weight = self.norm(&format!("model.layers.{index}.{name}"), spec.hidden)?;
+                backend.norm(&weight, &layer.norms.spec)
+            };
+            name.map(load).transpose()
         };
-        let linear = |projection| {
-            let modules = spec.projection(index, projection);
-            let weights: Result<Vec<_>> = modules.iter().map(|m| self.linear(m)).collect();
-            backend.linear(&weights?)
-        };
+        let linear =
+            |projection| backend.linear(&self.linears(&spec.projection(index, projection))?);
         Ok(Layer {
-            input_layernorm: norm("input_layernorm")?,
+            before_attention: norm(layer.norms.before_attention)?,
             qkv_proj: linear(Projection::Qkv)?,
             attention: self.attention(index, backend)?,
             o_proj: linear(Projection::O)?,
-            post_attention_layernorm: norm("post_attention_layernorm")?,
+            after_attention: norm(layer.norms.after_attention)?,
+            before_mlp: norm(layer.norms.before_mlp)?,
             gate_up_proj: linear(Projection::GateUp)?,
             down_proj: linear(Projection::Down)?,
+            after_mlp: norm(layer.norms.after_mlp)?,
         })
     }
 
     fn attention<B: Backend>(&self, index: usize, backend: &B) -> Result<B::Attention> {
         let spec = &self.config.spec.layers[index].attention;
-        let norm = |name: &str| {
-            self.norm(&format!("model.layers.{index}.self_attn.{name}"), spec.head_dim)
-        };
         let norms = match spec.qk_norm {
-            Some(_) => Some([norm("q_norm")?, norm("k_norm")?]),
+            Some(QkNorm { heads, names: [q, k], .. }) => {
+                let [q_width, k_width] = spec.norm_widths(heads);
+                let norm = |name: &str, width| {
+                    self.norm(&format!("model.layers.{index}.self_attn.{name}"), width)
+                };
+                Some([norm(q, q_width)?, norm(k, k_width)?])
+            }
             None => None,
         };
         let dtype = self.tensor(&format!("{NORM}.weight"))?.dtype;
@@ -105,6 +111,19 @@ impl Checkpoint<'_> {
         Ok(weight)
     }
 
+    /// The weights of each output of some modules.
+    fn linears(&self, modules: &[Module]) -> Result<Vec<LinearWeights<'_>>> {
+        let mut all = vec![];
+        for module in modules {
+            let whole = self.linear(module)?;
+            match &module.outputs[..] {
+                [_] => all.push(whole),
+                outputs => all.extend(outputs_of(module, outputs, &whole)?),
+            }
+        }
+        Ok(all)
+    }
+
     /// A module is quantized exactly if it has scales.
     fn linear(&self, module: &Module) -> Result<LinearWeights<'_>> {
         let name = format!("{}.weight", module.path);
@@ -112,18 +131,18 @@ impl Checkpoint<'_> {
         let quantized = match self.tensors.contains(&format!("{}.scales", module.path)) {
             true => Some(self.quantized(module, &weight)?),
             false => {
-                check(&name, &weight, &[module.out_features, module.in_features])?;
+                check(&name, &weight, &[module.out_features(), module.in_features])?;
                 None
             }
         };
         let bias = module.bias.then(|| self.bias(module)).transpose()?;
-        Ok(LinearWeights { weight, quantized, bias, out_features: module.out_features })
+        Ok(LinearWeights { weight, quantized, bias, out_features: module.out_features() })
     }
 
     fn bias(&self, module: &Module) -> Result<TensorView<'_>> {
         let name = format!("{}.bias", module.path);
         let bias = self.tensor(&name)?;
-        check(&name, &bias, &[module.out_features])?;
+        check(&name, &bias, &[module.out_features()])?;
         Ok(bias)
     }
 
@@ -140,15 +159,16 @@ impl Checkpoint<'_> {
             None => layout_of(module, weight, &scales)?,
         };
         let columns = packed_columns(module, layout)?;
-        if weight.dtype != Dtype::U32 || weight.shape != [module.out_features, columns] {
+        let out_features = module.out_features();
+        if weight.dtype != Dtype::U32 || *weight.shape != [out_features, columns] {
             return Err(mismatch(
                 &format!("{path}.weight"),
                 weight,
-                &[module.out_features, columns],
+                &[out_features, columns],
                 &format!("packed U32 ({} bits, group size {})", layout.bits, layout.group_size),
             ));
         }
-        let groups = [module.out_features, module.in_features / layout.group_size];
+        let groups = [out_features, module.in_features / layout.group_size];
         let float = |suffix: &str| {
             let name = format!("{path}.{suffix}");
             let tensor = self.tensor(&name)?;
@@ -182,9 +202,36 @@ impl Checkpoint<'_> {
     }
 }
 
+/// A module that is several layers in one, row by row.
+fn outputs_of<'a>(
+    module: &Module,
+    outputs: &[usize],
+    whole: &LinearWeights<'a>,
+) -> Result<Vec<LinearWeights<'a>>> {
+    let mut end = 0;
+    let output = |&out_features: &usize| {
+        end += out_features;
+        let rows = |tensor: &TensorView<'a>| {
+            let rows = tensor.rows(end - out_features..end);
+            rows.ok_or_else(|| Error::Checkpoint(format!("`{}` has too few rows", module.path)))
+        };
+        let quantized = match &whole.quantized {
+            Some(QuantizedWeights { scales, biases, layout }) => Some(QuantizedWeights {
+                scales: rows(scales)?,
+                biases: rows(biases)?,
+                layout: *layout,
+            }),
+            None => None,
+        };
+        let bias = whole.bias.as_ref().map(rows).transpose()?;
+        Ok(LinearWeights { weight: rows(&whole.weight)?, quantized, bias, out_features })
+    };
+    outputs.iter().map(output).collect()
+}
+
 /// bits and group size from the shapes of a weight and its scales
 fn layout_of(module: &Module, weight: &TensorView, scales: &TensorView) -> Result<Quantization> {
-    let (&[_, columns], &[_, groups]) = (weight.shape, scales.shape) else {
+    let (&[_, columns], &[_, groups]) = (&*weight.shape, &*scales.shape) else {
         return Err(unfitting(module, weight, scales));
     };
     let layout = Quantization {
@@ -218,7 +265,7 @@ fn packed_columns(module: &Module, layout: Quantization) -> Result<usize> {
 
 fn check(name: &str, tensor: &TensorView, shape: &[usize]) -> Result<()> {
     let float = matches!(tensor.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32);
-    if float && tensor.shape == shape {
+    if float && *tensor.shape == *shape {
         return Ok(());
     }
     Err(mismatch(name, tensor, shape, "BF16, F16 or F32"))

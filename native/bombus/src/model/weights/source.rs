@@ -6,9 +6,9 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::files::safetensors::TensorFiles;
 use crate::model::convert::is_packed;
-use crate::spec::Module;
-use crate::spec::Quantization;
+use crate::spec::{HeadWeight, LM_HEAD, Module, Quantization};
 use safetensors::tensor::Dtype;
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// The configuration, whose quantization is that of the tensors.
@@ -21,7 +21,18 @@ pub fn open(folder: &Path) -> Result<(Config, TensorFiles)> {
         return Err(Error::NotFound(format!("there is no `config.json` in `{folder}`{there}")));
     }
     let mut config = Config::open(folder)?;
-    let tensors = TensorFiles::choose(folder, |tensors, _| missing(&config, tensors).is_none())?;
+    let names = config.spec.names;
+    let own = |name: &str| names.own(name);
+    let is_whole = |tensors: &TensorFiles, _| missing(&config, tensors).is_none();
+    let tensors = TensorFiles::choose(folder, own, is_whole)?;
+    config.spec.head.weight = match config.spec.head.weight {
+        HeadWeight::IfThere if tensors.names().any(|name| name.starts_with("lm_head.")) => {
+            HeadWeight::Linear
+        }
+        HeadWeight::IfThere => HeadWeight::Tied,
+        known => known,
+    };
+    config.warnings.extend(left_out(&tensors));
     refuse_other_formats(&path, &config, &tensors)?;
     if let Some(name) = missing(&config, &tensors) {
         return Err(absent(&path, &config, &tensors, &name));
@@ -34,6 +45,18 @@ pub fn open(folder: &Path) -> Result<(Config, TensorFiles)> {
         config.overrides.clear();
     }
     Ok((config, tensors))
+}
+
+/// What a wrapper has beside its language model, by the first of its names.
+fn left_out(tensors: &TensorFiles) -> Option<String> {
+    let first = |name: &String| name.split('.').take(2).collect::<Vec<_>>().join(".");
+    let parts: BTreeSet<String> = tensors.left_out().map(first).collect();
+    let (count, place) = (tensors.left_out().count(), tensors.place());
+    let shown = parts.into_iter().take(4).map(|name| format!("`{name}`")).collect::<Vec<_>>();
+    (count > 0).then(|| {
+        let shown = shown.join(", ");
+        format!("`{place}`: {count} tensors are not of the language model, and are left: {shown}")
+    })
 }
 
 fn packed_layout(config: &Config) -> Quantization {
@@ -54,7 +77,12 @@ fn missing(config: &Config, tensors: &TensorFiles) -> Option<String> {
     };
     let spec = &config.spec;
     let norm = || spec.norms().find_map(|(path, _)| weight(&path));
-    spec.linears().find_map(of).or_else(norm)
+    // Its head need not be there.
+    let linears = || {
+        spec.linears()
+            .filter(|module| module.path != LM_HEAD || spec.head.weight == HeadWeight::Linear)
+    };
+    linears().find_map(of).or_else(norm)
 }
 
 fn absent(path: &Path, config: &Config, tensors: &TensorFiles, name: &str) -> Error {

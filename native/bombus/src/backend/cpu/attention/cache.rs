@@ -15,6 +15,8 @@ pub const PAGE: usize = 64;
 /// Keys and values of one sequence in one layer. Forks share pages until one of them writes there.
 #[derive(Default)]
 pub struct Cache {
+    /// The number of the first page: those before it are out of the window's sight.
+    first: usize,
     pages: Vec<Arc<Memory>>,
 }
 
@@ -47,8 +49,12 @@ impl Memory {
 
 impl Cache {
     pub fn fork(&self, positions: usize) -> Self {
-        let pages = positions.div_ceil(PAGE).min(self.pages.len());
-        Self { pages: self.pages[..pages].to_vec() }
+        let pages = positions.div_ceil(PAGE).saturating_sub(self.first).min(self.pages.len());
+        Self { first: self.first, pages: self.pages[..pages].to_vec() }
+    }
+
+    pub fn kept_from(&self) -> usize {
+        self.first * PAGE
     }
 
     pub fn pages(&self) -> Vec<Page> {
@@ -57,9 +63,17 @@ impl Cache {
         self.pages.iter().map(page).collect()
     }
 
+    /// Lets go of the pages before the one with this position.
+    pub fn forget(&mut self, before: usize) {
+        let gone = (before / PAGE).saturating_sub(self.first).min(self.pages.len());
+        self.pages.drain(..gone);
+        self.first += gone;
+    }
+
     /// Makes these positions its own to write to.
     pub fn reserve(&mut self, positions: Range<usize>, layout: &Layout) -> Result<()> {
-        let pages = positions.start / PAGE..positions.end.div_ceil(PAGE);
+        let page = |number: usize| number.saturating_sub(self.first);
+        let pages = page(positions.start / PAGE)..page(positions.end.div_ceil(PAGE));
         let new = pages.end.saturating_sub(self.pages.len());
         let there = self.pages.get(pages.start..pages.end.min(self.pages.len()));
         let shared = |page: &&Arc<Memory>| Arc::strong_count(page) > 1;
@@ -71,6 +85,7 @@ impl Cache {
         self.make(pages, new, layout)
     }
 
+    /// `pages`: counted from the first that is there
     fn make(&mut self, pages: Range<usize>, new: usize, layout: &Layout) -> Result<()> {
         let size = layout.page_bytes();
         self.pages.try_reserve(new).map_err(|_| no_memory(new.saturating_mul(size)))?;
@@ -94,7 +109,7 @@ impl Cache {
             Some(own) => own.bytes.as_mut_ptr(),
             None => page.bytes.as_ptr().cast_mut(),
         };
-        Pages(self.pages.iter_mut().map(pointer).collect())
+        Pages { first: self.first, pages: self.pages.iter_mut().map(pointer).collect() }
     }
 }
 
@@ -127,7 +142,23 @@ impl Layout {
 }
 
 /// The pages of a segment, for threads that write to different positions.
-pub struct Pages(pub Vec<*mut u8>);
+pub struct Pages {
+    first: usize,
+    pages: Vec<*mut u8>,
+}
+
+impl Pages {
+    /// The page of this number, counted from the sequence's first.
+    pub fn get(&self, number: usize) -> Option<*mut u8> {
+        self.pages.get(number.checked_sub(self.first)?).copied()
+    }
+
+    /// The same, of one that is there.
+    #[inline(always)]
+    pub fn page(&self, number: usize) -> *mut u8 {
+        self.pages[number - self.first]
+    }
+}
 
 // SAFETY: a position is written by one thread, and read only once all are written.
 unsafe impl Sync for Pages {}

@@ -6,10 +6,12 @@
 //! read.
 
 use super::super::float::Float;
+use super::super::rows::Softcap;
 use super::super::simd::{Kernel, LANES, Simd, prefetch};
 use super::super::tensor::SendPtr;
 use super::cache::{Layout, PAGE};
 use super::{Step, Tile};
+use std::ops::Range;
 
 pub struct Attend<'a> {
     pub step: &'a Step<'a>,
@@ -67,30 +69,36 @@ impl Attend<'_> {
         let segment = &step.segments[self.tile.segment];
         let Layout { dim, .. } = step.layout;
         let mut q = [std::ptr::null::<f32>(); Q];
-        let mut limits = [0; Q];
+        let mut seen: [Range<usize>; Q] = std::array::from_fn(|_| 0..0);
         for (place, (row, head)) in queries.into_iter().enumerate() {
             q[place] = step.q.at((segment.rows.start + row) * step.stride + head * dim);
-            limits[place] = segment.start + row + 1;
+            let position = segment.start + row;
+            seen[place] = step.spec.first_seen(position)..position + 1;
         }
-        // The rows ascend, so the last query sees the most.
-        let end = limits[Q - 1];
+        // The rows ascend, so the first query sees the earliest, the last the latest.
+        let (start, end) = (seen[0].start, seen[Q - 1].end);
+        let pages = &step.pages[self.tile.segment];
         let mut state = State::<Q> {
             highest: [f32::NEG_INFINITY; Q],
             total: [0.0; Q],
             acc: vec![0.0; Q * step.layout.value_dim()],
             scores: [[0.0; PAGE]; Q],
         };
-        for page in 0..end.div_ceil(PAGE) {
-            let base = step.pages[self.tile.segment].0[page];
+        for page in start / PAGE..end.div_ceil(PAGE) {
+            let base = pages.page(page);
             let first = page * PAGE;
             let count = PAGE.min(end - first);
             self.score::<S, HALF, Q>(base, count, &q, &mut state);
-            for (scores, limit) in state.scores.iter_mut().zip(limits) {
-                let seen = limit.saturating_sub(first).min(PAGE);
-                scores[seen..count.next_multiple_of(LANES)].fill(f32::NEG_INFINITY);
+            for (scores, seen) in state.scores.iter_mut().zip(&seen) {
+                if let Some(cap) = step.spec.softcap {
+                    Softcap { x: &mut scores[..count], cap }.run::<S>();
+                }
+                let within = |position: usize| position.saturating_sub(first).min(PAGE);
+                scores[..within(seen.start)].fill(f32::NEG_INFINITY);
+                scores[within(seen.end)..count.next_multiple_of(LANES)].fill(f32::NEG_INFINITY);
             }
             state.soften::<S>(count, step.layout.value_dim());
-            let next = step.pages[self.tile.segment].0.get(page + 1).copied();
+            let next = pages.get(page + 1);
             self.mix::<S, HALF, Q>(base, next.unwrap_or(base), count, &mut state);
         }
         for (place, (row, head)) in queries.into_iter().enumerate() {
@@ -222,6 +230,11 @@ impl<const Q: usize> State<Q> {
             }
             let before = self.highest[query];
             let highest = before.max(S::largest(peak));
+            if highest == f32::NEG_INFINITY {
+                // Nothing is seen yet: minus infinity less itself would be NaN.
+                self.scores[query] = [0.0; PAGE];
+                continue;
+            }
             if highest > before {
                 let fade = (before - highest).exp();
                 self.highest[query] = highest;

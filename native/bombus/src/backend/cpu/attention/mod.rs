@@ -10,16 +10,18 @@ mod prepare;
 mod rotation;
 
 pub use cache::Cache;
-pub use rotation::Rotation;
+pub use rotation::Rotations;
 
 use super::float::Float;
+use super::rows::Norm;
 use super::tensor::{SendPtr, Tensor};
 use super::{AttentionWeights, Cpu, Segment, lock};
 use crate::error::Result;
-use crate::spec::AttentionSpec;
-use cache::{Layout, Pages};
+use crate::spec::{AttentionSpec, QkNorm, Rope};
+use cache::{Layout, PAGE, Pages};
 use kernel::Attend;
 use prepare::Prepare;
+use rotation::Rotation;
 use safetensors::tensor::Dtype;
 use std::borrow::Cow;
 use std::ops::Range;
@@ -30,8 +32,8 @@ const ROWS: usize = 16;
 /// An attention layer but for its linear layers.
 pub struct Attention {
     spec: AttentionSpec,
-    pub layout: Layout,
-    /// of q's heads and of k's
+    layout: Layout,
+    /// of q and of k
     norms: Option<[Vec<f32>; 2]>,
     /// Radians a position, where that is the same for all lengths.
     frequencies: Vec<f64>,
@@ -39,24 +41,33 @@ pub struct Attention {
 
 impl Attention {
     pub fn load(spec: &AttentionSpec, weights: &AttentionWeights) -> Result<Self> {
-        let norms = match &weights.norms {
-            Some([q, k]) => Some([Float::read(q)?, Float::read(k)?]),
-            None => None,
+        let norms = match (&weights.norms, spec.qk_norm) {
+            (Some([q, k]), Some(QkNorm { spec, .. })) => {
+                Some([Norm::load(q, &spec)?.weight, Norm::load(k, &spec)?.weight])
+            }
+            _ => None,
         };
         let float = if weights.dtype == Dtype::F32 { Float::F32 } else { Float::F16 };
         Ok(Self {
             layout: Layout { heads: spec.kv_heads, dim: spec.head_dim, float },
-            frequencies: spec.rope.frequencies(1),
+            frequencies: spec.rope.as_ref().map_or(vec![], |rope| rope.frequencies(1)),
             norms,
             spec: spec.clone(),
         })
     }
 
-    fn frequencies(&self, positions: usize) -> Cow<'_, [f64]> {
-        match self.spec.rope.is_dynamic() {
-            true => self.spec.rope.frequencies(positions).into(),
+    fn frequencies(&self, rope: &Rope, positions: usize) -> Cow<'_, [f64]> {
+        match rope.is_dynamic() {
+            true => rope.frequencies(positions).into(),
             false => (&self.frequencies[..]).into(),
         }
+    }
+
+    /// Makes room for these positions, and lets go of what they do not see.
+    pub fn reserve(&self, cache: &mut Cache, positions: Range<usize>) -> Result<()> {
+        // A page more stays, for texts that go on from a little before the end.
+        cache.forget(self.spec.first_seen(positions.start).saturating_sub(PAGE));
+        cache.reserve(positions, &self.layout)
     }
 }
 
@@ -68,18 +79,18 @@ pub fn attend(
     caches: &mut [&mut Cache],
 ) -> Result<Tensor> {
     let layout = attention.layout;
-    let mut rotation = lock(&cpu.rotation);
+    let mut rotations = lock(&cpu.rotations);
     let positions = |segment: &Segment| segment.start..segment.start + segment.rows.len();
-    rotation.prepare(attention, segments.iter().map(positions).collect());
+    let rotation = rotations.prepare(attention, segments.iter().map(positions).collect());
     let pages = segments.iter().zip(caches).map(|(segment, cache)| {
-        cache.reserve(positions(segment), &layout)?;
+        attention.reserve(cache, positions(segment))?;
         Ok(cache.pointers())
     });
     let pages = pages.collect::<Result<Vec<_>>>()?;
     let step = Step {
         spec: &attention.spec,
         layout,
-        rotation: &rotation,
+        rotation,
         norms: attention.norms.as_ref(),
         q: SendPtr(q.data_mut().as_mut_ptr()),
         stride: q.stride,
@@ -106,7 +117,8 @@ pub fn attend(
 struct Step<'a> {
     spec: &'a AttentionSpec,
     layout: Layout,
-    rotation: &'a Rotation,
+    /// None: heads are not rotated
+    rotation: Option<&'a Rotation>,
     norms: Option<&'a [Vec<f32>; 2]>,
     /// Normed and rotated in place; what comes out has rows as far apart.
     q: SendPtr,

@@ -1,7 +1,20 @@
 //! Attention over the caches of several sequences, in chunks, beside its definition.
 
 use super::*;
-use crate::spec::{NormSpec, Rope, Scaling};
+use crate::spec::{NormSpec, NormedHeads, QkNorm, QueryScaling, Rope, Scaling};
+
+/// Norms of q and k, of every kind and none.
+fn qk_norms() -> impl Strategy<Value = Option<QkNorm>> {
+    let kinds =
+        [None, Some(NormedHeads::Each), Some(NormedHeads::EachRotated), Some(NormedHeads::All)];
+    let norm = |heads| QkNorm { heads, ..QkNorm::each(NormSpec::rms(1e-6)) };
+    prop::sample::select(kinds.to_vec()).prop_map(move |kind| kind.map(norm))
+}
+
+/// Heads that are rotated whole, in part, by neighbours, or not at all.
+fn rotations() -> impl Strategy<Value = (usize, bool)> {
+    (prop::sample::select(vec![0usize, 2, 4, 4, 4]), any::<bool>())
+}
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
@@ -12,27 +25,35 @@ proptest! {
         head_dim in prop::sample::select(vec![2usize, 6, 16, 24, 34, 64, 80, 96, 128, 130, 256]),
         lengths in prop::collection::vec((1usize..150, 1usize..60), 1..4),
         half in any::<bool>(),
-        normed in any::<bool>(),
+        qk_norm in qk_norms(),
+        rotation in rotations(),
+        window in prop::sample::select(vec![None, None, Some(1usize), Some(5), Some(64), Some(70)]),
+        softcap in prop::sample::select(vec![None, None, Some(0.5f32)]),
+        query_scaling in prop::sample::select(vec![None, Some(QueryScaling { beta: 0.5, context: 20 })]),
         seed in 1u64..1 << 40,
     ) {
         let (heads, kv_heads) = heads;
         let mut numbers = Numbers(seed);
-        let norms = [numbers.take(head_dim), numbers.take(head_dim)];
+        let (quarters, interleaved) = rotation;
+        let rotated = (head_dim * quarters / 4).next_multiple_of(2).min(head_dim);
+        let rope = (rotated > 0)
+            .then(|| Rope { interleaved, ..Rope::new(rotated, 10_000.0, Scaling::None) });
+        let spec = AttentionSpec {
+            rope: rope.clone(),
+            qk_norm,
+            query_scaling,
+            window,
+            softcap,
+            ..AttentionSpec::plain(heads, kv_heads, head_dim, Rope::new(2, 1.0, Scaling::None))
+        };
+        let kind = qk_norm.map_or(NormedHeads::Each, |norm| norm.heads);
+        let norms = spec.norm_widths(kind).map(|width| numbers.take(width));
         let dtype = if half { Dtype::BF16 } else { Dtype::F32 };
         let (_folder, files) = write(&[
-            ("q", dtype, vec![head_dim], bytes(&norms[0], dtype)),
-            ("k", dtype, vec![head_dim], bytes(&norms[1], dtype)),
+            ("q", dtype, vec![norms[0].len()], bytes(&norms[0], dtype)),
+            ("k", dtype, vec![norms[1].len()], bytes(&norms[1], dtype)),
         ]);
         let norms = norms.map(|norm| rounded(&norm, dtype));
-        let spec = AttentionSpec {
-            heads,
-            kv_heads,
-            head_dim,
-            rope: Rope { dim: head_dim, theta: 10_000.0, scaling: Scaling::None },
-            qk_norm: normed.then_some(NormSpec { eps: 1e-6 }),
-            qkv_bias: false,
-            o_bias: false,
-        };
         let widths = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim];
         // sequence -> q, k and v of all its positions
         let sequences: Vec<[Vec<f32>; 3]> = lengths
@@ -42,7 +63,7 @@ proptest! {
         let exact: Vec<_> =
             sequences.iter().map(|sequence| attended(&spec, sequence, &norms)).collect();
         for cpu in cpus() {
-            let norms = normed.then(|| ["q", "k"].map(|name| files.require(name).unwrap()));
+            let norms = qk_norm.map(|_| ["q", "k"].map(|name| files.require(name).unwrap()));
             let layer = cpu.attention_layer(&spec, &AttentionWeights { norms, dtype }).unwrap();
             let mut caches: Vec<Vec<Cache>> = sequences.iter().map(|_| cpu.cache(1)).collect();
             let mut done = vec![0; sequences.len()];
@@ -86,6 +107,13 @@ proptest! {
                 }
             }
             prop_assert!(caches.iter().all(|cache| !cpu.pages(cache).is_empty()));
+            for (cache, (length, chunk)) in caches.iter().zip(&lengths) {
+                // What stays is what the last chunk saw, and a page and a part of one before it.
+                let (window, kept) = (window.unwrap_or(*length), cpu.kept_from(cache, 0));
+                let seen = (*length).min(window + chunk);
+                prop_assert!(kept <= length - seen.min(*length) || kept == 0);
+                prop_assert!(cpu.pages(cache).len() <= seen / 64 + 4);
+            }
         }
     }
 }
@@ -97,47 +125,68 @@ fn attended(
     norms: &[Vec<f64>; 2],
 ) -> Vec<Vec<f64>> {
     let AttentionSpec { head_dim: dim, heads, kv_heads, .. } = *spec;
-    let rotated = |x: &[f32], norm: &[f64], position: usize| -> Vec<f64> {
-        let x: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
-        let mean = x.iter().map(|x| x.powi(2)).sum::<f64>() / dim as f64;
-        let x: Vec<f64> = match spec.qk_norm {
-            Some(NormSpec { eps }) => {
-                let factor = 1.0 / (mean + f64::from(eps)).sqrt();
-                x.iter().zip(norm).map(|(x, n)| x * factor * n).collect()
-            }
-            None => x,
-        };
-        let number = |place: usize| {
-            let pair = place % (dim / 2);
-            let wave = f64::from(spec.rope.theta).powf(2.0 * pair as f64 / dim as f64);
+    let kind = spec.qk_norm.map(|norm| norm.heads);
+    let normed = |x: &[f64], all: &[f64], norm: &[f64]| -> Vec<f64> {
+        let factor =
+            1.0 / (all.iter().map(|x| x * x).sum::<f64>() / all.len() as f64 + 1e-6).sqrt();
+        x.iter().zip(norm).map(|(x, n)| x * factor * n).collect()
+    };
+    let rotated = |x: &[f64], position: usize| -> Vec<f64> {
+        let Some(rope) = &spec.rope else { return x.to_vec() };
+        let (half, mut out) = (rope.dim / 2, x.to_vec());
+        for pair in 0..half {
+            let wave = f64::from(rope.theta).powf(2.0 * pair as f64 / rope.dim as f64);
             let (sin, cos) = (position as f64 / wave).sin_cos();
-            match place < dim / 2 {
-                true => x[place] * cos - x[place + dim / 2] * sin,
-                false => x[pair] * sin + x[place] * cos,
+            let (low, high) =
+                if rope.interleaved { (2 * pair, 2 * pair + 1) } else { (pair, pair + half) };
+            out[low] = x[low] * cos - x[high] * sin;
+            out[high] = x[low] * sin + x[high] * cos;
+        }
+        out
+    };
+    // row: all heads of a position
+    let head = |row: &[f64], norm: &[f64], head: usize, position: usize| -> Vec<f64> {
+        let x = &row[head * dim..][..dim];
+        match kind {
+            Some(NormedHeads::Each) => rotated(&normed(x, x, norm), position),
+            Some(NormedHeads::EachRotated) => {
+                let x = rotated(x, position);
+                normed(&x, &x, norm)
             }
-        };
-        (0..dim).map(number).collect()
+            Some(NormedHeads::All) => {
+                rotated(&normed(x, row, &norm[head * dim..][..dim]), position)
+            }
+            None => rotated(x, position),
+        }
     };
     let positions = v.len() / (kv_heads * dim);
     let all = |x: &[f32], norm: &[f64], heads: usize| -> Vec<Vec<f64>> {
-        let rows = x.chunks_exact(dim).enumerate();
-        rows.map(|(row, x)| rotated(x, norm, row / heads)).collect()
+        let x: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
+        let rows = x.chunks_exact(dim * heads).enumerate();
+        rows.flat_map(|(position, row)| (0..heads).map(move |at| (position, row, at)))
+            .map(|(position, row, at)| head(row, norm, at, position))
+            .collect()
     };
     let (queries, keys) = (all(q, &norms[0], heads), all(k, &norms[1], kv_heads));
     let one = |position: usize, head: usize| -> Vec<f64> {
         let kv = head / (heads / kv_heads);
         let query = &queries[position * heads + head];
+        let longer = spec.query_scaling.map_or(1.0, |scaling| f64::from(scaling.factor(position)));
         let score = |other: usize| {
             let key = &keys[other * kv_heads + kv];
-            query.iter().zip(key).map(|(q, k)| q * k).sum::<f64>() / (dim as f64).sqrt()
+            let score = query.iter().zip(key).map(|(q, k)| q * k).sum::<f64>();
+            let score = score * longer / (dim as f64).sqrt();
+            spec.softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
         };
-        let scores: Vec<f64> = (0..=position).map(score).collect();
+        let first = spec.first_seen(position);
+        let scores: Vec<f64> = (first..=position).map(score).collect();
         let highest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let weights: Vec<f64> = scores.iter().map(|score| (score - highest).exp()).collect();
         let total: f64 = weights.iter().sum();
         let value = |other: usize, d: usize| f64::from(v[(other * kv_heads + kv) * dim + d]);
         let mixed = |d: usize| {
-            weights.iter().enumerate().map(|(other, weight)| weight * value(other, d)).sum::<f64>()
+            let weighted = weights.iter().enumerate();
+            weighted.map(|(other, weight)| weight * value(first + other, d)).sum::<f64>()
         };
         (0..dim).map(|d| mixed(d) / total).collect()
     };

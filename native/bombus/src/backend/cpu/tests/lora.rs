@@ -86,6 +86,7 @@ proptest! {
                     a: require(format!("a{place}")),
                     b: require(format!("b{place}")),
                     transposed: case.transposed,
+                    outputs: None,
                     scale: case.scale,
                     magnitude: None,
                 };

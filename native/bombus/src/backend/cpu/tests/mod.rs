@@ -6,6 +6,7 @@ mod lora;
 mod products;
 mod rows;
 
+use super::float::Float;
 use super::*;
 use crate::backend::QuantizedWeights;
 use crate::files::safetensors::TensorFiles;
@@ -131,9 +132,13 @@ fn nan_stays_nan() {
             }
         }
         let gate = tensor(&cpu, 1, &[f32::NAN, 200.0, -200.0, 0.0]);
-        let swiglu = cpu.swiglu(&gate, &tensor(&cpu, 1, &[1.0; 4])).unwrap();
+        let swiglu = cpu.glu(&gate, &tensor(&cpu, 1, &[1.0; 4]), Activation::Silu).unwrap();
         let swiglu = swiglu.row(0);
         assert!(swiglu[0].is_nan() && swiglu[1] == 200.0);
         assert!(swiglu[2].abs() < 1e-30 && swiglu[3] == 0.0);
+        let gelu = cpu.glu(&gate, &tensor(&cpu, 1, &[1.0; 4]), Activation::Gelu).unwrap();
+        let gelu = gelu.row(0);
+        assert!(gelu[0].is_nan() && gelu[1] == 200.0);
+        assert!(gelu[2].abs() < 1e-30 && gelu[3] == 0.0);
     }
 }
