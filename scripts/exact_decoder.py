@@ -1,4 +1,4 @@
-"""Llama, Qwen2 and Qwen3 in numpy float64, straight from the files, with nothing rounded: the answer that engines
+"""The dense families in numpy float64, straight from the files, with nothing rounded: the answer that engines
 approximate.
 
 Quantized weights are decoded from their codes (`q * scale + bias` with the scales as stored); bits and group size
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+
+from exact_families import form
 
 
 def read_tensors(paths):
@@ -35,24 +37,30 @@ def dequantize(words, scales, biases, in_dims):
     return (grouped * scales[..., None] + biases[..., None]).reshape(words.shape[0], in_dims)
 
 
-def rms_norm(x, weight, eps):
-    """Root mean square normalization over the last axis."""
+def normalize(x, weight, eps, centered=False):
+    """Root mean square normalization over the last axis; centered, LayerNorm."""
+    if centered:
+        x = x - x.mean(axis=-1, keepdims=True)
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
 
-def rope_frequencies(config, dim, tokens):
-    """Radians a position of each pair of a head, and what the rotated head is multiplied by."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = config.get("rope_theta") or scaling.get("rope_theta")
+def rope_frequencies(config, theta, scaling, dim, tokens):
+    """Radians a position of each pair of a head, and what the rotated numbers are multiplied by."""
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     factor, context = scaling.get("factor"), scaling.get("original_max_position_embeddings")
     pairs = np.arange(dim // 2)
-    if kind == "dynamic":
+    if kind == "dynamic" and "alpha" in scaling:
+        theta *= scaling["alpha"] ** (dim / (dim - 2))
+    elif kind == "dynamic":
         most = config["max_position_embeddings"]
         theta *= (factor * max(tokens, most) / most - (factor - 1)) ** (dim / (dim - 2))
     frequencies = theta ** (-2.0 * pairs / dim)
     if kind == "linear":
         return frequencies / factor, 1.0
+    if kind in ("longrope", "su"):
+        most, context = config["max_position_embeddings"], config["original_max_position_embeddings"]
+        amplitude = np.sqrt(1 + np.log(most / context) / np.log(context)) if most > context else 1.0
+        return frequencies / np.array(scaling["long_factor"]), amplitude
     if kind == "llama3":
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         kept = np.clip((context * frequencies / (2 * np.pi) - low) / (high - low), 0, 1)
@@ -62,25 +70,34 @@ def rope_frequencies(config, dim, tokens):
         low = max(np.floor(pair(scaling.get("beta_fast", 32))), 0)
         high = min(np.ceil(pair(scaling.get("beta_slow", 1))), dim - 1)
         kept = 1 - np.clip((pairs - low) / (high - low), 0, 1)
-        return frequencies * (kept + (1 - kept) / factor), 0.1 * np.log(factor) + 1
+        of = lambda mscale: 0.1 * mscale * np.log(factor) + 1 if factor > 1 else 1.0
+        return frequencies * (kept + (1 - kept) / factor), of(scaling.get("mscale", 1)) / of(scaling.get("mscale_all_dim", 0))
     return frequencies, 1.0
 
 
-def rope(x, frequencies, amplitude):
-    """Rotates x [heads, tokens, head_dim], the first half of each head against the second."""
-    half = x.shape[-1] // 2
+def rope(x, frequencies, amplitude, interleaved=False):
+    """Rotates the first numbers of x [heads, tokens, head_dim]: halves against each other, or neighbours."""
+    half = len(frequencies)
     angles = np.arange(x.shape[1])[:, None] * frequencies
     cos, sin = amplitude * np.cos(angles), amplitude * np.sin(angles)
-    first, second = x[..., :half], x[..., half:]
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    places = np.arange(2 * half).reshape((half, 2) if interleaved else (2, half))
+    low, high = places.T if interleaved else places
+    rotated, (first, second) = x.copy(), (x[..., low], x[..., high])
+    rotated[..., low] = first * cos - second * sin
+    rotated[..., high] = second * cos + first * sin
+    return rotated
 
 
-def causal_attention(q, k, v):
+def causal_attention(q, k, v, scale, window=None, cap=None):
     """q [heads, tokens, head_dim], k and v [kv_heads, tokens, head_dim] -> [heads, tokens, head_dim]."""
-    groups = q.shape[0] // k.shape[0]
+    groups, tokens = q.shape[0] // k.shape[0], q.shape[1]
     k, v = np.repeat(k, groups, axis=0), np.repeat(v, groups, axis=0)
-    scores = q @ k.transpose(0, 2, 1) / np.sqrt(q.shape[-1])
-    scores = np.where(np.tri(q.shape[1], dtype=bool), scores, -np.inf)
+    scores = q @ k.transpose(0, 2, 1) * scale
+    if cap is not None:
+        scores = cap * np.tanh(scores / cap)
+    behind = np.arange(tokens)[:, None] - np.arange(tokens)
+    seen = (behind >= 0) & (behind < (window or tokens))
+    scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True) @ v
 
@@ -125,6 +142,7 @@ class ExactDecoder:
         self.tensors = read_tensors(Path(folder).glob("model*.safetensors"))
         self.adapter = Adapter(adapter)
         self.decoded = {}
+        self.form = form(self.config)
 
     def weight(self, path, in_dims):
         """The weight of a linear layer or an embedding, decoded once."""
@@ -139,52 +157,87 @@ class ExactDecoder:
         bias = self.tensors.get(f"{path}.bias", 0.0)
         return self.adapter.apply(path, x, self.weight(path, x.shape[-1]), bias)
 
-    def norm(self, path, x):
-        return rms_norm(x, self.tensors[f"{path}.weight"], self.config["rms_norm_eps"])
+    def norm(self, path, x, heads=False):
+        """A norm by its path; without one, x."""
+        if path is None or f"{path}.weight" not in self.tensors:
+            return x
+        weight = self.tensors[f"{path}.weight"] + self.form.norm_offset
+        return normalize(x, weight, self.form.eps, self.form.centered and not heads)
 
     def embed(self, ids):
         path = "model.embed_tokens"
         x = self.weight(path, self.config["hidden_size"])[ids]
         if (pair := self.adapter.pair(path)) is not None:
             x = x + self.adapter.scale * (pair[0][ids] @ pair[1])
-        return x
+        return x * self.form.embedding_scale
 
     def head(self, x):
         """Logits; a tied head is the embedding transposed, its adapter too."""
+        logits = self.linear("lm_head", x) if not self.form.tied else self.tied_head(x)
+        logits = logits * self.form.logit_scale
+        cap = self.form.logit_cap
+        return logits if cap is None else cap * np.tanh(logits / cap)
+
+    def tied_head(self, x):
         path = "model.embed_tokens"
-        if not self.config["tie_word_embeddings"]:
-            return self.linear("lm_head", x)
         logits = x @ self.weight(path, x.shape[-1]).T
         if (pair := self.adapter.pair(path)) is not None:
             logits = logits + self.adapter.scale * (x @ pair[1].T @ pair[0].T)
         return logits
 
-    def head_dim(self):
-        return self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"]
+    def qkv(self, path, x):
+        """q, k and v, [tokens, heads * head_dim] each."""
+        if not self.form.fused or f"{path}.qkv_proj.weight" not in self.tensors:
+            return [self.linear(f"{path}.{name}_proj", x) for name in "qkv"]
+        q, kv = (heads * self.form.head_dim for heads in (self.form.heads, self.form.kv_heads))
+        return np.split(self.linear(f"{path}.qkv_proj", x), [q, q + kv], axis=-1)
 
-    def heads(self, path, x):
-        """A projection of x, split into heads, which are normed where there is a norm: [heads, tokens, head_dim]."""
-        heads = self.linear(f"{path}_proj", x).reshape(x.shape[0], -1, self.head_dim()).transpose(1, 0, 2)
-        return self.norm(f"{path}_norm", heads) if f"{path}_norm.weight" in self.tensors else heads
+    def heads(self, path, norm, x, layer):
+        """Heads of q or k, normed and rotated as the family does it: [heads, tokens, head_dim]."""
+        form, norm = self.form, f"{path}.{norm}"
+        if form.norm_all_heads:
+            x = self.norm(norm, x, heads=True)
+        x = x.reshape(x.shape[0], -1, form.head_dim).transpose(1, 0, 2)
+        if not form.norm_all_heads and not form.norm_rotated:
+            x = self.norm(norm, x, heads=True)
+        if form.rotated[layer]:
+            theta, scaling = form.rope_settings(layer)
+            rotation = rope_frequencies(self.config, theta, scaling, form.rotated_dim, x.shape[1])
+            x = rope(x, *rotation, form.interleaved)
+        return self.norm(norm, x, heads=True) if form.norm_rotated else x
 
-    def attention(self, path, x):
-        rotation = rope_frequencies(self.config, self.head_dim(), x.shape[0])
-        q = rope(self.heads(f"{path}.q", x), *rotation)
-        k = rope(self.heads(f"{path}.k", x), *rotation)
-        mixed = causal_attention(q, k, self.heads(f"{path}.v", x))
+    def attention(self, layer, path, x):
+        form, (q, k, v) = self.form, self.qkv(path, x)
+        q, k = (self.heads(path, norm, part, layer) for norm, part in zip(form.qk_norms, (q, k)))
+        v = v.reshape(x.shape[0], -1, form.head_dim).transpose(1, 0, 2)
+        if form.query_growth:
+            beta, context = form.query_growth
+            q = q * (1 + beta * np.log(1 + np.arange(x.shape[0]) // context))[:, None]
+        mixed = causal_attention(q, k, v, form.scale, form.windows[layer], form.score_cap)
         return self.linear(f"{path}.o_proj", mixed.transpose(1, 0, 2).reshape(x.shape[0], -1))
 
     def mlp(self, path, x):
-        gate = self.linear(f"{path}.gate_proj", x)
-        return self.linear(f"{path}.down_proj", gate / (1 + np.exp(-gate)) * self.linear(f"{path}.up_proj", x))
+        if self.form.fused:
+            gate, up = np.split(self.linear(f"{path}.gate_up_proj", x), 2, axis=-1)
+        else:
+            gate, up = self.linear(f"{path}.gate_proj", x), self.linear(f"{path}.up_proj", x)
+        if self.form.gelu:
+            gate = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+        else:
+            gate = gate / (1 + np.exp(-gate))
+        return self.linear(f"{path}.down_proj", gate * up)
 
     def logits(self, ids):
         """Logits [tokens, vocab] of one sequence."""
-        x = self.embed(np.array(ids))
-        for index in range(self.config["num_hidden_layers"]):
+        x, form = self.embed(np.array(ids)), self.form
+        for index in range(form.layers):
             layer = f"model.layers.{index}"
-            x = x + self.attention(f"{layer}.self_attn", self.norm(f"{layer}.input_layernorm", x))
-            x = x + self.mlp(f"{layer}.mlp", self.norm(f"{layer}.post_attention_layernorm", x))
+            before, after, before_mlp, after_mlp = (name and f"{layer}.{name}" for name in form.norms)
+            normed = self.norm(before, x)
+            attended = self.norm(after, self.attention(index, f"{layer}.self_attn", normed))
+            x = x + form.residual_scale * attended
+            normed = normed if form.parallel else self.norm(before_mlp, x)
+            x = x + form.residual_scale * self.norm(after_mlp, self.mlp(f"{layer}.mlp", normed))
         return self.head(self.norm("model.norm", x))
 
     def logprobs(self, ids):

@@ -152,6 +152,110 @@ UNTIED = {"tie_word_embeddings": False}
 WIDE = {"hidden_size": 128, "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 HEAD_DIM = {"head_dim": 32, "num_attention_heads": 6, "num_key_value_heads": 2}
 
+LAST_OF_ALL = Adapter("last-all", rank=4, scale=10.0, spread=0.1, num_layers=1)
+
+NO_WINDOW = {"sliding_window": None, "use_sliding_window": None}
+LONG = {"num_hidden_layers": 4, "max_position_embeddings": 256}
+
+
+def family(name, model_type, dtype=mx.float32, adapters=(ALL_LAYERS, LAST_OF_ALL), eos="single", peft=None, **config):
+    """A case of a family beside Qwen3: `qkv_proj` and the like are in its adapters, whatever they are called."""
+    base = {"model_type": model_type, "architectures": None, "attention_bias": None, "rope_theta": 10000.0}
+    case = base | NO_WINDOW | config
+    return Case(name, dtype=dtype, config=case, adapters=list(adapters), eos=eos, peft=peft)
+
+
+WINDOWS = LONG | {"sliding_window": 8}
+YARN = {
+    "rope_theta": 1000.0,
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 16.0,
+    "beta_slow": 2.0,
+    "mscale": 0.8,
+    "mscale_all_dim": 0.4,
+}
+GEMMA = {"head_dim": 32, "hidden_act": "gelu_pytorch_tanh", "query_pre_attn_scalar": 20.0}
+GRANITE = {
+    "head_dim": None,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_multiplier": 0.4,
+    "embedding_multiplier": 0.6,
+    "residual_multiplier": 0.6,
+    "logits_scaling": 0.7,
+}
+LONGROPE = {
+    "head_dim": None,
+    "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 32,
+    "rope_scaling": {"type": "longrope", "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 4.0], "short_factor": [1.0] * 6},
+}
+
+FAMILY_CASES = [
+    family(
+        "f32-mistral-windows",
+        "mistral",
+        **WINDOWS,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        head_dim=None,
+        peft="all-layers",
+    ),
+    family("f32-phi3", "phi3", **UNTIED, **LONGROPE, peft="all-layers", adapters=(ALL_LAYERS, LAST_OF_ALL, DORA)),
+    family("bf16-phi3", "phi3", dtype=mx.bfloat16, **UNTIED, head_dim=None),
+    family("f32-smollm3", "smollm3", **LONG, head_dim=None),
+    family("f32-granite", "granite", **GRANITE),
+    family("bf16-granite", "granite", dtype=mx.bfloat16, **GRANITE),
+    family("f32-ernie", "ernie4_5", use_bias=True, peft="all-layers"),
+    family(
+        "f32-hunyuan",
+        "hunyuan_v1_dense",
+        use_qk_norm=True,
+        rope_scaling={"type": "dynamic", "alpha": 50.0, "factor": 1.0},
+    ),
+    family(
+        "f32-ministral3",
+        "ministral3",
+        rope_theta=None,
+        rope_parameters=YARN | {"llama_4_scaling_beta": 0.4},
+    ),
+    family("f32-glm4", "glm4", **UNTIED, attention_bias=True, partial_rotary_factor=0.5, peft="all-layers"),
+    family("f32-olmo2", "olmo2", **UNTIED, adapters=(ALL_LAYERS, LAST_OF_ALL, DORA)),
+    family("f32-olmo3", "olmo3", **UNTIED, **WINDOWS, rope_scaling={k: v for k, v in YARN.items() if k != "rope_theta"}),
+    family("f32-gemma2", "gemma2", **GEMMA, attn_logit_softcapping=4.0, final_logit_softcapping=20.0),
+    family("bf16-gemma2", "gemma2", dtype=mx.bfloat16, **GEMMA),
+    family(
+        "f32-gemma3",
+        "gemma3_text",
+        **WINDOWS,
+        **GEMMA,
+        sliding_window_pattern=3,
+        rope_local_base_freq=100.0,
+        tie_word_embeddings=None,
+    ),
+    family(
+        "bf16-gemma3",
+        "gemma3_text",
+        dtype=mx.bfloat16,
+        **WINDOWS,
+        **GEMMA,
+        sliding_window_pattern=2,
+        rope_local_base_freq=100.0,
+    ),
+    family("f32-exaone4", "exaone4", **UNTIED, **WINDOWS, sliding_window_pattern="LLLG"),
+    family(
+        "f32-cohere2",
+        "cohere2",
+        **WINDOWS,
+        sliding_window_pattern=4,
+        layer_norm_eps=1e-5,
+        rms_norm_eps=None,
+        logit_scale=0.6,
+    ),
+    family("bf16-cohere2", "cohere2", dtype=mx.bfloat16, **WINDOWS, sliding_window_pattern=2, logit_scale=0.6),
+]
+
 CASES = [
     Case("f32-tied", adapters=[ALL_LAYERS, LAST_QV, DORA, EMBEDDING]),
     Case(
@@ -264,6 +368,7 @@ CASES = [
         config=QWEN2 | {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
         adapters=[ALL_LAYERS, LAST_QV],
     ),
+    *FAMILY_CASES,
 ]
 
 
@@ -290,14 +395,15 @@ def format_json(value, indent=""):
 # The checkpoint
 
 
-def random_parameter(name, shape, rng):
-    """A weight that lets faults show: wide logits, norms away from 1."""
+def random_parameter(name, shape, rng, gemma):
+    """A weight that lets faults show: wide logits, norms away from 1 (Gemma's are one more)."""
     if name.endswith(".bias"):
         return rng.normal(0, 0.5, shape)
     if len(shape) == 1:
-        return rng.uniform(0.5, 1.5, shape)
+        return rng.uniform(0.5, 1.5, shape) - gemma
     if name.startswith(("model.embed_tokens", "lm_head")):
-        return rng.normal(0, 0.35, shape)
+        # Gemma's embeddings are multiplied: they would drown what the layers add.
+        return rng.normal(0, 0.15 if gemma else 0.35, shape)
     return rng.normal(0, rng.uniform(1.0, 1.5) / np.sqrt(shape[-1]), shape)
 
 
@@ -306,8 +412,9 @@ def random_model(case, rng):
     config = case.full_config(0)
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
+    gemma = config["model_type"].startswith("gemma")
     shapes = sorted((name, value.shape) for name, value in tree_flatten(model.parameters()))
-    weights = [(name, mx.array(random_parameter(name, shape, rng)).astype(case.dtype)) for name, shape in shapes]
+    weights = [(name, mx.array(random_parameter(name, shape, rng, gemma)).astype(case.dtype)) for name, shape in shapes]
     model.load_weights(weights)
     if case.bits is not None:
         settings = {**case.overrides, **case.unlisted}
@@ -316,9 +423,12 @@ def random_model(case, rng):
     return model
 
 
-def save_weights(model, folder, shards):
+def save_weights(model, folder, config, shards):
     """Writes model.safetensors, or shards that cut across layers and modules, and their index."""
     weights = dict(sorted(tree_flatten(model.parameters())))
+    # mlx-lm's Gemma 3 has a head until it is given weights without one.
+    if config.get("tie_word_embeddings"):
+        weights = {name: value for name, value in weights.items() if not name.startswith("lm_head.")}
     if shards == 1:
         mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
         return
@@ -521,7 +631,7 @@ def make_case(case, out):
     folder, rng = out / case.name, case.rng()
     shutil.rmtree(folder, ignore_errors=True)
     write_json(folder / "config.json", case.full_config(0))
-    save_weights(random_model(case, rng), folder, case.shards)
+    save_weights(random_model(case, rng), folder, case.full_config(0), case.shards)
     for adapter in case.adapters:
         save_adapter(folder, adapter, rng)
     runs = make_expected(case, folder, rng)
