@@ -87,3 +87,134 @@ fn family(fields: &Fields) -> Result<ModelSpec> {
     unknown::refuse(fields)?;
     Ok(spec)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Map, Value, json};
+    use std::path::Path;
+
+    fn fields(more: &Value) -> Fields {
+        let base = json!({
+            "hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 128, "vocab_size": 256,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6,
+        });
+        let own = [base, more.clone()].into_iter().flat_map(|part| part.as_object().cloned());
+        Fields::new(Path::new("config.json"), own.flatten().collect::<Map<_, _>>())
+    }
+
+    fn windows(config: &Value) -> Vec<Option<usize>> {
+        spec(&fields(config)).unwrap().layers.iter().map(|layer| layer.attention.window).collect()
+    }
+
+    #[test]
+    fn windows_are_where_the_family_has_them() {
+        let kinds =
+            json!(["full_attention", "sliding_attention", "full_attention", "full_attention"]);
+        let (w, full) = (Some(8), None);
+        for (config, expected) in [
+            (json!({"model_type": "mistral"}), [full; 4]),
+            (json!({"model_type": "mistral", "sliding_window": 8}), [w; 4]),
+            (
+                json!({"model_type": "mistral", "sliding_window": 8, "layer_types": kinds}),
+                [full, w, full, full],
+            ),
+            (json!({"model_type": "llama", "sliding_window": 8}), [full; 4]),
+            (
+                json!({"model_type": "llama", "sliding_window": 8, "layer_types": kinds}),
+                [full, w, full, full],
+            ),
+            (json!({"model_type": "olmo3", "sliding_window": 8}), [w, w, w, full]),
+            (json!({"model_type": "gemma2", "sliding_window": 8}), [w, full, w, full]),
+            (
+                json!({"model_type": "gemma3_text", "sliding_window": 8, "sliding_window_pattern": 2}),
+                [w, full, w, full],
+            ),
+            (json!({"model_type": "gemma3_text", "sliding_window": 8}), [w; 4]),
+            (
+                json!({"model_type": "exaone4", "sliding_window": 8, "sliding_window_pattern": "LG"}),
+                [w, full, w, full],
+            ),
+            (
+                json!({"model_type": "exaone4", "sliding_window": 8, "sliding_window_pattern": 4}),
+                [w, w, w, full],
+            ),
+            (
+                json!({"model_type": "exaone4", "sliding_window": null, "sliding_window_pattern": null}),
+                [full; 4],
+            ),
+            (json!({"model_type": "cohere2", "sliding_window": 8}), [w, w, w, full]),
+        ] {
+            assert_eq!(windows(&config), expected, "{config}");
+        }
+    }
+
+    /// Each with a value of the kind that others have.
+    #[test]
+    fn what_a_family_does_not_read_is_refused_by_name() {
+        for (config, field) in [
+            (
+                json!({"model_type": "llama", "attn_logit_softcapping": 50.0}),
+                "attn_logit_softcapping",
+            ),
+            (json!({"model_type": "llama", "hidden_act": "gelu"}), "hidden_act"),
+            (json!({"model_type": "llama", "rope_scaling": {"type": "proportional"}}), "type"),
+            (
+                json!({"model_type": "qwen2", "use_sliding_window": true, "max_window_layers": 1}),
+                "use_sliding_window",
+            ),
+            (
+                json!({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}),
+                "final_logit_softcapping",
+            ),
+            (
+                json!({"model_type": "gemma3_text", "use_bidirectional_attention": true}),
+                "use_bidirectional_attention",
+            ),
+            (json!({"model_type": "gemma2", "hidden_activation": "silu"}), "hidden_activation"),
+            (json!({"model_type": "gemma2", "attention_bias": true}), "attention_bias"),
+            (json!({"model_type": "cohere2", "use_qk_norm": true}), "use_qk_norm"),
+            (json!({"model_type": "cohere2", "layer_norm_bias": true}), "layer_norm_bias"),
+            (
+                json!({"model_type": "phi3", "rope_scaling": {"type": "yarn", "factor": 2.0}}),
+                "rope_scaling",
+            ),
+            (json!({"model_type": "smollm3", "use_sliding_window": true}), "use_sliding_window"),
+            (json!({"model_type": "olmo2", "clip_qkv": 8.0}), "clip_qkv"),
+            (json!({"model_type": "ernie4_5", "num_experts": 4}), "num_experts"),
+            (
+                json!({"model_type": "llama", "layer_types": vec!["linear_attention"; 4]}),
+                "layer_types",
+            ),
+        ] {
+            let error = spec(&fields(&config)).expect_err(&config.to_string());
+            let message = error.to_string();
+            assert!(message.contains(&format!("`{field}`")), "{config}: {message}");
+            assert_eq!(error.reason(), "unsupported", "{config}: {message}");
+        }
+    }
+
+    #[test]
+    fn what_a_family_needs_is_asked_for_by_name() {
+        let long = |factors: usize| json!({"type": "longrope", "long_factor": vec![1.0; factors], "short_factor": []});
+        for (config, word) in [
+            (json!({"model_type": "granite"}), "attention_multiplier"),
+            (json!({"model_type": "phi3", "rope_scaling": long(5)}), "expected 8 factors, got: 5"),
+            (json!({"model_type": "phi3", "partial_rotary_factor": 1.5}), "partial_rotary_factor"),
+            (json!({"model_type": "olmo3"}), "sliding_window"),
+            (
+                json!({"model_type": "exaone4", "sliding_window": 8, "sliding_window_pattern": "LX"}),
+                "sliding_window_pattern",
+            ),
+            (json!({"model_type": "smollm3", "no_rope_layers": [1]}), "no_rope_layers"),
+            (
+                json!({"model_type": "gemma2", "query_pre_attn_scalar": -1.0}),
+                "query_pre_attn_scalar",
+            ),
+            (json!({"model_type": "other", "text_config": {"model_type": "gpt2"}}), "gpt2"),
+        ] {
+            let message = spec(&fields(&config)).expect_err(&config.to_string()).to_string();
+            assert!(message.contains(word), "{config}: {message}");
+        }
+    }
+}

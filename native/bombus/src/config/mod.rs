@@ -158,6 +158,12 @@ mod tests {
             ("layer_types", kinds("sliding_attention"), "unsupported"),
             ("layer_types", kinds("linear_attention"), "unsupported"),
             ("layer_types", json!(["full_attention"]), "bad_config"),
+            ("attn_logit_softcapping", json!(50.0), "unsupported"),
+            ("final_logit_softcapping", json!(30.0), "unsupported"),
+            ("partial_rotary_factor", json!(0.5), "unsupported"),
+            ("residual_multiplier", json!(0.2), "unsupported"),
+            ("no_rope_layers", json!([1, 0]), "unsupported"),
+            ("num_experts", json!(8), "unsupported"),
             ("rms_norm_eps", json!("NaN"), "bad_config"),
             ("rms_norm_eps", json!(f64::MAX), "bad_config"),
             ("rms_norm_eps", json!(-1e-6), "bad_config"),
@@ -174,6 +180,9 @@ mod tests {
         for (field, value) in [
             ("hidden_act", json!("swish")),
             ("attention_bias", json!(false)),
+            ("partial_rotary_factor", json!(1.0)),
+            ("attn_logit_softcapping", Value::Null),
+            ("num_experts", json!(0)),
             ("layer_types", kinds("full_attention")),
             ("sliding_window", json!(16)),
         ] {

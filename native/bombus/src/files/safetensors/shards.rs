@@ -84,6 +84,17 @@ impl TensorFiles {
         Ok(Self { files, names, left_out })
     }
 
+    /// What the files call a tensor, or would call another of the same module.
+    pub fn name_in_files(&self, name: &str) -> String {
+        let known = |name: &str| self.names.get(name).map(|(_, theirs)| theirs.clone());
+        let of_module = || {
+            let (module, kind) = name.rsplit_once('.')?;
+            let theirs = known(&format!("{module}.weight"))?;
+            Some(format!("{}.{kind}", theirs.strip_suffix(".weight")?))
+        };
+        known(name).or_else(of_module).unwrap_or_else(|| name.to_owned())
+    }
+
     /// Names in the files of what is not asked for.
     pub fn left_out(&self) -> impl Iterator<Item = &String> {
         self.left_out.iter()

@@ -31,16 +31,20 @@ pub struct TensorWriter<'a> {
     path: &'a Path,
     /// tensor name -> where its next byte goes, and where it ends
     places: HashMap<String, (u64, u64)>,
+    /// What the file calls a tensor.
+    renamed: &'a dyn Fn(&str) -> String,
 }
 
 impl<'a> TensorWriter<'a> {
-    /// `path`: for messages
+    /// `path`: for messages; `renamed`: what the file calls a tensor
     pub fn new(
         file: &'a File,
         path: &'a Path,
         mut entries: Vec<Entry>,
         metadata: Option<HashMap<String, String>>,
+        renamed: &'a dyn Fn(&str) -> String,
     ) -> Result<Self> {
+        entries.iter_mut().for_each(|entry| entry.name = renamed(&entry.name));
         let names: HashSet<&str> = entries.iter().map(|entry| entry.name.as_str()).collect();
         if names.len() < entries.len() || names.contains("__metadata__") {
             let message = "expected different names, none of them `__metadata__`";
@@ -60,7 +64,8 @@ impl<'a> TensorWriter<'a> {
             let (first, end) = info.data_offsets;
             (name, (start + first as u64, start + end as u64))
         };
-        let writer = Self { file, path, places: infos.into_iter().map(place).collect() };
+        let places = infos.into_iter().map(place).collect();
+        let writer = Self { file, path, places, renamed };
         file.write_all_at(&header, 0).map_err(|error| write_error(path, &error))?;
         Ok(writer)
     }
@@ -68,7 +73,8 @@ impl<'a> TensorWriter<'a> {
     /// Appends to what was written of a tensor.
     pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
         let end = bytes.len() as u64;
-        let place = self.places.get_mut(name).filter(|(next, last)| end <= last - *next);
+        let place =
+            self.places.get_mut(&(self.renamed)(name)).filter(|(next, last)| end <= last - *next);
         let Some((next, _)) = place else {
             return Err(Error::Checkpoint(format!("`{name}` has more bytes than its shape says")));
         };
@@ -150,7 +156,7 @@ pub fn write(
     }
     let file = NewFile::create(path)?;
     let entries = tensors.iter().map(|tensor| tensor.entry.clone()).collect();
-    let mut writer = TensorWriter::new(file.file(), path, entries, metadata)?;
+    let mut writer = TensorWriter::new(file.file(), path, entries, metadata, &str::to_owned)?;
     for NewTensor { entry, bytes } in &tensors {
         writer.write(&entry.name, bytes)?;
     }
@@ -169,7 +175,7 @@ mod tests {
 
     fn writer(entries: Vec<Entry>) -> Result<()> {
         let file = tempfile::tempfile().unwrap();
-        TensorWriter::new(&file, Path::new("file"), entries, None).map(drop)
+        TensorWriter::new(&file, Path::new("file"), entries, None, &str::to_owned).map(drop)
     }
 
     #[test]
@@ -189,7 +195,8 @@ mod tests {
     fn a_tensor_has_the_bytes_that_its_shape_says() {
         let file = tempfile::tempfile().unwrap();
         let entries = vec![entry("a", Dtype::U8, &[4])];
-        let mut writer = TensorWriter::new(&file, Path::new("file"), entries, None).unwrap();
+        let mut writer =
+            TensorWriter::new(&file, Path::new("file"), entries, None, &str::to_owned).unwrap();
         assert!(writer.write("b", &[1]).is_err());
         writer.write("a", &[1, 2]).unwrap();
         assert!(writer.write("a", &[3, 4, 5]).is_err());
@@ -206,7 +213,7 @@ mod tests {
             let path = folder.path().join("file");
             let file = File::create(&path).unwrap();
             let entries = tensors.iter().map(|(name, bytes)| entry(name, Dtype::U8, &[bytes.len()]));
-            let mut writer = TensorWriter::new(&file, &path, entries.collect(), None).unwrap();
+            let mut writer = TensorWriter::new(&file, &path, entries.collect(), None, &str::to_owned).unwrap();
             for (name, bytes) in &tensors {
                 bytes.chunks(piece).for_each(|bytes| writer.write(name, bytes).unwrap());
             }

@@ -47,7 +47,7 @@ pub fn for_loading(
     let folder = tempfile::tempdir().map_err(failed)?;
     let path = folder.path().join("model.safetensors");
     let file = File::create_new(&path).map_err(failed)?;
-    write(&steps, &tensors, &file, &path).map_err(|error| match error {
+    write(&steps, &tensors, &file, &path, &str::to_owned).map_err(|error| match error {
         Error::DiskFull(problem) => Error::DiskFull(format!(
             "{problem}: the converted model needs room in `{}` while it is loaded (the environment \
              variable TMPDIR names another folder); `save_model` keeps it",
@@ -223,11 +223,17 @@ fn quantize_rows(
     mapped.file.check()
 }
 
-/// `path`: for messages
-fn write(steps: &[Step], tensors: &TensorFiles, file: &File, path: &Path) -> Result<()> {
+/// `path`: for messages; `renamed`: what the file calls a tensor
+fn write(
+    steps: &[Step],
+    tensors: &TensorFiles,
+    file: &File,
+    path: &Path,
+    renamed: &dyn Fn(&str) -> String,
+) -> Result<()> {
     let entries = steps.iter().flat_map(Step::entries).collect();
     let metadata = HashMap::from([("format".to_owned(), "mlx".to_owned())]);
-    let mut writer = TensorWriter::new(file, path, entries, Some(metadata))?;
+    let mut writer = TensorWriter::new(file, path, entries, Some(metadata), renamed)?;
     for step in steps {
         abandon::check()?;
         step.write(tensors, &mut writer)?;

@@ -33,7 +33,9 @@ pub fn save(
     match steps(config, tensors, layout)?.or_else(|| without_left_out(config, tensors)) {
         Some(steps) => {
             let file = target.create(SINGLE)?;
-            write(&steps, tensors, file.file(), &to.join(SINGLE))?;
+            // As the model's other files know them, whatever we call them.
+            let renamed = |name: &str| tensors.name_in_files(name);
+            write(&steps, tensors, file.file(), &to.join(SINGLE), &renamed)?;
             file.finish()?;
         }
         None => copy_tensors(from, tensors, &target)?,

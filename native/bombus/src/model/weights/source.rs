@@ -55,7 +55,7 @@ fn left_out(tensors: &TensorFiles) -> Option<String> {
     let shown = parts.into_iter().take(4).map(|name| format!("`{name}`")).collect::<Vec<_>>();
     (count > 0).then(|| {
         let shown = shown.join(", ");
-        format!("`{place}`: {count} tensors are not of the language model, and are left: {shown}")
+        format!("`{place}`: what is not of the language model is left, {count} tensors: {shown}")
     })
 }
 
