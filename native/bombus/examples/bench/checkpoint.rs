@@ -1,26 +1,35 @@
 //! Checkpoints of random weights: the time that a step takes does not depend on them.
 
 use crate::Options;
+use crate::family::Family;
 use anyhow::{Result, bail};
 use bombus::config::Config;
-use bombus::spec::Module;
+use bombus::spec::{HeadWeight, Module};
 use safetensors::{Dtype, View};
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 const GROUP_SIZE: usize = 64;
+const HEAD_DIM: usize = 128;
 
-/// The folder of a checkpoint, made if it is not there.
-pub fn make(options: &Options) -> Result<PathBuf> {
+/// The folder of a checkpoint, made if it is not there. `beside`: the family that it stands beside,
+/// whose shape it has
+pub fn make(options: &Options, family: &Family, beside: &Family) -> Result<PathBuf> {
     let Options { model, bits, dtype, .. } = options;
-    let folder = options.dir.join(format!("qwen3-{model}-{bits}bit-{dtype}"));
+    let shape = if beside.derives_head_dim { "-narrow" } else { "" };
+    let folder = options.dir.join(format!("{}-{model}{shape}-{bits}bit-{dtype}", family.name));
     let weights = folder.join("model.safetensors");
     if weights.exists() {
         return Ok(folder);
     }
     std::fs::create_dir_all(&folder)?;
-    std::fs::write(folder.join("config.json"), config(options)?.to_string())?;
-    let config = Config::open(&folder)?;
+    let mut config = config(options, beside)?;
+    family.adapt(&mut config);
+    std::fs::write(folder.join("config.json"), config.to_string())?;
+    let mut config = Config::open(&folder)?;
+    if config.spec.head.weight == HeadWeight::IfThere {
+        config.spec.head.weight = HeadWeight::Tied;
+    }
     eprintln!("making {}", weights.display());
     let part = folder.join("model.safetensors.part");
     safetensors::serialize_to_file(tensors(&config, *bits, dtype)?, None, &part)?;
@@ -62,17 +71,22 @@ pub fn bytes(folder: &Path) -> Result<u64> {
     Ok(std::fs::metadata(folder.join("model.safetensors"))?.len())
 }
 
-/// What Qwen publishes for these sizes; no token ends a text.
-fn config(options: &Options) -> Result<serde_json::Value> {
+/// What Qwen publishes for these sizes; no token ends a text. Beside a family whose heads are as wide
+/// as `hidden_size` makes them, there are fewer heads of the same width.
+fn config(options: &Options, beside: &Family) -> Result<serde_json::Value> {
     let (hidden, layers, heads, kv_heads, inner, vocab, tied) = match options.model.as_str() {
         "0.6b" => (1024, 28, 16, 8, 3072, 151_936, true),
         "8b" => (4096, 36, 32, 8, 12_288, 151_936, false),
         "tiny" => (256, 4, 4, 2, 768, 2048, true),
         other => bail!("--model {other} is unknown"),
     };
+    let (heads, kv_heads) = match beside.derives_head_dim {
+        true => (hidden / HEAD_DIM, (hidden / HEAD_DIM * kv_heads / heads).max(1)),
+        false => (heads, kv_heads),
+    };
     Ok(serde_json::json!({
         "model_type": "qwen3", "hidden_size": hidden, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 128,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": HEAD_DIM,
         "intermediate_size": inner, "vocab_size": vocab, "tie_word_embeddings": tied,
         "rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0, "max_position_embeddings": 40_960,
         "eos_token_id": [],

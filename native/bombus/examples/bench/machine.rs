@@ -1,6 +1,34 @@
 //! What the machine can do at this moment.
 
-use std::time::Instant;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+/// What time is measured by.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Clock {
+    Wall,
+    /// The time of all threads of this process: what others do counts for less.
+    Processor,
+}
+
+impl Clock {
+    /// Since some moment that is always the same.
+    pub fn now(self) -> Duration {
+        static START: OnceLock<Instant> = OnceLock::new();
+        match self {
+            Clock::Wall => START.get_or_init(Instant::now).elapsed(),
+            Clock::Processor => processor_time(),
+        }
+    }
+}
+
+#[allow(unsafe_code)]
+fn processor_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the time goes to a local, which lives longer than the call.
+    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
 
 /// Bytes a second that all threads read together, from memory that no cache holds.
 pub fn bandwidth(threads: usize) -> f64 {

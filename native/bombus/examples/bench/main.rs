@@ -3,6 +3,7 @@
 //!     cargo run --release -p bombus --example bench -- --prompt 64,512 --batch 1,2,4,8
 
 mod checkpoint;
+mod family;
 mod machine;
 mod measure;
 mod peers;
@@ -15,13 +16,16 @@ use bombus::backend::Device;
 use bombus::backend::cpu::{self, Level};
 #[cfg(feature = "mlx")]
 use bombus::model::adapter::Adapter;
+use family::{Family, QWEN3};
 use lexopt::{Parser, ValueExt};
+use machine::Clock;
 use measure::Sizes;
 use std::path::{Path, PathBuf};
 
 const USAGE: &str = "\
 usage: bench [options]
   --model NAME       0.6b (default), 8b or tiny: Qwen3's shapes, 4 bits, groups of 64, random weights
+  --family NAME      another family in the same shape, and Qwen3 in turn with it: the ratios of the two
   --bits N           4 (default), 2, 3, 5, 6 or 8
   --dtype NAME       of scales and norms: bf16 (default), f16 or f32
   --device NAME      cpu (default), mlx-cpu or gpu (with the feature mlx)
@@ -32,6 +36,7 @@ usage: bench [options]
   --batch N,...      so many sequences at once (1,2,4,8)
   --adapters N       of rank 8 on all layers: one stream with one, 16 sequences (on a GPU 32) with one,
                      and with N mixed (0)
+  --clock NAME       wall (default) or processor: the time of all threads, where others use the machine too
   --tokens N         generated for each figure (64)
   --prefill-chunk N  prompt tokens in a step (64 on cpu, 512 with MLX)
   --repeat N         rounds; every figure is their median (3)
@@ -45,10 +50,12 @@ usage: bench [options]
 
 pub struct Options {
     pub model: String,
+    pub family: &'static Family,
     pub bits: usize,
     pub dtype: String,
     pub device: String,
     pub cpu: cpu::Options,
+    pub clock: Clock,
     pub sizes: Sizes,
     pub repeat: usize,
     pub dir: PathBuf,
@@ -65,10 +72,12 @@ impl Options {
     fn parse() -> Result<Self> {
         let mut options = Self {
             model: "0.6b".into(),
+            family: Family::find(QWEN3)?,
             bits: 4,
             dtype: "bf16".into(),
             device: "cpu".into(),
             cpu: cpu::Options::default(),
+            clock: Clock::Wall,
             sizes: Sizes {
                 prompt: vec![64, 512],
                 depth: vec![0, 512],
@@ -107,11 +116,13 @@ impl Options {
             };
             match name.as_str() {
                 "model" => options.model = value.string()?,
+                "family" => options.family = Family::find(&value.string()?)?,
                 "bits" => options.bits = value.parse()?,
                 "dtype" => options.dtype = value.string()?,
                 "device" => options.device = value.string()?,
                 "threads" => options.cpu.threads = value.parse()?,
                 "simd" => options.cpu.level = level(&value.string()?)?,
+                "clock" => options.clock = clock(&value.string()?)?,
                 "prompt" => options.sizes.prompt = numbers()?,
                 "depth" => options.sizes.depth = numbers()?,
                 "batch" => options.sizes.batch = numbers()?,
@@ -142,6 +153,14 @@ impl Options {
     }
 }
 
+fn clock(name: &str) -> Result<Clock> {
+    Ok(match name {
+        "wall" => Clock::Wall,
+        "processor" => Clock::Processor,
+        other => bail!("--clock {other} is unknown"),
+    })
+}
+
 fn level(name: &str) -> Result<Level> {
     Ok(match name {
         "portable" => Level::Portable,
@@ -157,10 +176,7 @@ fn profile(options: &Options, folder: &Path, device: Device) -> Result<()> {
     let adapters = checkpoint::adapters(folder, options.adapters.min(1))?;
     let adapter = adapters.first().map(|path| Adapter::open(path, None)).transpose()?;
     let tables = profile::profile(options, folder, adapter.as_ref(), device)?;
-    if let Some(path) = &options.json {
-        std::fs::write(path, serde_json::to_string_pretty(&tables)?)?;
-    }
-    Ok(())
+    write(options, &serde_json::to_value(&tables)?)
 }
 
 #[cfg(not(feature = "mlx"))]
@@ -168,10 +184,37 @@ fn profile(_: &Options, _: &Path, _: Device) -> Result<()> {
     bail!("--profile needs the feature mlx")
 }
 
+/// Qwen3 and the family in the same shape, in turn.
+fn beside(options: &Options, device: Device) -> Result<()> {
+    let family = options.family;
+    let sides = [Family::find(QWEN3)?, family];
+    let folders = sides.map(|side| checkpoint::make(options, side, family));
+    let [qwen3, other] = folders;
+    let folders = [qwen3?, other?];
+    let mut report = report::Report::new(options, checkpoint::bytes(&folders[1])?);
+    report.bandwidth(machine::bandwidth(options.cpu.threads));
+    for (side, figures) in sides.iter().zip(measure::in_turn(&folders, device, options)?) {
+        report.add(side.name, figures);
+    }
+    report.print();
+    report.print_ratios();
+    write(options, &report.json())
+}
+
+fn write(options: &Options, json: &serde_json::Value) -> Result<()> {
+    if let Some(path) = &options.json {
+        std::fs::write(path, serde_json::to_string_pretty(json)?)?;
+    }
+    Ok(())
+}
+
 fn main() -> Result<()> {
     let options = Options::parse()?;
     let device = options.device()?;
-    let folder = checkpoint::make(&options)?;
+    if options.family.name != QWEN3 && !options.profile {
+        return beside(&options, device);
+    }
+    let folder = checkpoint::make(&options, options.family, options.family)?;
     if options.profile {
         return profile(&options, &folder, device);
     }
@@ -192,8 +235,5 @@ fn main() -> Result<()> {
         }
     }
     report.print();
-    if let Some(path) = &options.json {
-        std::fs::write(path, serde_json::to_string_pretty(&report.json())?)?;
-    }
-    Ok(())
+    write(&options, &report.json())
 }

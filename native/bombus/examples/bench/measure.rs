@@ -1,6 +1,7 @@
 //! The engine's own figures, through its own queue: tokens a second.
 
-use crate::{Options, machine};
+use crate::Options;
+use crate::machine::{self, Clock};
 use anyhow::{Context, Result, bail};
 use bombus::backend::Device;
 use bombus::engine::scheduler::Limits;
@@ -11,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver, channel};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What is asked for.
 pub struct Sizes {
@@ -46,125 +47,180 @@ pub fn run(
     device: Device,
     options: &Options,
 ) -> Result<(Figures, Load)> {
-    let sizes = &options.sizes;
     let before = machine::resident();
     let start = Instant::now();
-    // The same prompts come again and again.
-    let mut limits = Limits { max_batch_size: 256, prefix_cache: 0, ..Limits::default() };
-    limits.prefill_chunk = options.prefill_chunk.unwrap_or_else(|| device.prefill_chunk());
-    let engine = Engine::load(folder, device, limits)?;
+    let model = Model::load(folder, device, options)?;
     let seconds = start.elapsed().as_secs_f64();
-    // The first pass touches every page of the file.
-    decode(&engine, 8, &[None], sizes.tokens.min(8))?;
+    model.touch()?;
     let mut figures = vec![];
     let mut kv = 0;
-    for &prompt in &sizes.prompt {
-        note(&mut figures, format!("prefill {prompt}"), prefill(&engine, prompt)?);
-    }
-    for &depth in &sizes.depth {
-        let (rate, bytes) = decode(&engine, depth.max(8), &[None], sizes.tokens)?;
-        note(&mut figures, format!("decode at {depth}"), rate);
-        kv = kv.max(bytes);
-    }
-    for &batch in &sizes.batch {
-        let (rate, bytes) = decode(&engine, 8, &vec![None; batch], sizes.tokens)?;
-        note(&mut figures, format!("{batch} sequences"), rate);
+    for figure in options.sizes.figures() {
+        let (rate, bytes) = model.measure(figure)?;
+        note(&mut figures, figure.name(), rate);
         kv = kv.max(bytes);
     }
     if !adapters.is_empty() {
         let sequences = if options.device == "gpu" { 32 } else { 16 };
-        adapted(&mut figures, &engine, adapters, sequences, sizes.tokens)?;
+        model.adapted(&mut figures, adapters, sequences)?;
     }
     let resident = machine::resident().zip(before).map(|(after, before)| after - before);
     Ok((figures, Load { seconds, resident, kv }))
 }
 
-/// What adapters cost, with the same without them measured right before.
-fn adapted(
-    figures: &mut Figures,
-    engine: &Engine,
-    folders: &[PathBuf],
-    sequences: usize,
-    tokens: usize,
-) -> Result<()> {
-    let load = |path: &PathBuf| Ok(Arc::new(Adapter::open(path, None)?));
-    let adapters = folders.iter().map(load).collect::<Result<Vec<_>>>()?;
-    let one = || Some(adapters[0].clone());
-    let mixed = |place: usize| Some(adapters[place % adapters.len()].clone());
-    // The first use binds them.
-    decode(engine, 8, &(0..adapters.len()).map(mixed).collect::<Vec<_>>(), 8)?;
-    let mixed: Vec<_> = (0..sequences).map(mixed).collect();
-    let batches = [
-        ("1 sequence, no adapter".into(), vec![None]),
-        ("1 sequence, adapter".into(), vec![one()]),
-        (format!("{sequences} sequences, no adapter"), vec![None; sequences]),
-        (format!("{sequences} sequences, 1 adapter"), vec![one(); sequences]),
-        (format!("{sequences} sequences, {} adapters", adapters.len()), mixed),
-    ];
-    for (name, batch) in batches {
-        note(figures, name, decode(engine, 8, &batch, tokens)?.0);
-    }
-    Ok(())
-}
-
-/// From the request to the first token, whose logits alone are computed.
-fn prefill(engine: &Engine, prompt: usize) -> Result<f64> {
-    let start = Instant::now();
-    let (_generation, events) = generate(engine, prompt, 1, 0, None)?;
-    token(&events)?;
-    Ok(prompt as f64 / start.elapsed().as_secs_f64())
-}
-
-/// Tokens a second of all sequences together, from the moment when each has its first; and the
-/// bytes of their caches.
-fn decode(
-    engine: &Engine,
-    depth: usize,
-    batch: &[Option<Arc<Adapter>>],
-    tokens: usize,
-) -> Result<(f64, u64)> {
-    let running: Vec<_> = batch
-        .iter()
-        .enumerate()
-        .map(|(seed, adapter)| generate(engine, depth, tokens + 1, seed, adapter.clone()))
-        .collect::<Result<_>>()?;
-    let first: Vec<Instant> =
-        running.iter().map(|(_, events)| token(events)).collect::<Result<_>>()?;
-    let start = first.into_iter().max().context("no sequences")?;
-    let mut end = start;
-    // Tokens that came before the last sequence had its first do not count.
-    let mut counted = 0;
-    let mut kv = 0;
-    for (_, events) in &running {
-        for _ in 0..tokens {
-            let at = token(events)?;
-            counted += usize::from(at > start);
-            end = end.max(at);
+/// Each figure of all models in turn, so that what others do meanwhile is in each of them.
+pub fn in_turn(folders: &[PathBuf], device: Device, options: &Options) -> Result<Vec<Figures>> {
+    let load = |folder: &PathBuf| Model::load(folder, device, options);
+    let models = folders.iter().map(load).collect::<Result<Vec<_>>>()?;
+    models.iter().try_for_each(Model::touch)?;
+    let mut figures = vec![vec![]; models.len()];
+    for _ in 0..options.repeat {
+        for figure in options.sizes.figures() {
+            for (model, figures) in models.iter().zip(&mut figures) {
+                note(figures, figure.name(), model.measure(figure)?.0);
+            }
         }
-        kv = kv.max(metrics::KV_BYTES.load(Relaxed) as u64);
     }
-    Ok((counted as f64 / (end - start).as_secs_f64(), kv))
+    Ok(figures)
 }
 
-type Running = (Generation, Receiver<(Event, Instant)>);
+#[derive(Clone, Copy)]
+enum Figure {
+    Prefill(usize),
+    Decode(usize),
+    Sequences(usize),
+}
 
-fn generate(
-    engine: &Engine,
-    prompt: usize,
+impl Sizes {
+    fn figures(&self) -> impl Iterator<Item = Figure> {
+        let prefill = self.prompt.iter().map(|prompt| Figure::Prefill(*prompt));
+        let decode = self.depth.iter().map(|depth| Figure::Decode(*depth));
+        prefill.chain(decode).chain(self.batch.iter().map(|batch| Figure::Sequences(*batch)))
+    }
+}
+
+impl Figure {
+    fn name(self) -> String {
+        match self {
+            Figure::Prefill(prompt) => format!("prefill {prompt}"),
+            Figure::Decode(depth) => format!("decode at {depth}"),
+            Figure::Sequences(batch) => format!("{batch} sequences"),
+        }
+    }
+}
+
+/// A model that is measured.
+struct Model {
+    engine: Engine,
+    clock: Clock,
+    /// generated for each figure
     tokens: usize,
-    seed: usize,
-    adapter: Option<Arc<Adapter>>,
-) -> Result<Running> {
-    let (sender, events) = channel();
-    let sink = Sink::new(move |event| sender.send((event, Instant::now())).is_ok());
-    let ids = (0..prompt).map(|place| ((place * 7919 + seed * 104_729 + 11) % 2000) as u32);
-    let mut request = Request::new(Prompt::Ids(ids.collect()), tokens);
-    request.adapter = adapter;
-    Ok((engine.generate(request, sink)?, events))
 }
+
+impl Model {
+    fn load(folder: &Path, device: Device, options: &Options) -> Result<Self> {
+        // The same prompts come again and again.
+        let mut limits = Limits { max_batch_size: 256, prefix_cache: 0, ..Limits::default() };
+        limits.prefill_chunk = options.prefill_chunk.unwrap_or_else(|| device.prefill_chunk());
+        let engine = Engine::load(folder, device, limits)?;
+        Ok(Self { engine, clock: options.clock, tokens: options.sizes.tokens })
+    }
+
+    /// The first pass touches every page of the file.
+    fn touch(&self) -> Result<()> {
+        self.decode(8, &[None], self.tokens.min(8)).map(drop)
+    }
+
+    /// Tokens a second, and the bytes of the caches.
+    fn measure(&self, figure: Figure) -> Result<(f64, u64)> {
+        match figure {
+            Figure::Prefill(prompt) => Ok((self.prefill(prompt)?, 0)),
+            Figure::Decode(depth) => self.decode(depth.max(8), &[None], self.tokens),
+            Figure::Sequences(batch) => self.decode(8, &vec![None; batch], self.tokens),
+        }
+    }
+
+    /// What adapters cost, with the same without them measured right before.
+    fn adapted(&self, figures: &mut Figures, folders: &[PathBuf], sequences: usize) -> Result<()> {
+        let load = |path: &PathBuf| Ok(Arc::new(Adapter::open(path, None)?));
+        let adapters = folders.iter().map(load).collect::<Result<Vec<_>>>()?;
+        let one = || Some(adapters[0].clone());
+        let mixed = |place: usize| Some(adapters[place % adapters.len()].clone());
+        // The first use binds them.
+        self.decode(8, &(0..adapters.len()).map(mixed).collect::<Vec<_>>(), 8)?;
+        let mixed: Vec<_> = (0..sequences).map(mixed).collect();
+        let batches = [
+            ("1 sequence, no adapter".into(), vec![None]),
+            ("1 sequence, adapter".into(), vec![one()]),
+            (format!("{sequences} sequences, no adapter"), vec![None; sequences]),
+            (format!("{sequences} sequences, 1 adapter"), vec![one(); sequences]),
+            (format!("{sequences} sequences, {} adapters", adapters.len()), mixed),
+        ];
+        for (name, batch) in batches {
+            note(figures, name, self.decode(8, &batch, self.tokens)?.0);
+        }
+        Ok(())
+    }
+
+    /// From the request to the first token, whose logits alone are computed.
+    fn prefill(&self, prompt: usize) -> Result<f64> {
+        let start = self.clock.now();
+        let (_generation, events) = self.generate(prompt, 1, 0, None)?;
+        let end = token(&events)?;
+        Ok(prompt as f64 / (end - start).as_secs_f64())
+    }
+
+    /// Tokens a second of all sequences together, from the moment when each has its first; and the
+    /// bytes of their caches.
+    fn decode(
+        &self,
+        depth: usize,
+        batch: &[Option<Arc<Adapter>>],
+        tokens: usize,
+    ) -> Result<(f64, u64)> {
+        let running: Vec<_> = batch
+            .iter()
+            .enumerate()
+            .map(|(seed, adapter)| self.generate(depth, tokens + 1, seed, adapter.clone()))
+            .collect::<Result<_>>()?;
+        let first: Vec<Duration> =
+            running.iter().map(|(_, events)| token(events)).collect::<Result<_>>()?;
+        let start = first.into_iter().max().context("no sequences")?;
+        let mut end = start;
+        // Tokens that came before the last sequence had its first do not count.
+        let mut counted = 0;
+        let mut kv = 0;
+        for (_, events) in &running {
+            for _ in 0..tokens {
+                let at = token(events)?;
+                counted += usize::from(at > start);
+                end = end.max(at);
+            }
+            kv = kv.max(metrics::KV_BYTES.load(Relaxed) as u64);
+        }
+        Ok((counted as f64 / (end - start).as_secs_f64(), kv))
+    }
+
+    fn generate(
+        &self,
+        prompt: usize,
+        tokens: usize,
+        seed: usize,
+        adapter: Option<Arc<Adapter>>,
+    ) -> Result<Running> {
+        let (sender, events) = channel();
+        let clock = self.clock;
+        let sink = Sink::new(move |event| sender.send((event, clock.now())).is_ok());
+        let ids = (0..prompt).map(|place| ((place * 7919 + seed * 104_729 + 11) % 2000) as u32);
+        let mut request = Request::new(Prompt::Ids(ids.collect()), tokens);
+        request.adapter = adapter;
+        Ok((self.engine.generate(request, sink)?, events))
+    }
+}
+
+type Running = (Generation, Receiver<(Event, Duration)>);
 
 /// When the next token came.
-fn token(events: &Receiver<(Event, Instant)>) -> Result<Instant> {
+fn token(events: &Receiver<(Event, Duration)>) -> Result<Duration> {
     match events.recv()? {
         (Event::Chunk { .. }, at) => Ok(at),
         (other, _) => bail!("the sequence ended early: {other:?}"),

@@ -18,9 +18,10 @@ impl Report {
     pub fn new(options: &Options, checkpoint: u64) -> Self {
         let about = json!({
             "machine": machine::name(),
-            "model": options.model, "bits": options.bits, "dtype": options.dtype,
+            "model": options.model, "family": options.family.name, "bits": options.bits, "dtype": options.dtype,
             "device": options.device, "threads": options.cpu.threads,
             "simd": format!("{:?}", options.cpu.level), "tokens": options.sizes.tokens,
+            "clock": format!("{:?}", options.clock),
         });
         Self { about, checkpoint, figures: vec![], bandwidth: vec![], loads: vec![] }
     }
@@ -92,6 +93,20 @@ impl Report {
                 }
             }
             println!();
+        }
+    }
+
+    /// The time of the second for that of the first, round by round: the median, and all of them.
+    pub fn print_ratios(&self) {
+        let Some((first, ..)) = self.figures.first() else { return };
+        println!();
+        for (who, what, rounds) in self.figures.iter().filter(|(who, ..)| who != first) {
+            let beside = self.figures.iter().find(|(w, name, _)| w == first && name == what);
+            let Some((_, _, beside)) = beside else { continue };
+            let ratios: Vec<f64> = beside.iter().zip(rounds).map(|(a, b)| a / b).collect();
+            let all: Vec<String> = ratios.iter().map(|ratio| format!("{ratio:.2}")).collect();
+            let median = median(&ratios);
+            println!("{what:18} {who} / {first}: time {median:.3} ({})", all.join(" "));
         }
     }
 }
