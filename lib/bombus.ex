@@ -105,8 +105,7 @@ defmodule Bombus do
   @doc """
   Loads a model: a folder with `config.json` and safetensors, dense or in MLX's format.
 
-  The families are `qwen3`, `qwen2`, `llama` and `mistral`, with rope as it is or scaled (`linear`,
-  `dynamic`, `llama3`, `yarn`).
+  `families/0` lists the families that it may be of, and the README what of each works.
 
   A checkpoint of AWQ or GPTQ in 4 bits is converted into MLX's format while it is loaded, with the same
   numbers. (It may have groups of 32, 64 or 128 consecutive inputs, and no `desc_act`.) The result goes
@@ -115,7 +114,7 @@ defmodule Bombus do
   taken, also where an index from before says otherwise.
 
   What would change the arithmetic and is not computed here is `:unsupported`, and the message names it:
-  a `hidden_act` other than `silu`, `attention_bias` in a Qwen3, a sliding window within the context.
+  a `hidden_act` that is not the family's, `attention_bias` in a Qwen3, a sliding window in a Qwen.
   Fields of `generation_config.json` that would change a text and are not followed (`suppress_tokens`,
   `bad_words_ids`, ...) are logged, and so are `eos` ids outside the vocabulary.
 
@@ -153,6 +152,17 @@ defmodule Bombus do
   @doc "As `load_model/2`, but returns the model or raises."
   @spec load_model!(source(), [Model.option()]) :: Model.t()
   def load_model!(source, options \\ []), do: Error.unwrap!(load_model(source, options))
+
+  @doc """
+  The families of models that are loaded, by the `model_type` of their `config.json`, in alphabetical
+  order.
+
+  ## Examples
+
+      "qwen3" in Bombus.families()
+  """
+  @spec families() :: [String.t()]
+  def families, do: Native.families()
 
   @doc """
   Writes the checkpoint of a model to a folder, in MLX's format, which mlx-lm reads too. A model that was

@@ -4,7 +4,7 @@ defmodule Bombus.Model do
 
     * `:name` - what its source is called: an id, or a folder
     * `:spec` - what it is: a map of
-        * `:family` - the `model_type` of `config.json`: `"qwen3"`, `"qwen2"`, `"llama"`, `"mistral"`
+        * `:family` - the `model_type` of `config.json`: one of `Bombus.families/0`
         * `:layers`, `:hidden_size`, `:vocab_size` - its sizes
         * `:context` - how many tokens a sequence may have, prompt and all
         * `:fallback` - `nil`, or why steps go layer by layer on an NVIDIA card, which is slower than

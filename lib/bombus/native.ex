@@ -20,6 +20,7 @@ defmodule Bombus.Native do
   end
 
   def load_model(_path, _options, _reference), do: nif()
+  def families, do: nif()
   def save_model(_model, _path, _overwrite, _reference), do: nif()
   def load_adapter(_path, _scale, _reference), do: nif()
   def load_tokenizer(_path, _reference), do: nif()

@@ -202,6 +202,12 @@ fn save_model<'a>(
     })
 }
 
+/// Every `model_type` that is loaded.
+#[rustler::nif]
+fn families() -> Vec<&'static str> {
+    bombus::arch::families()
+}
+
 /// How many requests run together, and how many more wait.
 #[rustler::nif]
 fn requests(model: ResourceArc<ModelHandle>) -> (usize, usize) {
