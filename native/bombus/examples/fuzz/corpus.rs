@@ -21,6 +21,25 @@ pub struct Corpus {
     pub templates: Vec<String>,
 }
 
+/// A case of each family beside Qwen3.
+const FAMILIES: [&str; 15] = [
+    "f32-llama3",
+    "f32-mistral-windows",
+    "f32-phi3",
+    "f32-smollm3",
+    "f32-granite",
+    "f32-ernie",
+    "f32-hunyuan",
+    "f32-ministral3",
+    "f32-glm4",
+    "f32-olmo2",
+    "f32-olmo3",
+    "f32-gemma2",
+    "f32-gemma3",
+    "f32-exaone4",
+    "f32-cohere2",
+];
+
 pub fn repository() -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }
@@ -46,8 +65,9 @@ impl Corpus {
         let peft = |name| adapter("f32-dense", name, "adapter_model.safetensors");
         let cases = ["f32-tied", "f32-untied", "f32-overrides", "f32-rope-parameters"];
         let mut configs = cases
-            .map(|case| json_of(&parity(case).join("config.json")))
             .into_iter()
+            .chain(FAMILIES)
+            .map(|case| json_of(&parity(case).join("config.json")))
             .collect::<Result<Vec<_>>>()?;
         configs.push(quantized_by_others(configs[0].clone()));
         let tokenizer_config = json_of(&demo.join("tokenizer_config.json"))?;

@@ -22,6 +22,9 @@ pub fn spec(fields: &Fields) -> Result<ModelSpec> {
     let mut spec = Uniform { mlp_bias, ..uniform }.spec(fields)?;
     spec.embedding_scale = factor(fields, "embedding_multiplier", None)?;
     spec.head.scale = 1.0 / factor(fields, "logits_scaling", None)?;
+    if !spec.head.scale.is_finite() {
+        return Err(fields.error("logits_scaling", "it is too small"));
+    }
     let residual_scale = factor(fields, "residual_multiplier", None)?;
     spec.layers.iter_mut().for_each(|layer| layer.residual_scale = residual_scale);
     Ok(spec)

@@ -33,6 +33,9 @@ fn rope(fields: &Fields, dim: usize) -> Result<Rope> {
         Some(rope) => positive(&rope, "alpha", Some(1.0))?,
         None => 1.0,
     };
-    let theta = theta * alpha.powf(dim as f64 / (dim as f64 - 2.0));
-    Ok(Rope::new(dim, theta as f32, Scaling::None))
+    let theta = (theta * alpha.powf(dim as f64 / (dim as f64 - 2.0))) as f32;
+    match theta.is_finite() && theta > 0.0 {
+        true => Ok(Rope::new(dim, theta, Scaling::None)),
+        false => Err(fields.error("rope_scaling", "`alpha` and head_dim make no finite theta")),
+    }
 }

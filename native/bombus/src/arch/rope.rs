@@ -123,7 +123,10 @@ fn long(rope: &Fields, fields: &Fields) -> Result<Scaling> {
     let amplitude =
         if longer <= 1.0 { 1.0 } else { (1.0 + longer.ln() / (original as f64).ln()).sqrt() };
     let amplitude = attention_factor(rope)?.unwrap_or(amplitude);
-    Ok(Scaling::Long { factors, amplitude })
+    match amplitude.is_finite() {
+        true => Ok(Scaling::Long { factors, amplitude }),
+        false => Err(own.error(ORIGINAL, "expected more than 1")),
+    }
 }
 
 /// As in transformers; mlx-lm does not read it.
