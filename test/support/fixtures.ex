@@ -141,6 +141,63 @@ defmodule Bombus.Fixtures do
     target
   end
 
+  @doc "A tokenizer with a token for each byte, of which the last two are special."
+  def write_byte_tokenizer(folder) do
+    tokens = Enum.map(0..253, &byte_token/1)
+    special = [{254, "<pad>"}, {255, "<eos>"}]
+
+    vocab =
+      tokens
+      |> Enum.with_index()
+      |> Map.new()
+      |> Map.merge(Map.new(special, fn {id, token} -> {token, id} end))
+
+    added =
+      for {id, token} <- special do
+        flags = Map.new(~w(lstrip normalized rstrip single_word), &{&1, false})
+        Map.merge(flags, %{"id" => id, "content" => token, "special" => true})
+      end
+
+    bytes = %{
+      "type" => "ByteLevel",
+      "add_prefix_space" => false,
+      "trim_offsets" => false,
+      "use_regex" => false
+    }
+
+    tokenizer = %{
+      "version" => "1.0",
+      "added_tokens" => added,
+      "pre_tokenizer" => bytes,
+      "decoder" => bytes,
+      "model" => %{"type" => "BPE", "vocab" => vocab, "merges" => []}
+    }
+
+    config = %{
+      "tokenizer_class" => "PreTrainedTokenizerFast",
+      "eos_token" => "<eos>",
+      "pad_token" => "<pad>",
+      "chat_template" =>
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}<eos>{% endfor %}"
+    }
+
+    File.write!(Path.join(folder, "tokenizer.json"), JSON.encode!(tokenizer))
+    File.write!(Path.join(folder, "tokenizer_config.json"), JSON.encode!(config))
+    folder
+  end
+
+  # GPT-2's alphabet: bytes that can be shown stand for themselves.
+  defp byte_token(byte) when byte in ?!..?~ or byte in 0xA1..0xAC or byte in 0xAE..0xFF,
+    do: <<byte::utf8>>
+
+  defp byte_token(byte) do
+    hidden = Enum.count(0..byte//1, &(byte_token_hidden?(&1) and &1 < byte))
+    <<256 + hidden::utf8>>
+  end
+
+  defp byte_token_hidden?(byte),
+    do: byte not in ?!..?~ and byte not in 0xA1..0xAC and byte not in 0xAE..0xFF
+
   def read_json(path), do: path |> File.read!() |> JSON.decode!()
 
   def edit_json(folder, name, fun) do

@@ -384,6 +384,23 @@ defmodule Bombus.Training.LoRATest do
       assert seconds > 0
     end
 
+    test "of a family beside Qwen3, whose layers are fused in its files", %{tmp_dir: dir} do
+      folder = Fixtures.copy(Fixtures.checkpoint("f32-phi3"), dir)
+      Fixtures.write_byte_tokenizer(folder)
+      data(dir, rows(2), split_ratio: 1)
+      path = Path.join(dir, "adapter")
+      assert train(dir, base_model: folder, iterations: 1, rank: 4) == {:ok, path}
+      assert [%{loss: loss}] = Enum.filter(events(), &(&1.type == :train))
+
+      assert {:ok, tensors} = Bombus.Safetensors.read(Path.join(path, "adapters.safetensors"))
+      assert Map.has_key?(tensors, "model.layers.1.self_attn.qkv_proj.lora_b")
+      model = Bombus.load_model!(folder)
+      ids = String.to_charlist("Post 1. Post 2.")
+      assert {:ok, without} = Bombus.score(model, ids)
+      assert {:ok, scored} = Bombus.score(model, ids, adapter: Bombus.load_adapter!(path))
+      assert Enum.all?(scored, &is_float/1) and scored != without and loss > 0
+    end
+
     test "of DoRA, with a loss that is no number", %{tmp_dir: dir} do
       data(dir, rows(2), split_ratio: 1)
       options = [iterations: 3, learning_rate: 1.0e38, fine_tune_type: :dora, num_layers: 1]
