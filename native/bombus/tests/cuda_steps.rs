@@ -29,6 +29,11 @@ fn biases_without_norms_of_heads_and_a_table_of_frequencies() {
 }
 
 #[test]
+fn factors_of_embeddings_residuals_scores_and_logits() {
+    steps_are_right("factors", "1 10");
+}
+
+#[test]
 fn several_tiles() {
     steps_are_right("small", "10 33");
 }

@@ -1,19 +1,24 @@
 //! Prints what Rust and the fused kernel both know, for a model of the emulator: `run.sh` compiles this.
 //!
-//! layout HIDDEN INNER HEADS KV_HEADS DIM LAYERS VOCAB QK_NORM QKV_BIAS SCALED
+//! layout HIDDEN INNER HEADS KV_HEADS DIM LAYERS VOCAB FLAGS...: a flag is the name of what a model has
+//! besides.
 
 #![allow(dead_code)]
 
 #[path = "../../src/backend/cuda/layout.rs"]
 mod layout;
 
+use layout::{Factors, Shape};
+
 fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let (numbers, flags) = arguments.split_at(7.min(arguments.len()));
     let numbers: Vec<usize> =
-        std::env::args().skip(1).map(|number| number.parse().expect("a number")).collect();
-    let [hidden, inner, heads, kv_heads, dim, layers, vocab, norm, bias, scaled] = numbers[..] else {
-        panic!("expected ten numbers, got: {numbers:?}");
+        numbers.iter().map(|number| number.parse().expect("a number")).collect();
+    let [hidden, inner, heads, kv_heads, dim, layers, vocab] = numbers[..] else {
+        panic!("expected seven numbers, got: {numbers:?}");
     };
-    let shape = layout::Shape {
+    let mut shape = Shape {
         hidden,
         inner,
         heads,
@@ -23,9 +28,24 @@ fn main() {
         vocab,
         eps: 1e-6,
         theta: 1e6,
-        qk_norm: norm == 1,
-        qkv_bias: bias == 1,
-        scaled: scaled == 1,
+        qk_norm: false,
+        qkv_bias: false,
+        scaled: false,
+        factors: Factors::NONE,
     };
+    flags.iter().for_each(|flag| set(&mut shape, flag));
     print!("{}", layout::header(&shape));
+}
+
+fn set(shape: &mut Shape, flag: &str) {
+    match flag {
+        "qk_norm" => shape.qk_norm = true,
+        "qkv_bias" => shape.qkv_bias = true,
+        "scaled" => shape.scaled = true,
+        "factors" => {
+            let scores = Some(0.09);
+            shape.factors = Factors { embedding: 1.5, residual: 0.4, logits: 0.125, scores };
+        }
+        flag => panic!("unknown flag: {flag}"),
+    }
 }

@@ -26,14 +26,14 @@ failed=0
   echo '}'
 } > "$build/kernel.inc"
 
-# NAME HIDDEN INNER HEADS KV_HEADS DIM LAYERS VOCAB BLOCKS ROWS..., with `norm`, `bias` and `scaled` as set before
+# NAME HIDDEN INNER HEADS KV_HEADS DIM LAYERS VOCAB BLOCKS ROWS..., with the `flags` of layout.rs that are set before
 model() {
   name=$1 hidden=$2 inner=$3 heads=$4 kv=$5 dim=$6 layers=$7 vocab=$8 blocks=$9
   shift 9
   case ${only:-$name} in "$name") ;; *) return ;; esac
   printf '%s: ' "$name"
   began=$(date +%s)
-  "$build/layout" "$hidden" "$inner" "$heads" "$kv" "$dim" "$layers" "$vocab" "$norm" "$bias" "$scaled" \
+  "$build/layout" "$hidden" "$inner" "$heads" "$kv" "$dim" "$layers" "$vocab" $flags \
     > "$build/layout.inc"
   # Variables that nothing is written to have numbers that show.
   ${CXX:-g++} -std=c++20 -O2 -fno-strict-aliasing -ftrivial-auto-var-init=pattern -Wno-unknown-pragmas \
@@ -49,7 +49,7 @@ model() {
 }
 
 only=${1:-}
-norm=1 bias=0 scaled=0
+flags="qk_norm"
 model small    256  768 4 2  64 3 320 5 1 9 8 12 2 40 5
 model odd      320  832 6 2  64 2 330 7 5 12 1 33 6
 model wide    1024 3072 8 1 128 2 328 7 8 9 2 40
@@ -57,7 +57,10 @@ model chunks  1280 5376 2 2 128 2  72 5 1 3 10
 # More blocks than there are units of outputs.
 model many     256  512 2 2  64 2 100 45 1 3 10
 # As Qwen2 and Llama 3 have it.
-norm=0 bias=1 scaled=1
+flags="qkv_bias scaled"
 model bias     256  768 4 2  64 3 320 5 1 9 8 40
 model yarn    1024 1536 8 2 128 2 328 7 3 10
+# As Granite has it.
+flags="factors"
+model factors  256  768 4 2  64 3 320 5 1 3 10
 exit $failed

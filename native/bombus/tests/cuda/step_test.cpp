@@ -24,6 +24,11 @@ using emulator::float_of;
 typedef std::vector<double> Numbers;
 
 constexpr double MOST_MEAN = 1e-2, MOST_SINGLE = 0.15;  // differences, as fractions of the mean magnitude
+constexpr double EMBEDDING_FACTOR = std::bit_cast<float>((unsigned)EMBEDDING_FACTOR_BITS);
+constexpr double RESIDUAL_FACTOR = std::bit_cast<float>((unsigned)RESIDUAL_FACTOR_BITS);
+constexpr double LOGITS_FACTOR = std::bit_cast<float>((unsigned)LOGITS_FACTOR_BITS);
+const double SCORE_FACTOR =
+    SCORE_FACTOR_BITS ? (double)std::bit_cast<float>((unsigned)SCORE_FACTOR_BITS) : 1 / std::sqrt(DIM);
 constexpr size_t PAGE_NUMBERS = (size_t)LAYERS * 2 * KV_HEADS * PAGE * DIM;
 
 // Memory of the card, at the end of which there is none: whoever reads on is caught. It begins as NaN.
@@ -262,7 +267,7 @@ struct Reference {
   std::vector<Numbers> logits() {
     for (const Row& row : rows) {
       Numbers& own = hidden.emplace_back(HIDDEN);
-      for (int i = 0; i < HIDDEN; i++) own[i] = rounded(model.embedding.number(row.id, i));
+      for (int i = 0; i < HIDDEN; i++) own[i] = rounded(rounded(model.embedding.number(row.id, i)) * EMBEDDING_FACTOR);
     }
     for (int layer = 0; layer < LAYERS; layer++) {
       const Layer& own = model.layers[layer];
@@ -280,12 +285,15 @@ struct Reference {
       }
       add(product(own.down, inner, layer, {LORA_DOWN}));
     }
-    return normed_product(model.head, model.norm, 0, {});
+    auto y = normed_product(model.head, model.norm, 0, {});
+    for (Numbers& row : y)
+      for (double& logit : row) logit *= LOGITS_FACTOR;
+    return y;
   }
 
   void add(const std::vector<Numbers>& y) {
     for (size_t row = 0; row < rows.size(); row++)
-      for (int i = 0; i < HIDDEN; i++) hidden[row][i] += y[row][i];
+      for (int i = 0; i < HIDDEN; i++) hidden[row][i] += RESIDUAL_FACTOR * y[row][i];
   }
 
   // With what the adapters' loras at these places add, one after another.
@@ -360,7 +368,7 @@ struct Reference {
       for (int position = 0; position <= sequence.at; position++) {
         double score = 0;
         for (int i = 0; i < DIM; i++) score += q[i] * number(0, position, i);
-        const double weight = std::exp(score / std::sqrt(DIM));
+        const double weight = std::exp(score * SCORE_FACTOR);
         total += weight;
         for (int i = 0; i < DIM; i++) sums[i] += weight * number(1, position, i);
       }
@@ -476,6 +484,7 @@ struct Test {
   int seeds;
   Difference logits, pages;
   int launches = 0;
+  word bits = 0;  // a hash of all logits: two versions of the kernel that compute the same have the same
   bool same = true, untouched = true, refused = true, apart = true;
 
   // The rows' pages one after another.
@@ -513,6 +522,7 @@ struct Test {
       if (seed == 0) first.assign(found.data, found.data + found.count), first_pages = all;
       same &= !memcmp(first.data(), found.data, found.count * 4) && all == first_pages;
     }
+    for (float logit : first) bits = (bits ^ std::bit_cast<unsigned>(logit)) * 0x100000001b3;
     for (size_t row = 0; row < rows.size(); row++) {
       for (int i = 0; i < VOCAB; i++) logits.see(first[row * VOCAB + i], expected[row][i]);
       for (size_t i = 0; i < reference.keys_and_values[row].size(); i++)
@@ -599,8 +609,8 @@ int main(int count, char** arguments) {
     }
     test.broken_step(own, broken);
   }
-  printf("%d launches, logits: mean %.1e most %.1e, keys and values: mean %.1e most %.1e%s%s%s%s%s\n", test.launches,
-         test.logits.mean(), test.logits.most(), test.pages.mean(), test.pages.most(),
+  printf("%d launches, logits: mean %.1e most %.1e (bits %016llx), keys and values: mean %.1e most %.1e%s%s%s%s%s\n",
+         test.launches, test.logits.mean(), test.logits.most(), test.bits, test.pages.mean(), test.pages.most(),
          test.same ? "" : ", SEEDS DIFFER", test.untouched ? "" : ", WROTE TO OTHER POSITIONS",
          test.refused ? "" : ", WENT ON WITHOUT A PLAN", test.apart ? "" : ", A BROKEN STEP IS FELT BEHIND IT",
          test.good() ? "" : ": FAILED");

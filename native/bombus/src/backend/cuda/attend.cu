@@ -60,8 +60,7 @@ for (int tile = 0; tile < key_tiles; tile++) {
       multiply(scores[j], q_fragments[i][0], q_fragments[i][1], q_fragments[i][2], q_fragments[i][3], b[0], b[1]);
       multiply(scores[j + 1], q_fragments[i][0], q_fragments[i][1], q_fragments[i][2], q_fragments[i][3], b[2], b[3]);
     }
-  constexpr float SCALE = 1.44269504f;
-  const float scale = rsqrtf((float)DIM) * SCALE;
+  const float scale = score_factor(DIM, SCORE_FACTOR_BITS);
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const int at = start + first + warp * 16 + r * 8 + g;

@@ -69,7 +69,7 @@ impl PagedAttention {
         let count = segment.rows.len();
         sequence.reserve(segment.start..segment.start + count)?;
         let qkv = self.append(layer, [rows(q)?, rows(k)?, rows(v)?], norms, segment, sequence)?;
-        let Shape { heads, kv_heads, dim, .. } = self.shape;
+        let Shape { heads, kv_heads, dim, factors, .. } = self.shape;
         let mut attended = self.attend.run(&Launch {
             inputs: &qkv.each_ref(),
             outputs: &[(&[count as i32, (heads * dim) as i32], Dtype::Bfloat16)],
@@ -79,6 +79,7 @@ impl PagedAttention {
                 (c"HEADS", heads as i32),
                 (c"KV_HEADS", kv_heads as i32),
                 (c"DIM", dim as i32),
+                (c"SCORE_FACTOR_BITS", factors.scores.map_or(0, f32::to_bits) as i32),
             ],
         })?;
         Ok(attended.swap_remove(0))

@@ -21,6 +21,22 @@ pub struct Shape {
     pub qkv_bias: bool,
     /// Whether frequencies are others than theta's own.
     pub scaled: bool,
+    pub factors: Factors,
+}
+
+/// What a model multiplies by numbers of its own.
+#[derive(Clone, Copy)]
+pub struct Factors {
+    pub embedding: f32,
+    /// of what attention and MLP add to the residual stream
+    pub residual: f32,
+    pub logits: f32,
+    /// of scores, where it is not `dim^-0.5`
+    pub scores: Option<f32>,
+}
+
+impl Factors {
+    pub const NONE: Self = Self { embedding: 1.0, residual: 1.0, logits: 1.0, scores: None };
 }
 
 /// Defines constants, and lists them for `header`.
@@ -160,7 +176,7 @@ impl Shape {
     }
 
     /// The model's numbers, as the kernel has them.
-    pub fn constants(&self) -> [(&'static str, usize); 12] {
+    pub fn constants(&self) -> [(&'static str, usize); 16] {
         [
             ("HIDDEN", self.hidden),
             ("INNER", self.inner),
@@ -174,6 +190,10 @@ impl Shape {
             ("QK_NORM", usize::from(self.qk_norm)),
             ("QKV_BIAS", usize::from(self.qkv_bias)),
             ("SCALED", usize::from(self.scaled)),
+            ("EMBEDDING_FACTOR_BITS", self.factors.embedding.to_bits() as usize),
+            ("RESIDUAL_FACTOR_BITS", self.factors.residual.to_bits() as usize),
+            ("LOGITS_FACTOR_BITS", self.factors.logits.to_bits() as usize),
+            ("SCORE_FACTOR_BITS", self.factors.scores.map_or(0, f32::to_bits) as usize),
         ]
     }
 }

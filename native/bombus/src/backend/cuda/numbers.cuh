@@ -25,6 +25,12 @@ __device__ inline float warp_max(float x) {
   return x;
 }
 
+// What scores are multiplied by where weights are powers of 2. bits: of a factor of the model's own; 0 is dim^-0.5.
+__device__ inline float score_factor(int dim, int bits) {
+  const float factor = bits ? __uint_as_float((unsigned)bits) : rsqrtf((float)dim);
+  return factor * 1.44269504f;
+}
+
 struct Angle {
   float sine, cosine;
 };

@@ -1,6 +1,6 @@
 //! Which models the kernel for steps serves, and with what it is compiled for them.
 
-use crate::backend::cuda::{LayerArrays, MatrixArrays, ModelArrays, Shape};
+use crate::backend::cuda::{Factors, LayerArrays, MatrixArrays, ModelArrays, Shape};
 use crate::backend::mlx::{Linear, Mlx};
 use crate::model::decoder::{Decoder, Layer};
 use crate::spec::{
@@ -40,15 +40,12 @@ pub fn shape(spec: &ModelSpec) -> Result<(Shape, &Rope), Reason> {
     let MlpSpec { inner, activation, bias, fused: _ } = mlp;
     let rope = rope.as_ref().ok_or("its heads are not rotated")?;
     let Rope { dim, theta, interleaved, scaling } = rope;
-    let scales = [*embedding_scale, *head_scale, *residual_scale];
     let refused = [
         (layers.iter().any(|layer| layer != first), "its layers differ"),
         (norm != of_layer, "its norms differ"),
         (*centered, "its norms subtract the mean"),
         (*norms != BlockNorms::before(*norm), "its layers have other norms than two"),
         (qk_norm.is_some_and(|own| own != QkNorm::each(*norm)), "its norms of heads are others"),
-        (scales != [1.0; 3], "it multiplies embeddings, residuals or logits by a number"),
-        (*scale != (*head_dim as f32).powf(-0.5), "its scores have a scale of their own"),
         (query_scaling.is_some(), "its queries grow with their position"),
         (window.is_some(), "its layers have a window"),
         (softcap.is_some() || head_softcap.is_some(), "its scores or logits are capped"),
@@ -83,8 +80,19 @@ pub fn shape(spec: &ModelSpec) -> Result<(Shape, &Rope), Reason> {
         qk_norm: qk_norm.is_some(),
         qkv_bias: *qkv_bias,
         scaled: *scaling != Scaling::None,
+        factors: Factors {
+            embedding: bfloat16_of(*embedding_scale),
+            residual: bfloat16_of(*residual_scale),
+            logits: bfloat16_of(*head_scale),
+            scores: (*scale != (*head_dim as f32).powf(-0.5)).then_some(*scale),
+        },
     };
     Ok((shape, rope))
+}
+
+/// A factor as MLX has it, which multiplies activations in their own type.
+fn bfloat16_of(factor: f32) -> f32 {
+    half::bf16::from_f32(factor).to_f32()
 }
 
 /// The weights, all of the kind that the kernel takes.
@@ -176,6 +184,24 @@ mod tests {
             }
         };
         assert!(with(all).unwrap().scaled);
+    }
+
+    #[test]
+    fn the_kernel_serves_the_four_factors_of_granite() {
+        let plain = with(|_| {}).unwrap().factors;
+        assert_eq!([plain.embedding, plain.residual, plain.logits], [1.0; 3]);
+        assert_eq!(plain.scores, None);
+        let granite = with(|spec| {
+            (spec.embedding_scale, spec.head.scale) = (12.0, 0.125);
+            for layer in &mut spec.layers {
+                (layer.residual_scale, layer.attention.scale) = (0.22, 0.015_625);
+            }
+        });
+        let factors = granite.unwrap().factors;
+        // 0.22 in bfloat16.
+        let all = [factors.embedding, factors.residual, factors.logits];
+        assert_eq!(all, [12.0, 0.219_726_56, 0.125]);
+        assert_eq!(factors.scores, Some(0.015_625));
     }
 
     #[test]

@@ -191,7 +191,7 @@ __device__ inline void score_page(Team& memory, int page, const Keys& keys) {
       multiply_upper(scores[tile], q.z, q.w, k.z, k.w);
     }
   }
-  const float scale = rsqrtf((float)DIM) * 1.44269504f;
+  const float scale = score_factor(DIM, (int)SCORE_FACTOR_BITS);
 #pragma unroll
   for (int tile = 0; tile < 2; tile++) {
     float* to = memory.scores[page % 2][tile_row()] + warp() % TEAM_WARPS * 16 + tile * 8 + tile_column() * 2;

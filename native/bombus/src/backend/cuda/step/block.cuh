@@ -54,6 +54,8 @@ __device__ inline int rows() { return state().count; }
 __device__ inline int batches() { return (rows() + ROWS - 1) / ROWS; }
 __device__ inline const word* planned(int row) { return state().plan + HEADER + (size_t)row * state().row_words; }
 __device__ inline float eps() { return __uint_as_float((unsigned)EPS_BITS); }
+__device__ inline float residual_factor() { return __uint_as_float((unsigned)RESIDUAL_FACTOR_BITS); }
+__device__ inline float logits_factor() { return __uint_as_float((unsigned)LOGITS_FACTOR_BITS); }
 
 template <class T> __device__ inline T* in_workspace(size_t at) { return reinterpret_cast<T*>(state().workspace + at); }
 // Arrivals at barriers, where the copy of the plan is, and whether something went wrong.

@@ -2,9 +2,9 @@
 // gate and up one each).
 //
 //   QkvEpilogue       factor * (y + LoRA) + bias              -> qkv
-//   ResidualEpilogue  hidden + y + LoRA                       -> hidden, squares, normed (times the next norm's weight)
+//   ResidualEpilogue  hidden + residual_factor * (y + LoRA)   -> hidden, squares, normed (times the next norm's weight)
 //   SwigluEpilogue    silu(gate) * up of factor * (y + LoRA)  -> active
-//   LogitsEpilogue    factor * y                              -> logits
+//   LogitsEpilogue    factor * logits_factor * y              -> logits
 //
 // `factor` is 1 / root mean square of the row: the norm's division comes behind the product, since it needs all of
 // hidden. What an epilogue needs besides y are its `Operands`. `prefetch` asks for what is there before the product's
@@ -118,14 +118,15 @@ template <Specialization OWN> struct ResidualEpilogue {
     __device__ void prepare(const ResidualEpilogue& epilogue, const Outputs& out, bool loaded) {
       if (loaded) expand.prepare(Product(epilogue.number), 0);
       const float2 added = expand.added(Product(epilogue.number), out.row, 0, out.n);
-      x0 += added.x, x1 += added.y;
+      x0 += residual_factor() * added.x, x1 += residual_factor() * added.y;
       shrink.prepare(Product(epilogue.number), out.row);
       to = HiddenPlace::of(out);
     }
   };
 
   __device__ void operator()(const Outputs& out, float2 y, const Operands& own) const {
-    set_hidden(Product(number), out, own.to, own.x0 + y.x, own.x1 + y.y, own.norm0, own.norm1, own.shrink);
+    const float x0 = own.x0 + residual_factor() * y.x, x1 = own.x1 + residual_factor() * y.y;
+    set_hidden(Product(number), out, own.to, x0, x1, own.norm0, own.norm1, own.shrink);
   }
 };
 
@@ -179,7 +180,7 @@ struct LogitsEpilogue {
     __device__ void prefetch(const LogitsEpilogue&, const Outputs&) {}
     __device__ void load(const LogitsEpilogue&, const Outputs&) {}
     __device__ void prepare(const LogitsEpilogue&, const Outputs& out, bool) {
-      there = out.there(), factor = factor_of(out), to = state().logits + (size_t)out.row * VOCAB;
+      there = out.there(), factor = logits_factor() * factor_of(out), to = state().logits + (size_t)out.row * VOCAB;
     }
   };
 

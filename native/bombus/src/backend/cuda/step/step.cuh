@@ -28,7 +28,9 @@ __device__ inline float embedded(const word* weight, int id, int n) {
   const size_t group = (size_t)id * (HIDDEN / GROUP) + n / GROUP;
   const float code = codes[n / 8] >> n % 8 * 4 & 15;
   const float scale = widen(reinterpret_cast<const bf16*>(weight[1])[group]);
-  return widen(narrow(code * scale + widen(reinterpret_cast<const bf16*>(weight[2])[group])));
+  const float x = widen(narrow(code * scale + widen(reinterpret_cast<const bf16*>(weight[2])[group])));
+  if (EMBEDDING_FACTOR_BITS == 0x3f800000) return x;
+  return widen(narrow(x * __uint_as_float((unsigned)EMBEDDING_FACTOR_BITS)));
 }
 
 __device__ inline Angle rotation_of(int at, int pair) {
