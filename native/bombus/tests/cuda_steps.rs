@@ -34,6 +34,11 @@ fn factors_of_embeddings_residuals_scores_and_logits() {
 }
 
 #[test]
+fn layers_whose_heads_are_not_rotated() {
+    steps_are_right("unrotated", "3 10");
+}
+
+#[test]
 fn several_tiles() {
     steps_are_right("small", "10 33");
 }

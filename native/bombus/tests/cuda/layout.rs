@@ -31,6 +31,7 @@ fn main() {
         qk_norm: false,
         qkv_bias: false,
         scaled: false,
+        unrotated: false,
         factors: Factors::NONE,
     };
     flags.iter().for_each(|flag| set(&mut shape, flag));
@@ -42,6 +43,7 @@ fn set(shape: &mut Shape, flag: &str) {
         "qk_norm" => shape.qk_norm = true,
         "qkv_bias" => shape.qkv_bias = true,
         "scaled" => shape.scaled = true,
+        "unrotated" => shape.unrotated = true,
         "factors" => {
             let scores = Some(0.09);
             shape.factors = Factors { embedding: 1.5, residual: 0.4, logits: 0.125, scores };

@@ -63,4 +63,7 @@ model yarn    1024 1536 8 2 128 2 328 7 3 10
 # As Granite has it.
 flags="factors"
 model factors  256  768 4 2  64 3 320 5 1 3 10
+# As SmolLM3 has it.
+flags="unrotated"
+model unrotated 256 768 4 2  64 3 320 5 1 3 10
 exit $failed

@@ -159,6 +159,10 @@ struct Model {
     return std::pow(std::bit_cast<float>((unsigned)THETA_BITS), -2.0 * pair / DIM);
   }
 
+  // What the layers differ in: every other one is not rotated.
+  static bool unrotated(int layer) { return SOME_UNROTATED && layer % 2; }
+  static word flags(int layer) { return unrotated(layer) * UNROTATED; }
+
   // As `table` of step.rs.
   Array<word> table() const {
     Array<word> table(LAYERS * LAYER_WORDS + MODEL_WORDS);
@@ -174,6 +178,7 @@ struct Model {
       own[INPUT_NORM] = layer.input_norm.address(), own[POST_NORM] = layer.post_norm.address();
       if (QK_NORM) own[Q_NORM] = layer.q_norm.address(), own[K_NORM] = layer.k_norm.address();
       if (QKV_BIAS) own[BIAS] = layer.bias.address();
+      own[FLAGS] = flags(i);
     }
     word* own = &table[LAYERS * LAYER_WORDS];
     place(own + HEAD, head);
@@ -332,8 +337,9 @@ struct Reference {
   }
 
   // A head of queries or keys, normed and rotated.
-  Numbers rotated(const double* x, const Array<bf16>& norm, int at) const {
-    const double own = factor(x, DIM), amplitude = SCALED ? (double)model.rotation[DIM / 2] : 1;
+  Numbers rotated(int layer, const double* x, const Array<bf16>& norm, int at) const {
+    if (Model::unrotated(layer)) at = 0;
+    const double own = factor(x, DIM), amplitude = SCALED && !Model::unrotated(layer) ? (double)model.rotation[DIM / 2] : 1;
     const auto normed = [&](int i) { return amplitude * (QK_NORM ? x[i] * own * float_of(norm[i]) : x[i]); };
     Numbers y(DIM);
     for (int i = 0; i < DIM / 2; i++) {
@@ -351,14 +357,14 @@ struct Reference {
     Numbers mixed;
     Numbers fresh[2];
     for (int head = 0; head < KV_HEADS; head++) {
-      for (double x : rotated(&qkv[Q_WIDTH + head * DIM], own.k_norm, sequence.at)) fresh[0].push_back(x);
+      for (double x : rotated(layer, &qkv[Q_WIDTH + head * DIM], own.k_norm, sequence.at)) fresh[0].push_back(x);
       for (int i = 0; i < DIM; i++) fresh[1].push_back(rounded(qkv[Q_WIDTH + KV_WIDTH + head * DIM + i]));
     }
     for (const Numbers& kind : fresh)
       keys_and_values[row].insert(keys_and_values[row].end(), kind.begin(), kind.end());
     for (int head = 0; head < HEADS; head++) {
       const int from = head / GQA_GROUP;
-      const Numbers q = rotated(&qkv[head * DIM], own.q_norm, sequence.at);
+      const Numbers q = rotated(layer, &qkv[head * DIM], own.q_norm, sequence.at);
       const auto number = [&](int kind, int position, int i) -> double {
         if (position == sequence.at) return fresh[kind][from * DIM + i];
         return float_of(sequence.number(layer, kind, from, position, i));

@@ -1,4 +1,4 @@
-// Norms (where QK_NORM) and rotates the heads of q and k for some positions of a sequence, writes k and v to its pages, and
+// Norms (where QK_NORM) and rotates (where ROTATED) the heads of q and k for some positions of a sequence, writes k and v to its pages, and
 // lays out all that there is of it, as attention wants it. q, k, v: [rows, heads * DIM] (their rows may lie
 // apart); plan: the first position, and pages; layer: its number; rotation: as `angle_of` takes it, where SCALED.
 // -> queries [HEADS, rows, DIM], keys and values [KV_HEADS, positions, DIM]
@@ -31,16 +31,18 @@ for (int item = (blockIdx.x * blockDim.x + threadIdx.x) / 32; item < items; item
   float x[DIM / 32];
   for (int i = 0; i < DIM / 32; i++) x[i] = widen(from[(lane + 32 * i) * step]);
   if (is_fresh && kind < 2) {
-    Angle angles[DIM / 64];
-    for (int i = 0; i < DIM / 64; i++)
-      angles[i] = SCALED ? angle_of(at, lane + 32 * i, DIM, rotation)
-                         : angle(at, lane + 32 * i, DIM, __uint_as_float((unsigned)THETA_BITS));
     if (QK_NORM) {
       float norm[DIM / 32];
       for (int i = 0; i < DIM / 32; i++) norm[i] = widen(norms[kind][lane + 32 * i]);
       norm_head<DIM>(x, norm, __uint_as_float((unsigned)EPS_BITS));
     }
-    rotate_head<DIM>(x, angles);
+    if (ROTATED) {
+      Angle angles[DIM / 64];
+      for (int i = 0; i < DIM / 64; i++)
+        angles[i] = SCALED ? angle_of(at, lane + 32 * i, DIM, rotation)
+                           : angle(at, lane + 32 * i, DIM, __uint_as_float((unsigned)THETA_BITS));
+      rotate_head<DIM>(x, angles);
+    }
   }
   for (int i = 0; i < DIM / 32; i++) {
     const bf16 number = narrow(x[i]);

@@ -1,7 +1,7 @@
 //! Attention of a prompt's rows over pages of keys and values.
 
 use super::kernel::{Kernel, Launch, Source};
-use super::layout::PAGE_POSITIONS;
+use super::layout::{LayerKind, PAGE_POSITIONS};
 use super::pages::{Addresses, Pool, Sequence};
 use super::{NUMBERS, PRIMITIVES, Shape, on_card};
 use crate::backend::{Segment, arrays};
@@ -16,6 +16,7 @@ pub struct PagedAttention {
     append: Kernel,
     attend: Kernel,
     pool: Rc<Pool>,
+    kinds: Vec<LayerKind>,
     /// Numbers of layers, each on the card.
     layers: Vec<Array>,
     /// As `angle_of` of `numbers.cuh` takes it.
@@ -23,7 +24,13 @@ pub struct PagedAttention {
 }
 
 impl PagedAttention {
-    pub fn new(shape: Shape, rope: &Rope, addresses: Rc<Addresses>) -> Result<Self> {
+    /// kinds: of all layers
+    pub fn new(
+        shape: Shape,
+        kinds: Vec<LayerKind>,
+        rope: &Rope,
+        addresses: Rc<Addresses>,
+    ) -> Result<Self> {
         let page_bytes = shape.layers * 2 * shape.kv_heads * PAGE_POSITIONS * shape.dim * 2;
         let pool = Pool::new(addresses, page_bytes)?;
         let append = Kernel::new(&Source {
@@ -49,7 +56,7 @@ impl PagedAttention {
         let layers = (0..shape.layers).map(|layer| on_card(&arrays::indices(&[layer])));
         let layers = layers.collect::<Result<_>>()?;
         let rotation = on_card(&rotation(rope))?;
-        Ok(Self { shape, append, attend, pool, layers, rotation })
+        Ok(Self { shape, append, attend, pool, kinds, layers, rotation })
     }
 
     pub fn sequence(self: &Rc<Self>) -> Sequence {
@@ -119,6 +126,7 @@ impl PagedAttention {
                 (c"THETA_BITS", theta.to_bits() as i32),
                 (c"QK_NORM", i32::from(qk_norm)),
                 (c"SCALED", i32::from(scaled)),
+                (c"ROTATED", i32::from(!self.kinds[layer].unrotated)),
             ],
         })?;
         Ok(outputs.try_into().unwrap_or_else(|_| unreachable!("three outputs")))

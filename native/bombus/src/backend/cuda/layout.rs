@@ -21,7 +21,23 @@ pub struct Shape {
     pub qkv_bias: bool,
     /// Whether frequencies are others than theta's own.
     pub scaled: bool,
+    /// Whether there are layers whose heads are not rotated.
+    pub unrotated: bool,
     pub factors: Factors,
+}
+
+/// What layers of one model differ in.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LayerKind {
+    /// Its heads are not rotated.
+    pub unrotated: bool,
+}
+
+impl LayerKind {
+    /// Its word in the model's table.
+    pub fn flags(self) -> usize {
+        usize::from(self.unrotated) * UNROTATED
+    }
 }
 
 /// What a model multiplies by numbers of its own.
@@ -97,13 +113,18 @@ constants! {
     Q_NORM = 10;
     K_NORM = 11;
     BIAS = 12;
-    LAYER_WORDS = 13;
+    /// no address: those of the layer's `LayerKind`
+    FLAGS = 13;
+    LAYER_WORDS = 14;
     // Behind all layers; of the embedding codes, scales and biases as they lie in the checkpoint.
     HEAD = 0;
     NORM = 2;
     EMBEDDING = 3;
     ROTATION = 6;
     MODEL_WORDS = 7;
+
+    // Flags of a layer.
+    UNROTATED = 1;
 
     // An adapter's table: A, B, rank and scale of each linear layer.
     LORA_QKV = 0;
@@ -176,7 +197,7 @@ impl Shape {
     }
 
     /// The model's numbers, as the kernel has them.
-    pub fn constants(&self) -> [(&'static str, usize); 16] {
+    pub fn constants(&self) -> [(&'static str, usize); 17] {
         [
             ("HIDDEN", self.hidden),
             ("INNER", self.inner),
@@ -190,6 +211,7 @@ impl Shape {
             ("QK_NORM", usize::from(self.qk_norm)),
             ("QKV_BIAS", usize::from(self.qkv_bias)),
             ("SCALED", usize::from(self.scaled)),
+            ("SOME_UNROTATED", usize::from(self.unrotated)),
             ("EMBEDDING_FACTOR_BITS", self.factors.embedding.to_bits() as usize),
             ("RESIDUAL_FACTOR_BITS", self.factors.residual.to_bits() as usize),
             ("LOGITS_FACTOR_BITS", self.factors.logits.to_bits() as usize),

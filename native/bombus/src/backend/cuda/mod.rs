@@ -15,7 +15,7 @@ mod plan;
 mod step;
 
 pub use attention::{PagedAttention, stacked};
-pub use layout::{Factors, MOST_ROWS, Shape, TILE_ROWS};
+pub use layout::{Factors, LayerKind, MOST_ROWS, Shape, TILE_ROWS};
 pub use packed::Packed;
 pub use pages::{Addresses, Sequence};
 pub use step::{LayerArrays, MatrixArrays, ModelArrays, Phase, Row, Step};

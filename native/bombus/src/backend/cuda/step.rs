@@ -2,7 +2,7 @@
 
 use super::kernel::{Kernel, Launch, Source};
 use super::layout::{
-    self, HEADER, LAYER_STAMPS, MOST_TILES, ROW_WORDS, SHARED_LIMIT, Shape, TILE_ROWS,
+    self, HEADER, LAYER_STAMPS, LayerKind, MOST_TILES, ROW_WORDS, SHARED_LIMIT, Shape, TILE_ROWS,
 };
 use super::pages::{Addresses, Sequence};
 use super::plan::PlanEncoder;
@@ -203,6 +203,7 @@ pub struct LayerArrays<'a> {
     pub head_norms: Option<&'a [Array; 2]>,
     /// of q, k and v
     pub bias: Option<&'a Array>,
+    pub kind: LayerKind,
 }
 
 /// A model's weights.
@@ -252,6 +253,7 @@ fn table(model: &ModelArrays, addresses: &Addresses) -> Result<(Array, Vec<Array
                 own[word] = addresses.of(array)?;
             }
         }
+        own[layout::FLAGS] = Array::from_slice(&[layer.kind.flags() as u64], &[1]);
     }
     let own = &mut words[layers * layout::LAYER_WORDS..];
     matrix(layout::HEAD, model.head, false)?.for_each(|(word, address)| own[word] = address);

@@ -3,7 +3,7 @@
 
 use super::Executor;
 use super::adapter_tables::AdapterTables;
-use super::program::{self, Reason};
+use super::program::{self, Program, Reason};
 use crate::backend::cuda::launches::{self, LaunchGuard};
 use crate::backend::cuda::{
     Addresses, MOST_ROWS, PagedAttention, Phase, Row, Step, TILE_ROWS, stacked,
@@ -100,13 +100,14 @@ impl Executor for CudaExecutor {
 impl Fused {
     /// The inner error: why the kernel does not serve this model, or this card.
     fn new(decoder: &Decoder<Mlx>) -> Result<Result<Self, Reason>> {
-        let (shape, rope) = match program::shape(&decoder.spec) {
+        let Program { shape, kinds, rope } = match Program::compile(&decoder.spec) {
             Ok(program) => program,
             Err(reason) => return Ok(Err(reason)),
         };
         let addresses = Rc::new(Addresses::new()?);
-        let attention = Rc::new(PagedAttention::new(shape, rope, addresses.clone())?);
-        let step = match program::arrays(decoder, &attention.rotation) {
+        let attention = PagedAttention::new(shape, kinds.clone(), rope, addresses.clone())?;
+        let attention = Rc::new(attention);
+        let step = match program::arrays(decoder, &kinds, &attention.rotation) {
             Ok(arrays) => Step::new(&arrays, shape, &addresses)?,
             Err(reason) => return Ok(Err(reason)),
         };

@@ -1,6 +1,6 @@
 //! Which models the kernel for steps serves, and with what it is compiled for them.
 
-use crate::backend::cuda::{Factors, LayerArrays, MatrixArrays, ModelArrays, Shape};
+use crate::backend::cuda::{Factors, LayerArrays, LayerKind, MatrixArrays, ModelArrays, Shape};
 use crate::backend::mlx::{Linear, Mlx};
 use crate::model::decoder::{Decoder, Layer};
 use crate::spec::{
@@ -12,9 +12,46 @@ use mlx_rs::{Array, Dtype};
 /// Why a model goes layer by layer, for people.
 pub type Reason = String;
 
+/// What the kernel is compiled for, and what it takes besides weights.
+pub struct Program<'a> {
+    pub shape: Shape,
+    /// of all layers
+    pub kinds: Vec<LayerKind>,
+    pub rope: &'a Rope,
+}
+
+impl<'a> Program<'a> {
+    pub fn compile(spec: &'a ModelSpec) -> Result<Self, Reason> {
+        let rope = rope(&spec.layers)?;
+        let kinds: Vec<LayerKind> = spec.layers.iter().map(kind).collect();
+        Ok(Self { shape: shape(spec, rope, &kinds)?, kinds, rope })
+    }
+}
+
+/// That of the layers whose heads are rotated.
+fn rope(layers: &[LayerSpec]) -> Result<&Rope, Reason> {
+    let mut ropes = layers.iter().filter_map(|layer| layer.attention.rope.as_ref());
+    let rope = ropes.next().ok_or("its heads are not rotated")?;
+    match ropes.all(|other| other == rope) {
+        true => Ok(rope),
+        false => Err("its layers have several rotations".into()),
+    }
+}
+
+fn kind(layer: &LayerSpec) -> LayerKind {
+    LayerKind { unrotated: layer.attention.rope.is_none() }
+}
+
+/// A layer without what its kind tells.
+fn common(layer: &LayerSpec) -> LayerSpec {
+    let mut layer = layer.clone();
+    layer.attention.rope = None;
+    layer
+}
+
 /// The kernel's numbers for a model. Every field of the spec is named here, so that a new one does
 /// not compile until someone has decided whether the kernel serves it.
-pub fn shape(spec: &ModelSpec) -> Result<(Shape, &Rope), Reason> {
+fn shape(spec: &ModelSpec, rope: &Rope, kinds: &[LayerKind]) -> Result<Shape, Reason> {
     // The head is a matrix of its own, tied or not.
     let ModelSpec { hidden, vocab, embedding_scale, layers, norm, head, context: _, names: _ } =
         spec;
@@ -28,7 +65,7 @@ pub fn shape(spec: &ModelSpec) -> Result<(Shape, &Rope), Reason> {
         kv_heads,
         head_dim,
         scale,
-        rope,
+        rope: _,
         qk_norm,
         query_scaling,
         window,
@@ -38,10 +75,9 @@ pub fn shape(spec: &ModelSpec) -> Result<(Shape, &Rope), Reason> {
         fused: _,
     } = attention;
     let MlpSpec { inner, activation, bias, fused: _ } = mlp;
-    let rope = rope.as_ref().ok_or("its heads are not rotated")?;
     let Rope { dim, theta, interleaved, scaling } = rope;
     let refused = [
-        (layers.iter().any(|layer| layer != first), "its layers differ"),
+        (layers.iter().any(|layer| common(layer) != common(first)), "its layers differ"),
         (norm != of_layer, "its norms differ"),
         (*centered, "its norms subtract the mean"),
         (*norms != BlockNorms::before(*norm), "its layers have other norms than two"),
@@ -80,6 +116,7 @@ pub fn shape(spec: &ModelSpec) -> Result<(Shape, &Rope), Reason> {
         qk_norm: qk_norm.is_some(),
         qkv_bias: *qkv_bias,
         scaled: *scaling != Scaling::None,
+        unrotated: kinds.iter().any(|kind| kind.unrotated),
         factors: Factors {
             embedding: bfloat16_of(*embedding_scale),
             residual: bfloat16_of(*residual_scale),
@@ -87,7 +124,7 @@ pub fn shape(spec: &ModelSpec) -> Result<(Shape, &Rope), Reason> {
             scores: (*scale != (*head_dim as f32).powf(-0.5)).then_some(*scale),
         },
     };
-    Ok((shape, rope))
+    Ok(shape)
 }
 
 /// A factor as MLX has it, which multiplies activations in their own type.
@@ -98,10 +135,12 @@ fn bfloat16_of(factor: f32) -> f32 {
 /// The weights, all of the kind that the kernel takes.
 pub fn arrays<'a>(
     decoder: &'a Decoder<Mlx>,
+    kinds: &[LayerKind],
     rotation: &'a Array,
 ) -> Result<ModelArrays<'a>, Reason> {
     let head = decoder.lm_head.as_ref().unwrap_or(&decoder.embed_tokens);
-    let layers: Result<_, Reason> = decoder.layers.iter().map(layer).collect();
+    let layers: Result<_, Reason> =
+        decoder.layers.iter().zip(kinds).map(|(own, kind)| layer(own, *kind)).collect();
     Ok(ModelArrays {
         layers: layers?,
         head: matrix(head)?,
@@ -111,7 +150,7 @@ pub fn arrays<'a>(
     })
 }
 
-fn layer(layer: &Layer<Mlx>) -> Result<LayerArrays<'_>, Reason> {
+fn layer(layer: &Layer<Mlx>, kind: LayerKind) -> Result<LayerArrays<'_>, Reason> {
     let head_norms = layer.attention.norms.as_ref();
     head_norms.into_iter().flatten().try_for_each(|norm| bfloat16(norm).map(drop))?;
     Ok(LayerArrays {
@@ -123,6 +162,7 @@ fn layer(layer: &Layer<Mlx>) -> Result<LayerArrays<'_>, Reason> {
         post_norm: norm(&layer.before_mlp)?,
         head_norms,
         bias: layer.qkv_proj.bias_of_all().map(bfloat16).transpose()?,
+        kind,
     })
 }
 
@@ -170,7 +210,7 @@ mod tests {
     fn with(change: impl FnOnce(&mut ModelSpec)) -> Result<Shape, Reason> {
         let mut spec = spec();
         change(&mut spec);
-        shape(&spec).map(|(shape, _)| shape)
+        Program::compile(&spec).map(|program| program.shape)
     }
 
     #[test]
@@ -202,6 +242,26 @@ mod tests {
         let all = [factors.embedding, factors.residual, factors.logits];
         assert_eq!(all, [12.0, 0.219_726_56, 0.125]);
         assert_eq!(factors.scores, Some(0.015_625));
+    }
+
+    #[test]
+    fn the_kernel_serves_layers_whose_heads_are_not_rotated() {
+        let mut spec = spec();
+        spec.layers[0].attention.rope = None;
+        let Program { shape, kinds, rope } = Program::compile(&spec).unwrap();
+        assert!(shape.unrotated && rope.theta == 1e4);
+        assert_eq!(
+            kinds.iter().map(|kind| kind.unrotated).collect::<Vec<_>>(),
+            [true, false, false]
+        );
+        assert!(!with(|_| {}).unwrap().unrotated);
+        let none =
+            with(|spec| spec.layers.iter_mut().for_each(|layer| layer.attention.rope = None));
+        assert_eq!(none.err().unwrap(), "its heads are not rotated");
+        let several = with(|spec| {
+            spec.layers[1].attention.rope = Some(Rope::new(64, 1e6, Scaling::None));
+        });
+        assert_eq!(several.err().unwrap(), "its layers have several rotations");
     }
 
     #[test]

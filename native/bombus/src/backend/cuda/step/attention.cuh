@@ -160,7 +160,7 @@ __device__ inline void prepare_heads(Team& memory, const HeadNorms& norms, const
       for (int j = 0; j < DIM / 32; j++) norm[j] = widen(kind < 0 ? norms.numbers[0][j] : norms.numbers[1][j]);
       norm_head<DIM>(x, norm, eps());
     }
-    if (kind < 1) rotate_head<DIM>(x, own_angles);
+    if (kind < 1 && !unrotated(layer)) rotate_head<DIM>(x, own_angles);
     bf16* to = kind < 0 ? memory.q[i] : memory.fresh[kind];
 #pragma unroll
     for (int j = 0; j < DIM / 32; j++) to[lane() + 32 * j] = narrow(x[j]);

@@ -94,6 +94,9 @@ template <class T> __device__ inline const T* weight(int layer, int place) {
   return reinterpret_cast<const T*>(layer_words(layer)[place]);
 }
 
+// What this layer has of what layers differ in.
+__device__ inline bool unrotated(int layer) { return SOME_UNROTATED && layer_words(layer)[FLAGS] & UNROTATED; }
+
 // All warps that compute.
 __device__ inline void sync() { team_sync(TEAMS, COMPUTING * 32); }
 
