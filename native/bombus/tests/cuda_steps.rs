@@ -39,6 +39,12 @@ fn layers_whose_heads_are_not_rotated() {
 }
 
 #[test]
+fn layers_with_a_window_all_or_some() {
+    steps_are_right("windowed", "3 10");
+    steps_are_right("mixed", "5");
+}
+
+#[test]
 fn several_tiles() {
     steps_are_right("small", "10 33");
 }

@@ -32,10 +32,13 @@ fn main() {
         qkv_bias: false,
         scaled: false,
         unrotated: false,
+        window: 0,
         factors: Factors::NONE,
     };
     flags.iter().for_each(|flag| set(&mut shape, flag));
     print!("{}", layout::header(&shape));
+    // Whether every other layer sees everything.
+    println!("constexpr bool SOME_FULL = {};", flags.iter().any(|flag| flag == "mixed"));
 }
 
 fn set(shape: &mut Shape, flag: &str) {
@@ -44,6 +47,8 @@ fn set(shape: &mut Shape, flag: &str) {
         "qkv_bias" => shape.qkv_bias = true,
         "scaled" => shape.scaled = true,
         "unrotated" => shape.unrotated = true,
+        // Neither of whole pages, nor less than one.
+        "windowed" | "mixed" => shape.window = 100,
         "factors" => {
             let scores = Some(0.09);
             shape.factors = Factors { embedding: 1.5, residual: 0.4, logits: 0.125, scores };

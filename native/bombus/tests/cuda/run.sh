@@ -66,4 +66,9 @@ model factors  256  768 4 2  64 3 320 5 1 3 10
 # As SmolLM3 has it.
 flags="unrotated"
 model unrotated 256 768 4 2  64 3 320 5 1 3 10
+# Of Mistral all layers have a window, of others some.
+flags="windowed"
+model windowed 256  768 4 2  64 3 320 5 1 3 10
+flags="mixed unrotated"
+model mixed    256  768 4 2  64 3 320 5 1 3 10
 exit $failed

@@ -161,7 +161,10 @@ struct Model {
 
   // What the layers differ in: every other one is not rotated.
   static bool unrotated(int layer) { return SOME_UNROTATED && layer % 2; }
-  static word flags(int layer) { return unrotated(layer) * UNROTATED; }
+  static bool windowed(int layer) { return WINDOW && !(SOME_FULL && layer % 2); }
+  static word flags(int layer) { return unrotated(layer) * UNROTATED + windowed(layer) * WINDOWED; }
+  // The first position that one sees.
+  static int first_seen(int at, bool windowed) { return windowed ? std::max(at + 1 - WINDOW, 0) : 0; }
 
   // As `table` of step.rs.
   Array<word> table() const {
@@ -371,7 +374,8 @@ struct Reference {
       };
       Numbers sums(DIM);
       double total = 0;
-      for (int position = 0; position <= sequence.at; position++) {
+      const int first = Model::first_seen(sequence.at, Model::windowed(layer));
+      for (int position = first; position <= sequence.at; position++) {
         double score = 0;
         for (int i = 0; i < DIM; i++) score += q[i] * number(0, position, i);
         const double weight = std::exp(score * SCORE_FACTOR);
@@ -458,7 +462,9 @@ class Engine {
       own[0] = (i % 2 ? ~unsigned(count - 1 - i) : unsigned(row.id)) | (word)row.sequence->at << 32;
       own[1] = row.adapter ? row.adapter->words.address() : 0;
       if (row.adapter) plan[2] = std::max(plan[2], (word)row.adapter->most_rank);
-      for (size_t page = 0; page < row.sequence->pages.size(); page++)
+      // Pages that no layer sees are not there.
+      size_t page = Model::first_seen(row.sequence->at, WINDOW && !SOME_FULL) / PAGE;
+      for (; page < row.sequence->pages.size(); page++)
         own[ROW_WORDS + page] = row.sequence->pages[page].address();
     }
     return plan;

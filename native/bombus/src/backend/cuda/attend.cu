@@ -1,7 +1,8 @@
 // Attention of many rows of one sequence, causal, on tensor cores: the softmax is made on the way (Dao,
 // "FlashAttention-2", 2023). MLX would take cuDNN's, which is compiled anew for every length.
 //
-// q: [1, HEADS, rows, DIM], k, v: [1, KV_HEADS, positions, DIM], of which the last are the rows' own
+// q: [1, HEADS, rows, DIM], k, v: [1, KV_HEADS, positions, DIM], of which the last are the rows' own. Where there is a
+// WINDOW, a row sees so many positions, its own among them.
 // -> y: [rows, HEADS * DIM]. A block has 64 rows of a head, each of its four warps 16; keys and values come
 // in tiles of 64, one of them on its way while another is used.
 constexpr int TILE = 64, STRIDE = DIM * 2 + 16, TILE_BYTES = TILE * STRIDE;
@@ -35,11 +36,12 @@ __syncthreads();
 
 const int seen = min(start + first + TILE, positions);  // by the last of these rows
 const int key_tiles = (seen + TILE - 1) / TILE;
+const int first_tile = WINDOW && start + first + 1 > WINDOW ? (start + first + 1 - WINDOW) / TILE : 0;
 float sums[DIM / 8][4] = {}, largest[2] = {LEAST, LEAST}, total[2] = {};
-copy_tile(shared, keys, 0, positions);
-copy_tile(shared + TILE_BYTES, values, 0, positions);
+copy_tile(shared + first_tile % 2 * 2 * TILE_BYTES, keys, first_tile * TILE, positions);
+copy_tile(shared + (first_tile % 2 * 2 + 1) * TILE_BYTES, values, first_tile * TILE, positions);
 commit_copies();
-for (int tile = 0; tile < key_tiles; tile++) {
+for (int tile = first_tile; tile < key_tiles; tile++) {
   unsigned char* own = shared + tile % 2 * 2 * TILE_BYTES;
   if (tile + 1 < key_tiles) {
     unsigned char* next = shared + (tile + 1) % 2 * 2 * TILE_BYTES;
@@ -70,7 +72,9 @@ for (int tile = 0; tile < key_tiles; tile++) {
 #pragma unroll
       for (int c = 0; c < 2; c++) {
         float& score = scores[j][r * 2 + c];
-        score = tile * TILE + j * 8 + 2 * t + c <= at ? score * scale : LEAST;
+        const int key = tile * TILE + j * 8 + 2 * t + c;
+        // A row that sees nothing of its first tiles forgets them at the first key that it sees.
+        score = key <= at && !(WINDOW && key + WINDOW <= at) ? score * scale : LEAST;
         most = fmaxf(most, score);
       }
     most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));

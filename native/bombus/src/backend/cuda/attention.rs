@@ -63,6 +63,18 @@ impl PagedAttention {
         Sequence::new(self, &self.pool)
     }
 
+    /// What all layers see of a sequence, where none sees everything. Full layers need all pages, which
+    /// windowed ones of the same model keep with them: a page has all layers.
+    pub fn window_of_all(&self) -> Option<usize> {
+        let all = self.kinds.iter().all(|kind| kind.windowed);
+        all.then_some(self.shape.window)
+    }
+
+    /// The window of a layer, 0 where it has none.
+    fn window(&self, layer: usize) -> usize {
+        if self.kinds[layer].windowed { self.shape.window } else { 0 }
+    }
+
     /// q, k, v: `[rows, heads * dim]`; norms: of heads of q and k -> `[rows, heads * dim]`
     pub fn attend(
         &self,
@@ -86,13 +98,14 @@ impl PagedAttention {
                 (c"HEADS", heads as i32),
                 (c"KV_HEADS", kv_heads as i32),
                 (c"DIM", dim as i32),
+                (c"WINDOW", self.window(layer) as i32),
                 (c"SCORE_FACTOR_BITS", factors.scores.map_or(0, f32::to_bits) as i32),
             ],
         })?;
         Ok(attended.swap_remove(0))
     }
 
-    /// -> q `[1, heads, rows, dim]`, and all keys and values of the sequence.
+    /// -> q `[1, heads, rows, dim]`, and the keys and values of the sequence that these rows see.
     fn append(
         &self,
         layer: usize,
@@ -105,10 +118,12 @@ impl PagedAttention {
         // Without norms something is passed in their place, and not read.
         let [q_norm, k_norm] = norms.map_or([&self.rotation; 2], |norms| norms.each_ref());
         let count = segment.rows.len();
-        let end = segment.start + count;
+        let window = self.window(layer);
+        let unseen = if window == 0 { 0 } else { (segment.start + 1).saturating_sub(window) };
+        let (old, seen) = (segment.start - unseen, segment.start + count - unseen);
         let of = |heads: usize, positions: usize| [1, heads as i32, positions as i32, dim as i32];
-        let (own, all) = (of(heads, count), of(kv_heads, end));
-        let items = count * (heads + 2 * kv_heads) + segment.start * 2 * kv_heads;
+        let (own, all) = (of(heads, count), of(kv_heads, seen));
+        let items = count * (heads + 2 * kv_heads) + old * 2 * kv_heads;
         let plan = sequence.plan(segment.start);
         let outputs = self.append.run(&Launch {
             inputs: &[&q, &k, &v, q_norm, k_norm, &plan, &self.layers[layer], &self.rotation],
@@ -126,6 +141,7 @@ impl PagedAttention {
                 (c"THETA_BITS", theta.to_bits() as i32),
                 (c"QK_NORM", i32::from(qk_norm)),
                 (c"SCALED", i32::from(scaled)),
+                (c"WINDOW", window as i32),
                 (c"ROTATED", i32::from(!self.kinds[layer].unrotated)),
             ],
         })?;

@@ -23,6 +23,8 @@ pub struct Shape {
     pub scaled: bool,
     /// Whether there are layers whose heads are not rotated.
     pub unrotated: bool,
+    /// The positions that a row of a windowed layer sees, with its own; 0 where there are none.
+    pub window: usize,
     pub factors: Factors,
 }
 
@@ -31,12 +33,14 @@ pub struct Shape {
 pub struct LayerKind {
     /// Its heads are not rotated.
     pub unrotated: bool,
+    /// Its rows see no more than the model's window.
+    pub windowed: bool,
 }
 
 impl LayerKind {
     /// Its word in the model's table.
     pub fn flags(self) -> usize {
-        usize::from(self.unrotated) * UNROTATED
+        usize::from(self.unrotated) * UNROTATED + usize::from(self.windowed) * WINDOWED
     }
 }
 
@@ -125,6 +129,7 @@ constants! {
 
     // Flags of a layer.
     UNROTATED = 1;
+    WINDOWED = 2;
 
     // An adapter's table: A, B, rank and scale of each linear layer.
     LORA_QKV = 0;
@@ -197,7 +202,7 @@ impl Shape {
     }
 
     /// The model's numbers, as the kernel has them.
-    pub fn constants(&self) -> [(&'static str, usize); 17] {
+    pub fn constants(&self) -> [(&'static str, usize); 18] {
         [
             ("HIDDEN", self.hidden),
             ("INNER", self.inner),
@@ -212,6 +217,7 @@ impl Shape {
             ("QKV_BIAS", usize::from(self.qkv_bias)),
             ("SCALED", usize::from(self.scaled)),
             ("SOME_UNROTATED", usize::from(self.unrotated)),
+            ("WINDOW", self.window),
             ("EMBEDDING_FACTOR_BITS", self.factors.embedding.to_bits() as usize),
             ("RESIDUAL_FACTOR_BITS", self.factors.residual.to_bits() as usize),
             ("LOGITS_FACTOR_BITS", self.factors.logits.to_bits() as usize),

@@ -10,6 +10,7 @@ use crate::backend::{Page as Block, arrays};
 use crate::error::{Error, Result};
 use mlx_rs::{Array, Dtype, ops, transforms};
 use std::cell::RefCell;
+use std::iter::repeat_n;
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -136,6 +137,8 @@ impl Pool {
 pub struct Sequence {
     pub attention: Rc<PagedAttention>,
     pool: Rc<Pool>,
+    /// Pages that it has let go of, before those that it has: no layer of the model sees them.
+    unseen: usize,
     pages: Vec<Rc<Page>>,
     /// `plan` for this start, as it was last made
     plan: RefCell<Option<(usize, Array)>>,
@@ -144,12 +147,21 @@ pub struct Sequence {
 impl Sequence {
     pub fn new(attention: &Rc<PagedAttention>, pool: &Rc<Pool>) -> Self {
         let (attention, pool) = (attention.clone(), pool.clone());
-        Self { attention, pool, pages: vec![], plan: RefCell::default() }
+        Self { attention, pool, unseen: 0, pages: vec![], plan: RefCell::default() }
     }
 
     pub fn fork(&self, positions: usize) -> Self {
-        let pages = positions.div_ceil(PAGE_POSITIONS).min(self.pages.len());
-        Self { pages: self.pages[..pages].to_vec(), ..Self::new(&self.attention, &self.pool) }
+        let pages = positions.div_ceil(PAGE_POSITIONS).saturating_sub(self.unseen);
+        Self {
+            unseen: self.unseen,
+            pages: self.pages[..pages.min(self.pages.len())].to_vec(),
+            ..Self::new(&self.attention, &self.pool)
+        }
+    }
+
+    /// The first position that it has.
+    pub fn kept_from(&self) -> usize {
+        self.unseen * PAGE_POSITIONS
     }
 
     pub fn pages(&self) -> Vec<Block> {
@@ -157,13 +169,17 @@ impl Sequence {
         self.pages.iter().map(|page| Block { id: page.address as usize, bytes }).collect()
     }
 
-    /// Makes these positions its own to write to.
+    /// Makes these positions its own to write to, and lets go of what none from the first on sees.
     pub fn reserve(&mut self, positions: Range<usize>) -> Result<()> {
+        self.let_go(positions.start);
+        if positions.start < self.kept_from() {
+            return Err(Error::Backend("a position before what a window has kept".into()));
+        }
         for index in positions.start / PAGE_POSITIONS..positions.end.div_ceil(PAGE_POSITIONS) {
-            match self.pages.get(index) {
+            match self.pages.get(index - self.unseen) {
                 None => self.pages.push(Rc::new(self.pool.page()?)),
                 Some(shared) if Rc::strong_count(shared) > 1 => {
-                    self.pages[index] = Rc::new(self.pool.copy(shared)?);
+                    self.pages[index - self.unseen] = Rc::new(self.pool.copy(shared)?);
                     self.plan.take();
                 }
                 Some(_) => {}
@@ -172,14 +188,26 @@ impl Sequence {
         Ok(())
     }
 
-    pub fn addresses(&self) -> impl ExactSizeIterator<Item = u64> {
-        self.pages.iter().map(|page| page.address)
+    fn let_go(&mut self, position: usize) {
+        let Some(window) = self.attention.window_of_all() else { return };
+        let unseen = unseen_pages(position, window);
+        let more = unseen.saturating_sub(self.unseen).min(self.pages.len());
+        if more > 0 {
+            self.pages.drain(..more);
+            self.unseen += more;
+            self.plan.take();
+        }
+    }
+
+    /// 0 for those that it has let go of.
+    pub fn addresses(&self) -> impl Iterator<Item = u64> {
+        repeat_n(0, self.unseen).chain(self.pages.iter().map(|page| page.address))
     }
 
     /// `start`, and the pages, for `append.cu`: the same array for all layers.
     pub fn plan(&self, start: usize) -> Array {
         let mut plan = self.plan.borrow_mut();
-        let words = 1 + self.pages.len() as i32;
+        let words = 1 + (self.unseen + self.pages.len()) as i32;
         match &*plan {
             Some((same, array)) if *same == start && array.dim(0) == words => array.clone(),
             _ => {
@@ -187,6 +215,34 @@ impl Sequence {
                 let array = Array::from_slice(&words, &[words.len() as i32]);
                 *plan = Some((start, array.clone()));
                 array
+            }
+        }
+    }
+}
+
+/// The pages at the beginning that no position from this one on sees, but for one, for texts that go on
+/// from a little before the end. Their number changes where a new page begins: a step whose pages are
+/// others than the last one's sends its whole plan.
+fn unseen_pages(position: usize, window: usize) -> usize {
+    let page = position / PAGE_POSITIONS * PAGE_POSITIONS;
+    ((page + 1).saturating_sub(window) / PAGE_POSITIONS).saturating_sub(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_are_let_go_of_behind_the_window_where_a_new_one_begins() {
+        for window in [1, 63, 64, 65, 100, 4096] {
+            for position in 0..10_000 {
+                let unseen = unseen_pages(position, window);
+                let first_seen = (position + 1).saturating_sub(window);
+                // A page more than is seen stays, and not three.
+                assert!(unseen == 0 || (unseen + 1) * PAGE_POSITIONS <= first_seen);
+                assert!((unseen + 3) * PAGE_POSITIONS > first_seen, "{window} {position}");
+                let changes = position > 0 && unseen != unseen_pages(position - 1, window);
+                assert!(!changes || position % PAGE_POSITIONS == 0);
             }
         }
     }

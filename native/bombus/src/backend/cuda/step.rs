@@ -163,7 +163,7 @@ impl Step {
         let mut pages = 0;
         for row in &mut *rows {
             row.sequence.reserve(row.position..row.position + 1)?;
-            pages = pages.max(row.sequence.addresses().len());
+            pages = pages.max(row.sequence.addresses().count());
         }
         let words = ROW_WORDS + pages;
         let mut plan = vec![0u64; HEADER + rows.len() * words];

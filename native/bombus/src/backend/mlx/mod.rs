@@ -128,7 +128,7 @@ impl Backend for Mlx {
     fn kept_from(&self, cache: &Cache, layer: usize) -> usize {
         match cache {
             Cache::Layers(layers) => layers[layer].kept_from(),
-            Cache::Paged(_) => 0,
+            Cache::Paged(sequence) => sequence.kept_from(),
         }
     }
 

@@ -39,13 +39,14 @@ fn rope(layers: &[LayerSpec]) -> Result<&Rope, Reason> {
 }
 
 fn kind(layer: &LayerSpec) -> LayerKind {
-    LayerKind { unrotated: layer.attention.rope.is_none() }
+    let attention = &layer.attention;
+    LayerKind { unrotated: attention.rope.is_none(), windowed: attention.window.is_some() }
 }
 
 /// A layer without what its kind tells.
 fn common(layer: &LayerSpec) -> LayerSpec {
     let mut layer = layer.clone();
-    layer.attention.rope = None;
+    (layer.attention.rope, layer.attention.window) = (None, None);
     layer
 }
 
@@ -68,13 +69,15 @@ fn shape(spec: &ModelSpec, rope: &Rope, kinds: &[LayerKind]) -> Result<Shape, Re
         rope: _,
         qk_norm,
         query_scaling,
-        window,
+        window: _,
         softcap,
         qkv_bias,
         o_bias,
         fused: _,
     } = attention;
     let MlpSpec { inner, activation, bias, fused: _ } = mlp;
+    let mut windows = layers.iter().filter_map(|layer| layer.attention.window);
+    let window = windows.next();
     let Rope { dim, theta, interleaved, scaling } = rope;
     let refused = [
         (layers.iter().any(|layer| common(layer) != common(first)), "its layers differ"),
@@ -83,7 +86,7 @@ fn shape(spec: &ModelSpec, rope: &Rope, kinds: &[LayerKind]) -> Result<Shape, Re
         (*norms != BlockNorms::before(*norm), "its layers have other norms than two"),
         (qk_norm.is_some_and(|own| own != QkNorm::each(*norm)), "its norms of heads are others"),
         (query_scaling.is_some(), "its queries grow with their position"),
-        (window.is_some(), "its layers have a window"),
+        (windows.any(|other| Some(other) != window), "its layers have several windows"),
         (softcap.is_some() || head_softcap.is_some(), "its scores or logits are capped"),
         (*parallel, "its MLP stands beside attention"),
         (*activation != Activation::Silu, "its activation is another than SiLU"),
@@ -117,6 +120,7 @@ fn shape(spec: &ModelSpec, rope: &Rope, kinds: &[LayerKind]) -> Result<Shape, Re
         qkv_bias: *qkv_bias,
         scaled: *scaling != Scaling::None,
         unrotated: kinds.iter().any(|kind| kind.unrotated),
+        window: window.unwrap_or(0),
         factors: Factors {
             embedding: bfloat16_of(*embedding_scale),
             residual: bfloat16_of(*residual_scale),
@@ -262,6 +266,20 @@ mod tests {
             spec.layers[1].attention.rope = Some(Rope::new(64, 1e6, Scaling::None));
         });
         assert_eq!(several.err().unwrap(), "its layers have several rotations");
+    }
+
+    #[test]
+    fn the_kernel_serves_one_window_in_some_layers() {
+        let mut spec = spec();
+        spec.layers[1].attention.window = Some(512);
+        let Program { shape, kinds, .. } = Program::compile(&spec).unwrap();
+        assert_eq!(shape.window, 512);
+        assert_eq!(
+            kinds.iter().map(|kind| kind.windowed).collect::<Vec<_>>(),
+            [false, true, false]
+        );
+        spec.layers[0].attention.window = Some(256);
+        assert_eq!(Program::compile(&spec).err().unwrap(), "its layers have several windows");
     }
 
     #[test]

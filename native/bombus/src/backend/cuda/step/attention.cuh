@@ -1,7 +1,7 @@
 // Attention of single rows goes over pages of keys and values, on tensor cores (split K: Dao et al., "Flash-Decoding",
 // 2023).
 //
-// A task is a row, a head of keys and values, and some of its pages (a split), for a team of four warps. The query
+// A task is a row, a head of keys and values, and some of the pages that it sees (a split), for a team of four warps. The query
 // heads of the head are the rows of a tile, so each key and value is read once for all of them. Of a page:
 //   score_page   each warp makes the scores of 16 positions, [query heads, positions], into the team's memory
 //   mix_page     each warp takes all 64 scores, and a fourth of the values' numbers; the softmax is made on the way
@@ -13,24 +13,30 @@
 
 constexpr int TEAM_WARPS = TEAM / 32, OWN_VALUES = DIM / TEAM_WARPS / 8;  // tiles of eight
 
-// How many pages there are up to a position, how many of them a split has, and how many splits that makes.
-__device__ inline int pages_of(int position) { return position / PAGE + 1; }
-__device__ inline int pages_at_once(int position) { return (pages_of(position) + MOST_SPLITS - 1) / MOST_SPLITS; }
-__device__ inline int splits_of(int position) {
-  const int each = pages_at_once(position);
-  return (pages_of(position) + each - 1) / each;
-}
+// What a row sees of its sequence: all pages up to its own, or those that its window reaches into. They are divided into
+// as many splits as there may be.
+struct Sight {
+  int at, from;  // the first position that is seen
 
-// Where the attention of every row begins among all tasks.
+  __device__ Sight(int at, bool windowed) : at(at), from(windowed && at + 1 > WINDOW ? at + 1 - WINDOW : 0) {}
+  __device__ int first() const { return WINDOW ? from / PAGE : 0; }
+  __device__ int end() const { return at / PAGE + 1; }
+  __device__ int pages() const { return end() - first(); }
+  __device__ int of_split() const { return (pages() + MOST_SPLITS - 1) / MOST_SPLITS; }
+  __device__ int splits() const { return (pages() + of_split() - 1) / of_split(); }
+};
+
+// Where the attention of every row begins among all tasks, in both kinds of layers.
 __device__ inline void place_tasks() {
-  int* first_task = first_tasks();
   if (threadIdx.x < MOST_ROWS && (int)threadIdx.x < rows()) {
     const int at = (int)(planned(threadIdx.x)[0] >> 32) + state().steps;
     positions()[threadIdx.x] = at;
-    first_task[threadIdx.x + 1] = splits_of(at) * KV_HEADS;
+    for (int kind = 0; kind < ATTENTION_KINDS; kind++)
+      first_tasks(kind)[threadIdx.x + 1] = Sight(at, kind).splits() * KV_HEADS;
   }
   sync();
-  if (threadIdx.x == 0) {
+  if (threadIdx.x < ATTENTION_KINDS) {
+    int* first_task = first_tasks(threadIdx.x);
     first_task[0] = 0;
 #pragma unroll 1
     for (int row = 0; row < rows(); row++) first_task[row + 1] += first_task[row];
@@ -40,17 +46,19 @@ __device__ inline void place_tasks() {
 
 struct Task {
   int row, head, split, splits, at, first, end;  // first to end: pages
+  int from;                                      // the first position that is seen
 
   // `row` is that of the last task, or 0.
-  __device__ void find(int task) {
-    const int* first_task = first_tasks();
+  __device__ void find(int task, bool windowed) {
+    const int* first_task = first_tasks(windowed);
     while (task >= first_task[row + 1]) row++;
     head = (task - first_task[row]) % KV_HEADS, split = (task - first_task[row]) / KV_HEADS;
-    at = positions()[row];
-    splits = splits_of(at);
-    const int each = pages_at_once(at);
-    first = split * each, end = min(first + each, pages_of(at));
+    const Sight sight(positions()[row], windowed);
+    at = sight.at, from = sight.from, splits = sight.splits();
+    const int each = sight.of_split();
+    first = sight.first() + split * each, end = min(first + each, sight.end());
   }
+  __device__ bool is_last() const { return end == at / PAGE + 1; }
 };
 
 // Of a page, what a lane has: of two positions the keys' numbers t * 8 .. + 8 of every 32, and of eight positions
@@ -141,7 +149,7 @@ struct HeadNorms {
 // page if this is the last split.
 __device__ inline void prepare_heads(Team& memory, const HeadNorms& norms, const Task& task, int layer) {
   const int team_warp = warp() % TEAM_WARPS;
-  const bool last = task.end == pages_of(task.at);
+  const bool last = task.is_last();
   const float* from = qkv() + (size_t)task.row * QKV_WIDTH;
   Angle own_angles[DIM / 64];
 #pragma unroll
@@ -199,7 +207,8 @@ __device__ inline void score_page(Team& memory, int page, const Keys& keys) {
   }
 }
 
-__device__ inline void mix_page(const Team& memory, int page, int seen, const Values& values,
+// Positions from `hidden` to `seen` count.
+__device__ inline void mix_page(const Team& memory, int page, int hidden, int seen, const Values& values,
                                 Found& found) {
   float scores[2][8], largest = found.largest;
 #pragma unroll
@@ -207,7 +216,8 @@ __device__ inline void mix_page(const Team& memory, int page, int seen, const Va
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       const int position = half * 32 + tile_column() * 8 + i;
-      scores[half][i] = position < seen ? memory.scores[page % 2][tile_row()][position] : LEAST;
+      const bool counts = position < seen && !(WINDOW && position < hidden);
+      scores[half][i] = counts ? memory.scores[page % 2][tile_row()][position] : LEAST;
       largest = fmaxf(largest, scores[half][i]);
     }
   largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
@@ -330,7 +340,8 @@ __device__ inline bool join(Team& memory, const Task& task) {
 // After the barrier that it waits for there are q, k and v of all rows; older keys and values are asked for
 // before.
 __device__ __noinline__ void attend(int layer) {
-  const int team = warp() / TEAM_WARPS, tasks = first_tasks()[rows()];
+  const bool in_window = windowed(layer);
+  const int team = warp() / TEAM_WARPS, tasks = first_tasks(in_window)[rows()];
   Team& memory = team_memory(team);
   const Product at(layer * PRODUCTS);  // that of q, k and v
   Task task = {};
@@ -338,7 +349,7 @@ __device__ __noinline__ void attend(int layer) {
   bool waited = false;
 #pragma unroll 1
   for (int number = blockIdx.x + gridDim.x * team; number < tasks; number += gridDim.x * TEAMS) {
-    task.find(number);
+    task.find(number, in_window);
     Found found = {LEAST, 0.f, {}};
 #pragma unroll 1
     for (int page = task.first; page < task.end; page++) {
@@ -359,7 +370,7 @@ __device__ __noinline__ void attend(int layer) {
       if (older < PAGE) add_fresh(memory, older, keys, values);
       score_page(memory, page, keys);
       team_sync(team, TEAM);
-      mix_page(memory, page, min(older + 1, PAGE), values, found);
+      mix_page(memory, page, task.from - page * PAGE, min(older + 1, PAGE), values, found);
     }
     // Not by blocks: whichever joins the splits, the numbers must be the same.
     MixedSide next = {adapted() ? lora_a(at, task.row, 0) : LoraMatrix{},

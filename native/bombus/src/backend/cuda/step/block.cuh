@@ -28,7 +28,7 @@ template <class T> __device__ inline T* in_shared(size_t at) { return reinterpre
 __device__ inline State& state() { return *in_shared<State>(STATE); }
 __device__ inline Signals& signals() { return *in_shared<Signals>(SIGNALS); }
 __device__ inline float* factors() { return in_shared<float>(FACTORS); }
-__device__ inline int* first_tasks() { return in_shared<int>(FIRST_TASKS); }
+__device__ inline int* first_tasks(bool windowed) { return in_shared<int>(FIRST_TASKS) + windowed * TASKS_OF_KIND; }
 __device__ inline int* positions() { return in_shared<int>(POSITIONS); }
 __device__ inline unsigned char* stage(int slot) { return in_shared<unsigned char>(FIRST_STAGE) + slot * STAGE_BYTES; }
 __device__ inline uint4* inputs(int slot) { return in_shared<uint4>(FIRST_INPUTS + slot * INPUT_BYTES); }
@@ -96,6 +96,7 @@ template <class T> __device__ inline const T* weight(int layer, int place) {
 
 // What this layer has of what layers differ in.
 __device__ inline bool unrotated(int layer) { return SOME_UNROTATED && layer_words(layer)[FLAGS] & UNROTATED; }
+__device__ inline bool windowed(int layer) { return WINDOW && layer_words(layer)[FLAGS] & WINDOWED; }
 
 // All warps that compute.
 __device__ inline void sync() { team_sync(TEAMS, COMPUTING * 32); }

@@ -140,8 +140,10 @@ struct Signals {
   Barrier full[STAGES], empty[STAGES], inputs_full[INPUT_STAGES], inputs_empty[INPUT_STAGES], inputs_ready, summed[SUMS], taken[SUMS];
 };
 constexpr size_t FACTORS = 0;                                   // 1 / root mean square of hidden [MOST_ROWS]
-constexpr size_t FIRST_TASKS = FACTORS + 4 * MOST_ROWS;          // of a row's attention [MOST_ROWS + 1]
-constexpr size_t POSITIONS = FIRST_TASKS + 4 * (MOST_ROWS + 4);  // [MOST_ROWS]
+constexpr size_t FIRST_TASKS = FACTORS + 4 * MOST_ROWS;          // of a row's attention [ATTENTION_KINDS][MOST_ROWS + 1]
+// Of layers that see everything, and of those with a window, which see fewer pages.
+constexpr int ATTENTION_KINDS = WINDOW ? 2 : 1, TASKS_OF_KIND = MOST_ROWS + 4;
+constexpr size_t POSITIONS = FIRST_TASKS + 4 * ATTENTION_KINDS * TASKS_OF_KIND;  // [MOST_ROWS]
 constexpr size_t SIGNALS = POSITIONS + 4 * MOST_ROWS;
 constexpr size_t STATE = rounded(SIGNALS + sizeof(Signals), 16);  // 128 bytes
 constexpr size_t WORDS = STATE + 128;  // of the table, for a layer and the next
