@@ -10,11 +10,15 @@
 use std::process::Command;
 
 fn steps_are_right(model: &str, rows: &str) {
+    run(model, rows, " launches, ");
+}
+
+fn run(model: &str, rows: &str, expected: &str) {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/cuda/run.sh");
     let output = Command::new("sh").args([script, model]).env("ROWS", rows).output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     println!("{said}");
-    assert!(said.contains(" launches, "), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(said.contains(expected), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
 }
 
@@ -42,6 +46,11 @@ fn layers_whose_heads_are_not_rotated() {
 fn layers_with_a_window_all_or_some() {
     steps_are_right("windowed", "3 10");
     steps_are_right("mixed", "5");
+}
+
+#[test]
+fn rows_of_prompts_with_windows_and_without() {
+    run("prefill64", "", "window of 100, ");
 }
 
 #[test]

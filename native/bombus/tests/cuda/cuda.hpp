@@ -9,6 +9,7 @@
 #define threadIdx (emulator::current->thread)
 #define blockIdx (emulator::current->block->index)
 #define gridDim (emulator::grid)
+#define blockDim (emulator::Index{static_cast<unsigned>(emulator::machine.threads)})
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
@@ -122,6 +123,55 @@ inline void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsig
       for (int i = 0; i < 4; i++) lanes[lane]->c[i] += c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
   });
 }
+
+// Copies of a thread that it has not waited for, and how many groups it has begun.
+struct AsyncCopies {
+  struct Copy {
+    void* to;
+    const void* from;
+    int group;
+  };
+  std::vector<Copy> copies;
+  int groups = 0;
+};
+inline std::map<const emulator::Fiber*, AsyncCopies> async_copies;
+
+// What was there is gone at once, and the copy comes when it is waited for.
+inline void copy_async(void* to, const void* from) {
+  if (((uintptr_t)to | (uintptr_t)from) % 16) emulator::fail("a copy from %p to %p", from, to);
+  memset(to, emulator::POISON, 16);
+  AsyncCopies& own = async_copies[emulator::current];
+  own.copies.push_back({to, from, own.groups});
+}
+inline void commit_copies() { async_copies[emulator::current].groups++; }
+template <int GROUPS> inline void wait_copies() {
+  AsyncCopies& own = async_copies[emulator::current];
+  std::erase_if(own.copies, [&](const AsyncCopies::Copy& copy) {
+    if (copy.group >= own.groups - GROUPS) return false;
+    memcpy(copy.to, copy.from, 16);
+    return true;
+  });
+}
+
+// Of four matrices of 8 by 8, whose rows lanes have, two neighbours in a row, or in a column.
+inline void load_matrices_of(unsigned (&to)[4], const void* row, bool transposed) {
+  struct Operands {
+    const unsigned short* row;
+    unsigned (*to)[4];
+    bool transposed;
+  } own = {static_cast<const unsigned short*>(row), &to, transposed};
+  emulator::together("ldmatrix", own, [](Operands** lanes) {
+    for (int lane = 0; lane < emulator::LANES; lane++)
+      for (int i = 0; i < 4; i++) {
+        const auto number = [&](int row, int column) -> unsigned { return lanes[i * 8 + row]->row[column]; };
+        const int a = lane / 4, b = lane % 4 * 2;
+        (*lanes[lane]->to)[i] = lanes[lane]->transposed ? number(b, a) | number(b + 1, a) << 16
+                                                        : number(a, b) | number(a, b + 1) << 16;
+      }
+  });
+}
+inline void load_matrices(unsigned (&to)[4], const void* row) { load_matrices_of(to, row, false); }
+inline void load_matrices_transposed(unsigned (&to)[4], const void* row) { load_matrices_of(to, row, true); }
 
 inline unsigned load_acquire(const unsigned* at) {
   emulator::pause("ld.acquire");

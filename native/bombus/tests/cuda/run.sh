@@ -1,5 +1,6 @@
 #!/bin/sh
-# Builds the kernel for steps for the emulator and runs it on small models of several shapes: one line for each.
+# Builds the kernel for steps for the emulator and runs it on small models of several shapes: one line for each. Then
+# the kernels for attention of a prompt's rows.
 #
 # run.sh [NAME]: which model, else all (three minutes).
 # BLOCKS, SEEDS, ROWS: how many, else what is said below; CUDA: where step.rs and the kernel's sources are; BUILD: a
@@ -71,4 +72,13 @@ flags="windowed"
 model windowed 256  768 4 2  64 3 320 5 1 3 10
 flags="mixed unrotated"
 model mixed    256  768 4 2  64 3 320 5 1 3 10
+# prefill DIM: attention of the rows of prompts, for heads of so many numbers.
+prefill() {
+  name=prefill$1
+  case ${only:-$name} in "$name") ;; *) return ;; esac
+  ${CXX:-g++} -std=c++20 -O2 -fno-strict-aliasing -Wno-unknown-pragmas -DHEAD_DIM="$1" -I"$cuda" \
+    -o "$build/$name" "$here/prefill_test.cpp" && "$build/$name" || failed=1
+}
+prefill 64
+prefill 128
 exit $failed
