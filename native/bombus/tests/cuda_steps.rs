@@ -54,6 +54,11 @@ fn rows_of_prompts_with_windows_and_without() {
 }
 
 #[test]
+fn queries_that_grow_with_their_position() {
+    steps_are_right("growing", "3 10");
+}
+
+#[test]
 fn several_tiles() {
     steps_are_right("small", "10 33");
 }

@@ -33,6 +33,8 @@ fn main() {
         scaled: false,
         unrotated: false,
         window: 0,
+        query_beta: 0.0,
+        query_context: 1,
         factors: Factors::NONE,
     };
     flags.iter().for_each(|flag| set(&mut shape, flag));
@@ -49,6 +51,7 @@ fn set(shape: &mut Shape, flag: &str) {
         "unrotated" => shape.unrotated = true,
         // Neither of whole pages, nor less than one.
         "windowed" | "mixed" => shape.window = 100,
+        "growing" => (shape.query_beta, shape.query_context) = (0.25, 48),
         "factors" => {
             let scores = Some(0.09);
             shape.factors = Factors { embedding: 1.5, residual: 0.4, logits: 0.125, scores };

@@ -19,6 +19,7 @@ struct Layer {
   int window;
   bool rotated, normed, scaled;
   float score_factor;  // 0: DIM^-0.5
+  float query_beta = 0;
 };
 
 template <Layer L>
@@ -26,6 +27,7 @@ void append(const bf16* q, const bf16* k, const bf16* v, const bf16* q_norm, con
             const int* layer, const float* rotation, bf16* queries, bf16* keys, bf16* values, int rows) {
   constexpr int WINDOW = L.window;
   constexpr bool ROTATED = L.rotated, QK_NORM = L.normed, SCALED = L.scaled;
+  constexpr int QUERY_BETA_BITS = std::bit_cast<int>(L.query_beta), QUERY_CONTEXT = 48;
   const int q_shape[] = {rows, Q_WIDTH};
   const long long q_strides[] = {ROW, 1}, k_strides[] = {ROW, 1}, v_strides[] = {ROW, 1};
 #include "append.cu"
@@ -105,7 +107,8 @@ template <Layer L> struct Case {
   }
 
   std::vector<double> attended(int row, int head) {
-    const auto q = rotated(&qkv[(size_t)row * ROW + head * DIM], 0, start + row);
+    auto q = rotated(&qkv[(size_t)row * ROW + head * DIM], 0, start + row);
+    for (double& x : q) x = rounded(x * rounded(1 + L.query_beta * std::log(1 + (start + row) / 48)));
     const int at = start + row, from = head / (HEADS / KV_HEADS) * DIM;
     std::vector<double> sums(DIM);
     double total = 0;
@@ -164,7 +167,7 @@ template <Layer L> bool works(const char* name) {
 int main() {
   emulator::catch_faults();
   bool good = works<Layer{0, true, true, false, 0}>("all positions");
-  good &= works<Layer{0, true, false, true, 0.05f}>("frequencies and a factor of scores");
+  good &= works<Layer{0, true, false, true, 0.05f, 0.25f}>("frequencies and factors of scores and queries");
   good &= works<Layer{100, true, true, false, 0}>("window of 100");
   good &= works<Layer{33, false, false, false, 0}>("window of 33, not rotated");
   good &= works<Layer{128, true, false, true, 0}>("window of 128");

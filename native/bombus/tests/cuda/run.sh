@@ -72,6 +72,9 @@ flags="windowed"
 model windowed 256  768 4 2  64 3 320 5 1 3 10
 flags="mixed unrotated"
 model mixed    256  768 4 2  64 3 320 5 1 3 10
+# As Ministral 3 has it.
+flags="scaled growing"
+model growing  256  768 4 2  64 3 320 5 1 3 10
 # prefill DIM: attention of the rows of prompts, for heads of so many numbers.
 prefill() {
   name=prefill$1

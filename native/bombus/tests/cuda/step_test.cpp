@@ -166,6 +166,10 @@ struct Model {
   // The first position that one sees.
   static int first_seen(int at, bool windowed) { return windowed ? std::max(at + 1 - WINDOW, 0) : 0; }
 
+  static double query_factor(int at) {
+    return rounded(1 + std::bit_cast<float>((unsigned)QUERY_BETA_BITS) * std::log(1 + at / QUERY_CONTEXT));
+  }
+
   // As `table` of step.rs.
   Array<word> table() const {
     Array<word> table(LAYERS * LAYER_WORDS + MODEL_WORDS);
@@ -367,7 +371,8 @@ struct Reference {
       keys_and_values[row].insert(keys_and_values[row].end(), kind.begin(), kind.end());
     for (int head = 0; head < HEADS; head++) {
       const int from = head / GQA_GROUP;
-      const Numbers q = rotated(layer, &qkv[head * DIM], own.q_norm, sequence.at);
+      Numbers q = rotated(layer, &qkv[head * DIM], own.q_norm, sequence.at);
+      for (double& x : q) x = rounded(x * Model::query_factor(sequence.at));
       const auto number = [&](int kind, int position, int i) -> double {
         if (position == sequence.at) return fresh[kind][from * DIM + i];
         return float_of(sequence.number(layer, kind, from, position, i));

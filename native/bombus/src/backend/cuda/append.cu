@@ -1,4 +1,4 @@
-// Norms (where QK_NORM) and rotates (where ROTATED) the heads of q and k for some positions of a sequence, writes k and v to its pages, and
+// Norms (where QK_NORM) and rotates (where ROTATED) the heads of q and k, scales those of q, for some positions of a sequence, writes k and v to its pages, and
 // lays out what these see of it, as attention wants it: from the position on that the first sees, where there is a WINDOW.
 // q, k, v: [rows, heads * DIM] (their rows may lie apart); plan: the first position, and pages; layer: its number;
 // rotation: as `angle_of` takes it, where SCALED.
@@ -46,6 +46,8 @@ for (int item = (blockIdx.x * blockDim.x + threadIdx.x) / 32; item < items; item
       rotate_head<DIM>(x, angles);
     }
   }
+  if (is_fresh && kind == 0)
+    for (int i = 0; i < DIM / 32; i++) x[i] *= query_factor(at, QUERY_BETA_BITS, QUERY_CONTEXT);
   for (int i = 0; i < DIM / 32; i++) {
     const bf16 number = narrow(x[i]);
     out[lane + 32 * i] = number;

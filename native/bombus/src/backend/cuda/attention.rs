@@ -115,6 +115,7 @@ impl PagedAttention {
         sequence: &Sequence,
     ) -> Result<[Array; 3]> {
         let Shape { heads, kv_heads, dim, eps, theta, qk_norm, scaled, .. } = self.shape;
+        let Shape { query_beta, query_context, .. } = self.shape;
         // Without norms something is passed in their place, and not read.
         let [q_norm, k_norm] = norms.map_or([&self.rotation; 2], |norms| norms.each_ref());
         let count = segment.rows.len();
@@ -142,6 +143,8 @@ impl PagedAttention {
                 (c"QK_NORM", i32::from(qk_norm)),
                 (c"SCALED", i32::from(scaled)),
                 (c"WINDOW", window as i32),
+                (c"QUERY_BETA_BITS", query_beta.to_bits() as i32),
+                (c"QUERY_CONTEXT", query_context as i32),
                 (c"ROTATED", i32::from(!self.kinds[layer].unrotated)),
             ],
         })?;

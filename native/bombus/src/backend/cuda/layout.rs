@@ -25,6 +25,9 @@ pub struct Shape {
     pub unrotated: bool,
     /// The positions that a row of a windowed layer sees, with its own; 0 where there are none.
     pub window: usize,
+    /// Queries are multiplied by `1 + beta ln(1 + floor(position / context))`.
+    pub query_beta: f32,
+    pub query_context: usize,
     pub factors: Factors,
 }
 
@@ -202,7 +205,7 @@ impl Shape {
     }
 
     /// The model's numbers, as the kernel has them.
-    pub fn constants(&self) -> [(&'static str, usize); 18] {
+    pub fn constants(&self) -> [(&'static str, usize); 20] {
         [
             ("HIDDEN", self.hidden),
             ("INNER", self.inner),
@@ -218,6 +221,8 @@ impl Shape {
             ("SCALED", usize::from(self.scaled)),
             ("SOME_UNROTATED", usize::from(self.unrotated)),
             ("WINDOW", self.window),
+            ("QUERY_BETA_BITS", self.query_beta.to_bits() as usize),
+            ("QUERY_CONTEXT", self.query_context),
             ("EMBEDDING_FACTOR_BITS", self.factors.embedding.to_bits() as usize),
             ("RESIDUAL_FACTOR_BITS", self.factors.residual.to_bits() as usize),
             ("LOGITS_FACTOR_BITS", self.factors.logits.to_bits() as usize),

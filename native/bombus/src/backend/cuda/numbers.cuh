@@ -31,6 +31,12 @@ __device__ inline float score_factor(int dim, int bits) {
   return factor * 1.44269504f;
 }
 
+// What queries at a position are multiplied by. beta_bits: of a float; 0 is none
+__device__ inline float query_factor(int at, int beta_bits, int context) {
+  if (!beta_bits) return 1.f;
+  return widen(narrow(1.f + __uint_as_float((unsigned)beta_bits) * logf(1.f + at / context)));
+}
+
 struct Angle {
   float sine, cosine;
 };

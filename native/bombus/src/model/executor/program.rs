@@ -9,6 +9,9 @@ use crate::spec::{
 };
 use mlx_rs::{Array, Dtype};
 
+/// A position that no sequence comes to; the kernel's numbers have 32 bits.
+const FAR: usize = 1 << 30;
+
 /// Why a model goes layer by layer, for people.
 pub type Reason = String;
 
@@ -85,7 +88,6 @@ fn shape(spec: &ModelSpec, rope: &Rope, kinds: &[LayerKind]) -> Result<Shape, Re
         (*centered, "its norms subtract the mean"),
         (*norms != BlockNorms::before(*norm), "its layers have other norms than two"),
         (qk_norm.is_some_and(|own| own != QkNorm::each(*norm)), "its norms of heads are others"),
-        (query_scaling.is_some(), "its queries grow with their position"),
         (windows.any(|other| Some(other) != window), "its layers have several windows"),
         (softcap.is_some() || head_softcap.is_some(), "its scores or logits are capped"),
         (*parallel, "its MLP stands beside attention"),
@@ -120,7 +122,9 @@ fn shape(spec: &ModelSpec, rope: &Rope, kinds: &[LayerKind]) -> Result<Shape, Re
         qkv_bias: *qkv_bias,
         scaled: *scaling != Scaling::None,
         unrotated: kinds.iter().any(|kind| kind.unrotated),
-        window: window.unwrap_or(0),
+        window: window.map_or(0, |window| window.min(FAR)),
+        query_beta: query_scaling.map_or(0.0, |scaling| scaling.beta),
+        query_context: query_scaling.map_or(1, |scaling| scaling.context.min(FAR)),
         factors: Factors {
             embedding: bfloat16_of(*embedding_scale),
             residual: bfloat16_of(*residual_scale),
@@ -190,7 +194,7 @@ fn bfloat16(array: &Array) -> Result<&Array, Reason> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::{HeadWeight, Names};
+    use crate::spec::{HeadWeight, Names, QueryScaling};
 
     fn spec() -> ModelSpec {
         let rope = Rope::new(64, 1e4, Scaling::None);
@@ -280,6 +284,16 @@ mod tests {
         );
         spec.layers[0].attention.window = Some(256);
         assert_eq!(Program::compile(&spec).err().unwrap(), "its layers have several windows");
+    }
+
+    #[test]
+    fn the_kernel_serves_queries_that_grow_with_their_position() {
+        let scaling = QueryScaling { beta: 0.1, context: 512 };
+        let grow = |spec: &mut ModelSpec| {
+            spec.layers.iter_mut().for_each(|layer| layer.attention.query_scaling = Some(scaling));
+        };
+        let shape = with(grow).unwrap();
+        assert_eq!((shape.query_beta, shape.query_context), (0.1, 512));
     }
 
     #[test]

@@ -169,6 +169,9 @@ __device__ inline void prepare_heads(Team& memory, const HeadNorms& norms, const
       norm_head<DIM>(x, norm, eps());
     }
     if (kind < 1 && !unrotated(layer)) rotate_head<DIM>(x, own_angles);
+    if (QUERY_BETA_BITS && kind < 0)
+#pragma unroll
+      for (int j = 0; j < DIM / 32; j++) x[j] *= query_factor(task.at, (int)QUERY_BETA_BITS, QUERY_CONTEXT);
     bf16* to = kind < 0 ? memory.q[i] : memory.fresh[kind];
 #pragma unroll
     for (int j = 0; j < DIM / 32; j++) to[lane() + 32 * j] = narrow(x[j]);
