@@ -33,6 +33,12 @@ fn biases_without_norms_of_heads_and_a_table_of_frequencies() {
 }
 
 #[test]
+fn biases_of_all_products() {
+    steps_are_right("bias_of_o", "3");
+    steps_are_right("biases", "1 10");
+}
+
+#[test]
 fn factors_of_embeddings_residuals_scores_and_logits() {
     steps_are_right("factors", "1 10");
 }

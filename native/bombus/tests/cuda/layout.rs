@@ -30,6 +30,8 @@ fn main() {
         theta: 1e6,
         qk_norm: false,
         qkv_bias: false,
+        o_bias: false,
+        mlp_bias: false,
         scaled: false,
         unrotated: false,
         window: 0,
@@ -40,6 +42,7 @@ fn main() {
     flags.iter().for_each(|flag| set(&mut shape, flag));
     print!("{}", layout::header(&shape));
     // Whether every other layer sees everything.
+    println!("constexpr bool O_BIAS = {}, MLP_BIAS = {};", shape.o_bias, shape.mlp_bias);
     println!("constexpr bool SOME_FULL = {};", flags.iter().any(|flag| flag == "mixed"));
 }
 
@@ -47,6 +50,8 @@ fn set(shape: &mut Shape, flag: &str) {
     match flag {
         "qk_norm" => shape.qk_norm = true,
         "qkv_bias" => shape.qkv_bias = true,
+        "o_bias" => shape.o_bias = true,
+        "mlp_bias" => shape.mlp_bias = true,
         "scaled" => shape.scaled = true,
         "unrotated" => shape.unrotated = true,
         // Neither of whole pages, nor less than one.

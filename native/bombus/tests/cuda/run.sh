@@ -75,6 +75,11 @@ model mixed    256  768 4 2  64 3 320 5 1 3 10
 # As Ministral 3 has it.
 flags="scaled growing"
 model growing  256  768 4 2  64 3 320 5 1 3 10
+# As Llama may have it, and ERNIE.
+flags="qkv_bias o_bias factors"
+model bias_of_o 256 768 4 2  64 3 320 5 1 3 10
+flags="qkv_bias o_bias mlp_bias"
+model biases   256  768 4 2  64 3 320 5 1 3 10
 # prefill DIM: attention of the rows of prompts, for heads of so many numbers.
 prefill() {
   name=prefill$1

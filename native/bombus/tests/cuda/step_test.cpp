@@ -141,6 +141,8 @@ struct Layer {
   Array<bf16> input_norm = random_numbers(HIDDEN, 1, 0.3), post_norm = random_numbers(HIDDEN, 1, 0.3);
   Array<bf16> q_norm = random_numbers(DIM, 1.5, 0.3), k_norm = random_numbers(DIM, 1.5, 0.3);
   Array<bf16> bias = random_numbers(QKV_WIDTH, 0, 1);
+  Array<bf16> o_bias = random_numbers(O_BIAS ? HIDDEN : 0, 0, 1), down_bias = random_numbers(MLP_BIAS ? HIDDEN : 0, 0, 1);
+  Array<bf16> gate_up_bias = random_numbers(MLP_BIAS ? 2 * INNER : 0, 0, 1);
 };
 
 struct Model {
@@ -184,7 +186,9 @@ struct Model {
       place(own + GATE_UP, layer.gate_up), place(own + DOWN, layer.down);
       own[INPUT_NORM] = layer.input_norm.address(), own[POST_NORM] = layer.post_norm.address();
       if (QK_NORM) own[Q_NORM] = layer.q_norm.address(), own[K_NORM] = layer.k_norm.address();
-      if (QKV_BIAS) own[BIAS] = layer.bias.address();
+      if (QKV_BIAS) own[BIAS_OF_QKV] = layer.bias.address();
+      if (O_BIAS) own[BIAS_OF_O] = layer.o_bias.address();
+      if (MLP_BIAS) own[BIAS_OF_GATE_UP] = layer.gate_up_bias.address(), own[BIAS_OF_DOWN] = layer.down_bias.address();
       own[FLAGS] = flags(i);
     }
     word* own = &table[LAYERS * LAYER_WORDS];
@@ -284,23 +288,31 @@ struct Reference {
     for (int layer = 0; layer < LAYERS; layer++) {
       const Layer& own = model.layers[layer];
       auto qkv = normed_product(own.qkv, own.input_norm, layer, {LORA_QKV, LORA_QKV + 1, LORA_QKV + 2});
-      if (QKV_BIAS)
-        for (Numbers& row : qkv)
-          for (int i = 0; i < QKV_WIDTH; i++) row[i] += float_of(own.bias[i]);
+      if (QKV_BIAS) add_bias(qkv, own.bias);
       std::vector<Numbers> mixed;
       for (size_t row = 0; row < rows.size(); row++) mixed.push_back(attend(row, layer, qkv[row]));
-      add(product(own.o, mixed, layer, {LORA_O}));
+      auto y = product(own.o, mixed, layer, {LORA_O});
+      if (O_BIAS) add_bias(y, own.o_bias);
+      add(y);
       auto inner = normed_product(own.gate_up, own.post_norm, layer, {LORA_GATE_UP, LORA_GATE_UP + 1});
+      if (MLP_BIAS) add_bias(inner, own.gate_up_bias);
       for (Numbers& x : inner) {
         for (int i = 0; i < INNER; i++) x[i] = rounded(x[i] / (1 + std::exp(-x[i])) * x[INNER + i]);
         x.resize(INNER);
       }
-      add(product(own.down, inner, layer, {LORA_DOWN}));
+      y = product(own.down, inner, layer, {LORA_DOWN});
+      if (MLP_BIAS) add_bias(y, own.down_bias);
+      add(y);
     }
     auto y = normed_product(model.head, model.norm, 0, {});
     for (Numbers& row : y)
       for (double& logit : row) logit *= LOGITS_FACTOR;
     return y;
+  }
+
+  static void add_bias(std::vector<Numbers>& y, const Array<bf16>& bias) {
+    for (Numbers& row : y)
+      for (size_t i = 0; i < row.size(); i++) row[i] += float_of(bias[i]);
   }
 
   void add(const std::vector<Numbers>& y) {

@@ -19,6 +19,9 @@ pub struct Shape {
     /// of heads of q and k
     pub qk_norm: bool,
     pub qkv_bias: bool,
+    pub o_bias: bool,
+    /// of gate, up and down
+    pub mlp_bias: bool,
     /// Whether frequencies are others than theta's own.
     pub scaled: bool,
     /// Whether there are layers whose heads are not rotated.
@@ -119,10 +122,13 @@ constants! {
     POST_NORM = 9;
     Q_NORM = 10;
     K_NORM = 11;
-    BIAS = 12;
+    BIAS_OF_QKV = 12;
     /// no address: those of the layer's `LayerKind`
     FLAGS = 13;
-    LAYER_WORDS = 14;
+    BIAS_OF_O = 14;
+    BIAS_OF_GATE_UP = 15;
+    BIAS_OF_DOWN = 16;
+    LAYER_WORDS = 17;
     // Behind all layers; of the embedding codes, scales and biases as they lie in the checkpoint.
     HEAD = 0;
     NORM = 2;
@@ -205,7 +211,7 @@ impl Shape {
     }
 
     /// The model's numbers, as the kernel has them.
-    pub fn constants(&self) -> [(&'static str, usize); 20] {
+    pub fn constants(&self) -> [(&'static str, usize); 22] {
         [
             ("HIDDEN", self.hidden),
             ("INNER", self.inner),
@@ -218,6 +224,8 @@ impl Shape {
             ("THETA_BITS", self.theta.to_bits() as usize),
             ("QK_NORM", usize::from(self.qk_norm)),
             ("QKV_BIAS", usize::from(self.qkv_bias)),
+            ("RESIDUAL_BIAS", usize::from(self.o_bias || self.mlp_bias)),
+            ("GATE_UP_BIAS", usize::from(self.mlp_bias)),
             ("SCALED", usize::from(self.scaled)),
             ("SOME_UNROTATED", usize::from(self.unrotated)),
             ("WINDOW", self.window),

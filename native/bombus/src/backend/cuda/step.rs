@@ -201,8 +201,8 @@ pub struct LayerArrays<'a> {
     pub post_norm: &'a Array,
     /// of heads of q and k
     pub head_norms: Option<&'a [Array; 2]>,
-    /// of q, k and v
-    pub bias: Option<&'a Array>,
+    /// of q, k and v together, o, gate and up together, down
+    pub biases: [Option<&'a Array>; 4],
     pub kind: LayerKind,
 }
 
@@ -246,9 +246,10 @@ fn table(model: &ModelArrays, addresses: &Addresses) -> Result<(Array, Vec<Array
             (layout::POST_NORM, Some(layer.post_norm)),
             (layout::Q_NORM, q_norm),
             (layout::K_NORM, k_norm),
-            (layout::BIAS, layer.bias),
         ];
-        for (word, array) in arrays {
+        let biases =
+            [layout::BIAS_OF_QKV, layout::BIAS_OF_O, layout::BIAS_OF_GATE_UP, layout::BIAS_OF_DOWN];
+        for (word, array) in arrays.into_iter().chain(biases.into_iter().zip(layer.biases)) {
             if let Some(array) = array {
                 own[word] = addresses.of(array)?;
             }

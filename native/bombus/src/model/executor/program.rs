@@ -78,7 +78,7 @@ fn shape(spec: &ModelSpec, rope: &Rope, kinds: &[LayerKind]) -> Result<Shape, Re
         o_bias,
         fused: _,
     } = attention;
-    let MlpSpec { inner, activation, bias, fused: _ } = mlp;
+    let MlpSpec { inner, activation, bias: mlp_bias, fused: _ } = mlp;
     let mut windows = layers.iter().filter_map(|layer| layer.attention.window);
     let window = windows.next();
     let Rope { dim, theta, interleaved, scaling } = rope;
@@ -93,8 +93,6 @@ fn shape(spec: &ModelSpec, rope: &Rope, kinds: &[LayerKind]) -> Result<Shape, Re
         (*parallel, "its MLP stands beside attention"),
         (*activation != Activation::Silu, "its activation is another than SiLU"),
         (*interleaved, "neighbours of a head are rotated together"),
-        (*o_bias, "`o_proj` has a bias"),
-        (*bias, "the MLP has biases"),
         (dim != head_dim, "heads are rotated in part"),
         (rope.is_dynamic(), "its rotation depends on a text's length"),
         (!matches!(head_dim, 64 | 128), "its heads have other than 64 or 128 numbers"),
@@ -120,6 +118,8 @@ fn shape(spec: &ModelSpec, rope: &Rope, kinds: &[LayerKind]) -> Result<Shape, Re
         theta: *theta,
         qk_norm: qk_norm.is_some(),
         qkv_bias: *qkv_bias,
+        o_bias: *o_bias,
+        mlp_bias: *mlp_bias,
         scaled: *scaling != Scaling::None,
         unrotated: kinds.iter().any(|kind| kind.unrotated),
         window: window.map_or(0, |window| window.min(FAR)),
@@ -169,7 +169,12 @@ fn layer(layer: &Layer<Mlx>, kind: LayerKind) -> Result<LayerArrays<'_>, Reason>
         input_norm: norm(&layer.before_attention)?,
         post_norm: norm(&layer.before_mlp)?,
         head_norms,
-        bias: layer.qkv_proj.bias_of_all().map(bfloat16).transpose()?,
+        biases: [
+            bias(&layer.qkv_proj)?,
+            bias(&layer.o_proj)?,
+            bias(&layer.gate_up_proj)?,
+            bias(&layer.down_proj)?,
+        ],
         kind,
     })
 }
@@ -178,6 +183,10 @@ fn matrix(linear: &Linear) -> Result<MatrixArrays<'_>, Reason> {
     let matrix = linear.matrix().filter(|matrix| matrix.is_int4_group64());
     let other = "not all weights are in 4 bits, groups of 64 and bfloat16";
     matrix.map(|matrix| matrix.arrays).ok_or_else(|| other.into())
+}
+
+fn bias(linear: &Linear) -> Result<Option<&Array>, Reason> {
+    linear.bias_of_all().map(bfloat16).transpose()
 }
 
 fn norm(norm: &Option<Array>) -> Result<&Array, Reason> {
@@ -232,6 +241,17 @@ mod tests {
             }
         };
         assert!(with(all).unwrap().scaled);
+    }
+
+    #[test]
+    fn the_kernel_serves_biases_of_o_and_of_the_mlp() {
+        let of = |change: fn(&mut LayerSpec)| {
+            let shape = with(|spec| spec.layers.iter_mut().for_each(change)).unwrap();
+            [shape.o_bias, shape.mlp_bias]
+        };
+        assert_eq!(of(|_| {}), [false, false]);
+        assert_eq!(of(|layer| layer.attention.o_bias = true), [true, false]);
+        assert_eq!(of(|layer| layer.mlp.bias = true), [false, true]);
     }
 
     #[test]
@@ -301,8 +321,6 @@ mod tests {
         let reason = |change: &dyn Fn(&mut LayerSpec)| {
             with(|spec| spec.layers.iter_mut().for_each(change)).err().unwrap_or_default()
         };
-        assert!(reason(&|layer| layer.attention.o_bias = true).contains("o_proj"));
-        assert!(reason(&|layer| layer.mlp.bias = true).contains("MLP"));
         assert!(reason(&|layer| layer.attention.kv_heads = 16).is_empty());
         assert!(reason(&|layer| layer.attention.heads = 18).contains("more than 8 heads"));
         let dynamic = Scaling::Dynamic { factor: 2.0, context: 64 };

@@ -2,8 +2,10 @@
 // gate and up one each).
 //
 //   QkvEpilogue       factor * (y + LoRA) + bias              -> qkv
-//   ResidualEpilogue  hidden + residual_factor * (y + LoRA)   -> hidden, squares, normed (times the next norm's weight)
-//   SwigluEpilogue    silu(gate) * up of factor * (y + LoRA)  -> active
+//   ResidualEpilogue  hidden + residual_factor * (y + LoRA + bias)
+//                                                             -> hidden, squares, normed (times the next norm's weight)
+//   SwigluEpilogue    silu(gate) * up of factor * (y + LoRA) + bias
+//                                                             -> active
 //   LogitsEpilogue    factor * logits_factor * y              -> logits
 //
 // `factor` is 1 / root mean square of the row: the norm's division comes behind the product, since it needs all of
@@ -67,7 +69,7 @@ template <Specialization OWN> struct QkvEpilogue {
 
     __device__ void prefetch(const QkvEpilogue& epilogue, const Outputs& out) {
       if (QKV_BIAS) {
-        const bf16* from = weight<bf16>(epilogue.number / PRODUCTS, BIAS);
+        const bf16* from = weight<bf16>(epilogue.number / PRODUCTS, BIAS_OF_QKV);
         for (int i = 0; i < 2; i++) bias[i * QKV_BIAS] = from[out.n[i]];
       }
       const int index = fused_index(out.n[0]), start = fused_start(index);
@@ -91,6 +93,11 @@ template <Specialization OWN> struct QkvEpilogue {
   }
 };
 
+// That of o or of down: none if it has none.
+__device__ inline const bf16* residual_bias(int product) {
+  return weight<bf16>(product / PRODUCTS, product % PRODUCTS == 1 ? BIAS_OF_O : BIAS_OF_DOWN);
+}
+
 // Of attention's output, and of the inner layer: they are added to what is hidden.
 template <Specialization OWN> struct ResidualEpilogue {
   static constexpr Specialization SPECIAL = OWN;
@@ -103,6 +110,7 @@ template <Specialization OWN> struct ResidualEpilogue {
     Shrink<SPECIAL, 2, 3> shrink;
     float x0, x1;
     bf16 norm0, norm1;
+    bf16 bias[2 * RESIDUAL_BIAS + 1];
     HiddenPlace to;
 
     __device__ void prefetch(const ResidualEpilogue& epilogue, const Outputs& out) {
@@ -111,6 +119,9 @@ template <Specialization OWN> struct ResidualEpilogue {
       const float* x = hidden() + (size_t)min(out.row, rows() - 1) * HIDDEN;
       x0 = x[out.n[0]], x1 = x[out.n[1]];
       norm0 = epilogue.norm[out.n[0]], norm1 = epilogue.norm[out.n[1]];
+      if (!RESIDUAL_BIAS) return;
+      const bf16* from = residual_bias(epilogue.number);
+      for (int i = 0; i < 2; i++) bias[i * RESIDUAL_BIAS] = from ? from[out.n[i]] : 0;
     }
     __device__ void load(const ResidualEpilogue& epilogue, const Outputs& out) {
       expand.load(Product(epilogue.number), out.row, 0);
@@ -119,6 +130,8 @@ template <Specialization OWN> struct ResidualEpilogue {
       if (loaded) expand.prepare(Product(epilogue.number), 0);
       const float2 added = expand.added(Product(epilogue.number), out.row, 0, out.n);
       x0 += residual_factor() * added.x, x1 += residual_factor() * added.y;
+      if (RESIDUAL_BIAS)
+        x0 += residual_factor() * widen(bias[0]), x1 += residual_factor() * widen(bias[RESIDUAL_BIAS]);
       shrink.prepare(Product(epilogue.number), out.row);
       to = HiddenPlace::of(out);
     }
@@ -143,8 +156,13 @@ template <Specialization OWN> struct SwigluEpilogue {
     float factor;
     bool there;
     bf16* to;
+    bf16 bias[2 * GATE_UP_BIAS + 1];
 
     __device__ void prefetch(const SwigluEpilogue& epilogue, const Outputs& out) {
+      if (GATE_UP_BIAS) {
+        const bf16* from = weight<bf16>(epilogue.number / PRODUCTS, BIAS_OF_GATE_UP);
+        for (int i = 0; i < 2; i++) bias[i * GATE_UP_BIAS] = from[out.n[0] + i * INNER];
+      }
       expand.prefetch(Product(epilogue.number), out.row, 0, {out.n[0], out.n[0]});
       shrink.prefetch(Product(epilogue.number), out.row, out.n[0]);
     }
@@ -160,7 +178,8 @@ template <Specialization OWN> struct SwigluEpilogue {
   };
 
   __device__ void operator()(const Outputs& out, float2 y, const Operands& own) const {
-    const float gate = own.factor * (y.x + own.added.x), up = own.factor * (y.y + own.added.y);
+    float gate = own.factor * (y.x + own.added.x), up = own.factor * (y.y + own.added.y);
+    if (GATE_UP_BIAS) gate += widen(own.bias[0]), up += widen(own.bias[GATE_UP_BIAS]);
     const bf16 x = narrow(gate / (1.f + __expf(-gate)) * up);
     own.shrink.add(Product(number), out.row, out.n[0], x);
     if (own.there) *own.to = x;
