@@ -31,6 +31,7 @@
   Bombus.Adapter,
   Bombus.Model.Options,
   Bombus.Model,
+  Bombus.Model.Info,
   Bombus.Telemetry,
   Bombus,
 
@@ -74,9 +75,11 @@
   Mix.Bombus.CommandLine,
   Mix.Bombus.Terminal,
   Mix.Bombus.Generation,
+  Mix.Bombus.ModelInfo,
   Mix.Bombus.Conversation,
   Mix.Tasks.Bombus.Download,
   Mix.Tasks.Bombus.Generate,
+  Mix.Tasks.Bombus.Info,
   Mix.Tasks.Bombus.Chat,
   Mix.Tasks.Bombus.Train,
   Mix.Tasks.Compile.BombusNative

@@ -21,6 +21,7 @@ defmodule Bombus.Native do
 
   def load_model(_path, _options, _reference), do: nif()
   def families, do: nif()
+  def model_info(_path, _device, _reference), do: nif()
   def save_model(_model, _path, _overwrite, _reference), do: nif()
   def load_adapter(_path, _scale, _reference), do: nif()
   def load_tokenizer(_path, _reference), do: nif()
@@ -60,6 +61,7 @@ defmodule Bombus.Native do
 
   # Files from the Hub.
   def hide_token(_token), do: nif()
+  # `kind` may be :outline: a new folder with a model's files without its weights.
   def fetch(_wanted, _kind, _reference), do: nif()
   def stop_fetch(_download), do: nif()
   def cached(_wanted, _kind, _reference), do: nif()

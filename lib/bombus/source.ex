@@ -6,8 +6,11 @@ defmodule Bombus.Source do
 
   @type t :: Bombus.source()
 
-  @doc "The folder of a source, with what is needed for this kind of thing."
-  @spec resolve(t(), Hub.kind(), nil | (Hub.progress() -> term())) ::
+  @doc """
+  The folder of a source, with what is needed for this kind of thing. An `:outline` of the Hub's is a
+  new folder for a model without its weights, which the caller removes.
+  """
+  @spec resolve(t(), Hub.kind() | :outline, nil | (Hub.progress() -> term())) ::
           {:ok, Path.t()} | {:error, Error.t()}
   def resolve(source, kind, on_progress \\ nil)
   def resolve({:hf, id}, kind, on_progress), do: resolve({:hf, id, []}, kind, on_progress)

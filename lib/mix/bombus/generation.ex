@@ -89,8 +89,9 @@ defmodule Mix.Bombus.Generation do
   def demo_adapters("demo"), do: File.ls!(Application.app_dir(:bombus, "priv/models/adapters"))
   def demo_adapters(_other), do: []
 
-  defp device("auto"), do: :auto
-  defp device("gpu"), do: :gpu
-  defp device("cpu"), do: :cpu
-  defp device(other), do: Mix.raise("expected --device to be auto, gpu or cpu, got: #{other}")
+  @doc "What `--device` names."
+  def device("auto"), do: :auto
+  def device("gpu"), do: :gpu
+  def device("cpu"), do: :cpu
+  def device(other), do: Mix.raise("expected --device to be auto, gpu or cpu, got: #{other}")
 end

@@ -24,6 +24,7 @@
 //! - `model::weights`: from files to a decoder
 //! - `model::adapter`: LoRA and DoRA
 //! - `model::executor`: what runs a model's steps
+//! - `model::info`: what a model is, without its weights
 //! - `engine`: requests, the scheduler, and the thread that runs a model
 
 pub mod arch;

@@ -4,7 +4,7 @@ use crate::answer::{Address, answer_later, result_term};
 use bombus::error::{Error, Result, catch_in};
 use bombus::hub::{self, Event, Kind, Settings, Source, Token, Watch};
 use rustler::{Encoder, Env, LocalPid, Monitor, NifMap, NifUnitEnum, Resource, ResourceArc, Term};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -79,6 +79,30 @@ enum KindOption {
     Any,
 }
 
+/// What is fetched.
+#[derive(NifUnitEnum)]
+enum WantedOption {
+    Model,
+    Tokenizer,
+    Adapter,
+    Any,
+    /// a new folder with a model's files without its weights
+    Outline,
+}
+
+impl WantedOption {
+    fn fetch(&self, settings: &Settings, source: &Source, watch: &Watch) -> Result<PathBuf> {
+        let kind = match self {
+            WantedOption::Outline => return hub::outline(settings, source, watch),
+            WantedOption::Model => Kind::Model,
+            WantedOption::Tokenizer => Kind::Tokenizer,
+            WantedOption::Adapter => Kind::Adapter,
+            WantedOption::Any => Kind::Any,
+        };
+        hub::fetch(settings, source, kind, watch)
+    }
+}
+
 impl From<KindOption> for Kind {
     fn from(kind: KindOption) -> Self {
         match kind {
@@ -94,7 +118,7 @@ impl From<KindOption> for Kind {
 /// `{:waiting, reason, milliseconds}`, `{:warning, message}`, and at the end
 /// `{:done, {:ok, folder} | {:error, {reason, message}}}`.
 #[rustler::nif]
-fn fetch<'a>(env: Env<'a>, wanted: Wanted, kind: KindOption, reference: Term<'a>) -> Term<'a> {
+fn fetch<'a>(env: Env<'a>, wanted: Wanted, what: WantedOption, reference: Term<'a>) -> Term<'a> {
     let (settings, source) = wanted.split();
     let listener: Listener = Arc::new(Mutex::new(Some(Address::caller(env, reference))));
     let told = listener.clone();
@@ -103,8 +127,8 @@ fn fetch<'a>(env: Env<'a>, wanted: Wanted, kind: KindOption, reference: Term<'a>
     let handle = ResourceArc::new(handle);
     env.monitor(&handle, &env.pid());
     let work = move || {
-        let what = format!("fetching `{}`", source.id);
-        let folder = catch_in(&what, || hub::fetch(&settings, &source, kind.into(), &watch));
+        let place = format!("fetching `{}`", source.id);
+        let folder = catch_in(&place, || what.fetch(&settings, &source, &watch));
         let folder = folder.map(|folder| folder.display().to_string());
         tell(&listener, |env| (atoms::done(), result_term(env, &folder)).encode(env));
     };

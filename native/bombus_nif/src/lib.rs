@@ -10,6 +10,7 @@ mod generation;
 mod group;
 mod held;
 mod hub;
+mod info;
 mod memory;
 mod model;
 mod quantization;

@@ -150,6 +150,17 @@ fn load_model<'a>(
 }
 
 impl DeviceOption {
+    /// The option that names a device.
+    pub fn of(device: Device) -> Self {
+        match device {
+            Device::Cpu(_) => DeviceOption::Cpu,
+            #[cfg(feature = "mlx")]
+            Device::Mlx(mlx::Device::Gpu) => DeviceOption::Gpu,
+            #[cfg(feature = "mlx")]
+            Device::Mlx(mlx::Device::Cpu) => DeviceOption::MlxCpu,
+        }
+    }
+
     /// `threads`: of the CPU backend, where not all cores
     #[cfg(feature = "mlx")]
     pub fn device(&self, threads: Option<usize>) -> Result<Device> {
@@ -282,13 +293,7 @@ fn spec(engine: &Engine, device: Device, max_batch_size: usize) -> Spec {
         hidden_size: config.spec.hidden,
         vocab_size: config.spec.vocab,
         quantization: engine.quantization().map(|default| quantization_spec(config, default)),
-        device: match device {
-            Device::Cpu(_) => DeviceOption::Cpu,
-            #[cfg(feature = "mlx")]
-            Device::Mlx(mlx::Device::Gpu) => DeviceOption::Gpu,
-            #[cfg(feature = "mlx")]
-            Device::Mlx(mlx::Device::Cpu) => DeviceOption::MlxCpu,
-        },
+        device: DeviceOption::of(device),
         max_batch_size,
         generation_config: serde_json::Value::Object(config.generation.clone()).to_string(),
         warnings: config.warnings.clone(),

@@ -155,7 +155,7 @@ impl<'a> Client<'a> {
     ) -> Result<(Option<String>, Reply)> {
         let url = self.url(revision, path)?;
         self.patiently(patience, || {
-            let response = self.request(Method::HEAD, url.clone(), 0)?;
+            let response = self.request(Method::HEAD, url.clone(), None)?;
             let commit = header(response.headers(), "x-repo-commit").map(str::to_owned);
             if response.status().is_success() || response.status().is_redirection() {
                 return Ok((commit, Reply::Found(self.found(&response)?)));
@@ -213,7 +213,16 @@ impl<'a> Client<'a> {
 
     /// The bytes of a file, after the first `from`.
     pub fn get(&self, url: Uri, from: u64) -> Result<Response<Body>, Trouble> {
-        let response = self.request(Method::GET, url, from)?;
+        self.get_range(url, (from > 0).then(|| format!("{from}-")))
+    }
+
+    /// The first `count` bytes of a file, or all of it.
+    pub fn get_first(&self, url: Uri, count: u64) -> Result<Response<Body>, Trouble> {
+        self.get_range(url, Some(format!("0-{}", count.saturating_sub(1))))
+    }
+
+    fn get_range(&self, url: Uri, range: Option<String>) -> Result<Response<Body>, Trouble> {
+        let response = self.request(Method::GET, url, range.as_deref())?;
         match response.status() {
             status if status.is_success() || status == StatusCode::RANGE_NOT_SATISFIABLE => {
                 Ok(response)
@@ -267,10 +276,15 @@ impl<'a> Client<'a> {
 
     /// One request, with its redirects. The token goes to the endpoint alone. Of a file on another
     /// host the head is not asked for, where the redirect says all of it: a signed address is for GET.
-    fn request(&self, method: Method, mut url: Uri, from: u64) -> Result<Response<Body>, Trouble> {
+    fn request(
+        &self,
+        method: Method,
+        mut url: Uri,
+        range: Option<&str>,
+    ) -> Result<Response<Body>, Trouble> {
         let mut said = HeaderMap::new();
         for _redirect in 0..=REDIRECTS {
-            let mut response = self.send(&method, &url, from)?;
+            let mut response = self.send(&method, &url, range)?;
             let headers = response.headers_mut();
             for name in OF_THE_HUB {
                 // What a redirect says of a file counts for where it leads to.
@@ -304,15 +318,20 @@ impl<'a> Client<'a> {
         Err(Error::Server(format!("{}: more than {REDIRECTS} redirects", self.name())).into())
     }
 
-    fn send(&self, method: &Method, url: &Uri, from: u64) -> Result<Response<Body>, Trouble> {
+    fn send(
+        &self,
+        method: &Method,
+        url: &Uri,
+        range: Option<&str>,
+    ) -> Result<Response<Body>, Trouble> {
         let mut request = Request::builder().method(method).uri(url);
         if let Some(Token(token)) = &self.settings.token
             && is_same_origin(url, &self.endpoint)
         {
             request = request.header("authorization", format!("Bearer {token}"));
         }
-        if from > 0 {
-            request = request.header("range", format!("bytes={from}-"));
+        if let Some(range) = range {
+            request = request.header("range", format!("bytes={range}"));
         }
         let sent = request.body(()).map_err(ureq::Error::from).and_then(|r| agent().run(r));
         sent.map_err(|error| self.unreachable(url, error))

@@ -12,6 +12,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, OnceLock, PoisonError};
+use ureq::http::Uri;
 
 /// What is wanted of a repository.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -244,7 +245,7 @@ impl<'a> Remote<'a> {
         &self.commit
     }
 
-    fn head(&self, name: &str) -> Result<Reply> {
+    pub fn head(&self, name: &str) -> Result<Reply> {
         let path = self.source.path(name);
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(&path);
         let reply = match known {
@@ -284,6 +285,11 @@ impl<'a> Remote<'a> {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Where a file is, at this commit.
+    pub fn url(&self, name: &str) -> Result<Uri> {
+        self.client.url(&self.commit, &self.source.path(name))
     }
 
     fn download(&self, name: &str, found: &Found) -> Result<()> {
@@ -358,7 +364,7 @@ impl Files for Remote<'_> {
 }
 
 /// The results of all, or the first error; that calls `fail`, so that the others may end early.
-fn in_parallel<T: Sync, R: Send>(
+pub fn in_parallel<T: Sync, R: Send>(
     items: &[T],
     work: impl Fn(&T) -> Result<R> + Sync,
     fail: impl Fn() + Sync,

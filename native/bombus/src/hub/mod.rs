@@ -2,7 +2,7 @@
 //! huggingface_hub uses: what one has downloaded, the other finds.
 //!
 //! `client` asks the Hub (at an `address`), `cache` is the folders on disk, `download` brings one
-//! file (at a `pace`), `files` says which ones are needed, `watch` is what the caller hears and says
+//! file (at a `pace`), `files` says which ones are needed, `outline` does without weights, `watch` is what the caller hears and says
 //! meanwhile, `removal` takes a repository out of the cache.
 //!
 //! Of the hf-hub crate only the names of the cache's folders are used. Its version 1 is 232 crates,
@@ -14,6 +14,7 @@ mod cache;
 mod client;
 mod download;
 mod files;
+mod outline;
 mod pace;
 mod removal;
 mod watch;
@@ -24,10 +25,11 @@ pub use removal::remove;
 pub use watch::{Event, Watch};
 
 use crate::error::{Error, Result};
+use crate::files as on_disk;
 use cache::Repository;
 use client::{Client, Patience};
 use files::{Cached, Files, Remote};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Where the Hub is, and what is known of it here.
@@ -78,15 +80,55 @@ pub fn fetch(settings: &Settings, source: &Source, kind: Kind, watch: &Watch) ->
     let patience = if cached.is_ok() { Patience::Short } else { Patience::Long };
     let updated = update(settings, source, kind, watch, &repository, patience);
     match (updated, cached) {
-        (
-            Err(Error::NoNetwork(reason) | Error::Server(reason) | Error::RateLimited(reason)),
-            Ok(folder),
-        ) => {
-            watch.warn(format!("{reason}. Using what is in the cache: {}", folder.display()));
+        (Err(error), Ok(folder)) if is_unreachable(&error) => {
+            watch.warn(format!("{error}. Using what is in the cache: {}", folder.display()));
             Ok(folder)
         }
         (updated, _) => updated,
     }
+}
+
+/// A new folder with a model's small files; of its tensors there are the headers alone, in files that
+/// have their size and no more (they are sparse). The caller removes it.
+pub fn outline(settings: &Settings, source: &Source, watch: &Watch) -> Result<PathBuf> {
+    let temporary = std::env::temp_dir();
+    let folder = tempfile::tempdir().map_err(|error| on_disk::write_error(&temporary, &error))?;
+    let cached = cached(settings, source, Kind::Model);
+    match (settings.offline, cached) {
+        (true, Err(missing)) => return Err(not_cached(source, &missing)),
+        (true, Ok(cached)) => outline::link_all(&cached, folder.path())?,
+        (false, cached) => {
+            let patience = if cached.is_ok() { Patience::Short } else { Patience::Long };
+            let made = outline_of_hub(settings, source, watch, patience, folder.path());
+            match (made, cached) {
+                (Err(error), Ok(cached)) if is_unreachable(&error) => {
+                    watch
+                        .warn(format!("{error}. Using what is in the cache: {}", cached.display()));
+                    outline::link_all(&cached, folder.path())?;
+                }
+                (made, _) => made?,
+            }
+        }
+    }
+    watch.finish();
+    Ok(folder.keep())
+}
+
+fn outline_of_hub(
+    settings: &Settings,
+    source: &Source,
+    watch: &Watch,
+    patience: Patience,
+    folder: &Path,
+) -> Result<()> {
+    let repository = Repository::new(&settings.cache, &source.id);
+    let client = Client::new(settings, source, watch)?;
+    let remote = Remote::new(&client, &repository, source, Kind::Model, patience)?;
+    outline::fill(&client, &remote, folder)
+}
+
+fn is_unreachable(error: &Error) -> bool {
+    matches!(error, Error::NoNetwork(_) | Error::Server(_) | Error::RateLimited(_))
 }
 
 /// The folder, where all files of this kind are in it; else the error names what is missing.

@@ -4,4 +4,5 @@ pub mod adapter;
 pub mod convert;
 pub mod decoder;
 pub mod executor;
+pub mod info;
 pub mod weights;

@@ -17,6 +17,7 @@ pub use encode::Limit;
 pub use text_stream::{Text, TextStream};
 
 use crate::error::{Error, Result, catch};
+use crate::files;
 use chat_template::ChatTemplates;
 use config::Config;
 use decoder::{Decoder, Decoding};
@@ -40,6 +41,15 @@ pub struct Tokenizer {
     eos_token_id: Option<u32>,
     vocab_size: usize,
     special_tokens: Vec<String>,
+}
+
+/// Whether there is a tokenizer in a folder, and whether it has a chat template, by the files that
+/// are there.
+pub fn is_there(folder: &Path) -> (bool, Result<bool>) {
+    let has = |name: &str| files::is_there(&folder.join(name));
+    let tokenizer = has("tokenizer.json") || has("vocab.json") && has("merges.txt");
+    let template = Config::open(folder).and_then(|config| config.chat_template(folder));
+    (tokenizer, template.map(|template| template.is_some()))
 }
 
 impl Tokenizer {

@@ -8,7 +8,9 @@
 mod shards;
 mod write;
 
-pub use shards::{INDEX, SINGLE, TensorFiles, is_shard, read_index, shards_without_index};
+pub use shards::{
+    INDEX, SINGLE, TensorFiles, absent_shards, is_shard, read_index, shards_without_index,
+};
 pub use write::{Entry, NewTensor, TensorWriter, write};
 
 use crate::error::{Error, Result};

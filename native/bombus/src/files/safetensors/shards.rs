@@ -144,6 +144,12 @@ impl TensorFiles {
     }
 }
 
+/// The files that the index names and that are not there.
+pub fn absent_shards(folder: &Path) -> Vec<String> {
+    let index = read_index(&folder.join(INDEX)).unwrap_or_default();
+    index.into_keys().filter(|shard| !folder.join(shard).exists()).collect()
+}
+
 /// The sets of files that may be a folder's checkpoint.
 struct Sets {
     /// `model.safetensors`

@@ -59,6 +59,11 @@ pub fn for_loading(
     TensorFiles::open_one(&path)
 }
 
+/// Fails where `for_loading` would before it writes.
+pub fn check(config: &Config, tensors: &TensorFiles) -> Result<()> {
+    steps(config, tensors, None).map(drop)
+}
+
 /// What makes each tensor of the new file; none where the tensors are taken as they are.
 fn steps(
     config: &Config,

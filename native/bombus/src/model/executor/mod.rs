@@ -10,6 +10,8 @@ mod program;
 
 #[cfg(feature = "mlx")]
 pub use cuda::CudaExecutor;
+#[cfg(feature = "mlx")]
+pub use program::{OTHER_WEIGHTS, Program};
 
 use crate::backend::{Backend, Batch, KvCache};
 use crate::error::Result;

@@ -15,6 +15,8 @@ const FAR: usize = 1 << 30;
 /// Why a model goes layer by layer, for people.
 pub type Reason = String;
 
+pub const OTHER_WEIGHTS: &str = "not all weights are in 4 bits, groups of 64 and bfloat16";
+
 /// What the kernel is compiled for, and what it takes besides weights.
 pub struct Program<'a> {
     pub shape: Shape,
@@ -181,8 +183,7 @@ fn layer(layer: &Layer<Mlx>, kind: LayerKind) -> Result<LayerArrays<'_>, Reason>
 
 fn matrix(linear: &Linear) -> Result<MatrixArrays<'_>, Reason> {
     let matrix = linear.matrix().filter(|matrix| matrix.is_int4_group64());
-    let other = "not all weights are in 4 bits, groups of 64 and bfloat16";
-    matrix.map(|matrix| matrix.arrays).ok_or_else(|| other.into())
+    matrix.map(|matrix| matrix.arrays).ok_or_else(|| OTHER_WEIGHTS.into())
 }
 
 fn bias(linear: &Linear) -> Result<Option<&Array>, Reason> {

@@ -3,7 +3,7 @@
 
 mod source;
 
-pub use source::open;
+pub use source::{absent, open};
 
 use crate::backend::{AttentionWeights, Backend, LinearWeights, QuantizedWeights};
 use crate::config::Config;
@@ -44,6 +44,34 @@ pub fn load<B: Backend>(
     };
     checkpoint.check_all_taken()?;
     Ok(decoder)
+}
+
+/// A linear layer of a checkpoint, by what the headers of its files say.
+pub struct FoundLinear {
+    pub module: Module,
+    /// none where it is dense
+    pub layout: Option<Quantization>,
+    /// of the scales, or of a dense weight
+    pub dtype: Dtype,
+}
+
+/// All linear layers. Fails as `load` would, as far as nothing of the weights is needed for it.
+pub fn linears(config: &Config, tensors: TensorFiles) -> Result<Vec<FoundLinear>> {
+    let checkpoint = Checkpoint { config, tensors, taken: RefCell::default() };
+    let spec = &config.spec;
+    let mut found = vec![];
+    for layer in 0..spec.layers.len() {
+        let linears = spec.layer(layer).map(|module| checkpoint.found(module));
+        found.extend(linears.collect::<Result<Vec<_>>>()?);
+        spec.layer_norms(layer).try_for_each(|norm| checkpoint.norm(&norm.0, norm.1).map(drop))?;
+    }
+    found.push(checkpoint.found(spec.embedding())?);
+    checkpoint.norm(NORM, spec.hidden)?;
+    if !spec.is_tied() {
+        found.push(checkpoint.found(spec.lm_head())?);
+    }
+    checkpoint.check_all_taken()?;
+    Ok(found)
 }
 
 /// Its type is that of all activations.
@@ -97,6 +125,15 @@ impl Checkpoint<'_> {
         };
         let dtype = self.tensor(&format!("{NORM}.weight"))?.dtype;
         backend.attention_layer(spec, &AttentionWeights { norms, dtype })
+    }
+
+    fn found(&self, module: Module) -> Result<FoundLinear> {
+        let LinearWeights { weight, quantized, .. } = self.linear(&module)?;
+        let (layout, dtype) = match quantized {
+            Some(QuantizedWeights { scales, layout, .. }) => (Some(layout), scales.dtype),
+            None => (None, weight.dtype),
+        };
+        Ok(FoundLinear { module, layout, dtype })
     }
 
     fn tensor(&self, name: &str) -> Result<TensorView<'_>> {

@@ -35,7 +35,7 @@ pub fn open(folder: &Path) -> Result<(Config, TensorFiles)> {
     config.warnings.extend(left_out(&tensors));
     refuse_other_formats(&path, &config, &tensors)?;
     if let Some(name) = missing(&config, &tensors) {
-        return Err(absent(&path, &config, &tensors, &name));
+        return Err(absent_error(&path, &config, &tensors, &name));
     }
     if is_packed(&tensors) {
         config.quantization = Some(packed_layout(&config));
@@ -45,6 +45,13 @@ pub fn open(folder: &Path) -> Result<(Config, TensorFiles)> {
         config.overrides.clear();
     }
     Ok((config, tensors))
+}
+
+/// The tensors that are not there, where a model is not whole: at most so many of them.
+pub fn absent(folder: &Path, config: &Config, most: usize) -> Result<Vec<String>> {
+    let names = config.spec.names;
+    let tensors = TensorFiles::choose(folder, |name: &str| names.own(name), |_, _| true)?;
+    Ok(all_missing(config, &tensors).take(most).collect())
 }
 
 /// What a wrapper has beside its language model, by the first of its names.
@@ -67,25 +74,31 @@ fn packed_layout(config: &Config) -> Quantization {
 
 /// The first tensor that is not there. As many layers are looked at as the files have.
 fn missing(config: &Config, tensors: &TensorFiles) -> Option<String> {
+    all_missing(config, tensors).next()
+}
+
+fn all_missing<'a>(
+    config: &'a Config,
+    tensors: &'a TensorFiles,
+) -> impl Iterator<Item = String> + 'a {
     let weight = |path: &str| {
         let packed = tensors.contains(&format!("{path}.qweight"));
         Some(format!("{path}.weight")).filter(|name| !packed && !tensors.contains(name))
     };
-    let of = |module: Module| {
+    let of = move |module: Module| {
         let bias = module.bias.then(|| format!("{}.bias", module.path));
-        weight(&module.path).or(bias.filter(|name| !tensors.contains(name)))
+        let bias = bias.filter(|name| !tensors.contains(name));
+        weight(&module.path).into_iter().chain(bias)
     };
     let spec = &config.spec;
-    let norm = || spec.norms().find_map(|(path, _)| weight(&path));
     // Its head need not be there.
-    let linears = || {
-        spec.linears()
-            .filter(|module| module.path != LM_HEAD || spec.head.weight == HeadWeight::Linear)
-    };
-    linears().find_map(of).or_else(norm)
+    let is_needed =
+        |module: &Module| module.path != LM_HEAD || spec.head.weight == HeadWeight::Linear;
+    let norms = spec.norms().filter_map(move |(path, _)| weight(&path));
+    spec.linears().filter(is_needed).flat_map(of).chain(norms)
 }
 
-fn absent(path: &Path, config: &Config, tensors: &TensorFiles, name: &str) -> Error {
+fn absent_error(path: &Path, config: &Config, tensors: &TensorFiles, name: &str) -> Error {
     let layers = tensors.names().filter_map(layer_of).max().map_or(0, |last| last + 1);
     let wanted = config.spec.layers.len();
     let hint = match layer_of(name) {
