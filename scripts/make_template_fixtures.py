@@ -295,6 +295,12 @@ messages | map(attribute='role') | list | tojson
 messages | first | string
 (messages | selectattr('role', 'equalto', 'nobody') | first) is defined
 messages | map(attribute='role') is string
+none | selectattr('type', 'equalto', 'x') | list
+none | map('upper') | list ~ (false | map(attribute='a') | list) ~ (0 | select | list) ~ (0.0 | reject('odd') | list)
+none | rejectattr('a') | list | length > 0
+none | map('nope') | list ~ ('' | select('nope') | list) ~ ([] | map | list) ~ (nope | selectattr('a') | list)
+true | map('upper') | list
+1 | select | list
 [messages[0].role, messages[1].role] | join(' and ') | upper
 'a,b' .split(',') [0]
 'x'.join(['a', 'b']) | length

@@ -75,6 +75,10 @@ pub const NAMES: [&str; 54] = [
 
 pub fn apply(renderer: &mut Renderer, name: &str, value: &Value, given: Given) -> Outcome<Value> {
     match name {
+        // As in Jinja2, nothing is looked at where there is nothing: `none` has no items either.
+        "map" | "select" | "reject" | "selectattr" | "rejectattr" if !value.is_true() => {
+            Iter::value(&renderer.limits, vec![])
+        }
         "map" => map(renderer, value, given),
         "select" | "reject" => select(renderer, value, None, name == "select", given),
         "selectattr" | "rejectattr" => {
