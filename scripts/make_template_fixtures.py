@@ -300,6 +300,26 @@ none | map('upper') | list ~ (false | map(attribute='a') | list) ~ (0 | select |
 none | rejectattr('a') | list | length > 0
 none | map('nope') | list ~ ('' | select('nope') | list) ~ ([] | map | list) ~ (nope | selectattr('a') | list)
 true | map('upper') | list
+'<b>'|safe + '<i>' ~ ('<i>' + '<b>'|safe) ~ ('&'|safe + '&'|e) ~ ('"' + "'"|safe + {'a': '<'} | tojson)
+('<b>'|safe + 1)
+('<b>'|safe ~ '<i>') ~ ['<b>'|safe, '<i>'] | join('&') ~ ('<b>'|safe * 2 + '<') ~ (2 * '<b>'|safe + '<')
+'%s|%r|%d|%5s|%s' % ('<', '<', 3, '<', [1, '<']) ~ ('%s|%r|%d|%5s|%s|%.1f|%s' | safe) % ('<', '<', 3, '<', [1, '<'], 2.5, none)
+('%(a)s' | safe) % {'a': '<'} ~ ('%s' | safe) % ('<'|safe,) ~ '%s' % ('<'|safe,) ~ ('%s' | safe) % '<'
+('{}{:>4}{a}{!r}{:.1f}' | safe).format('<', '<', '<', 2.5, a='&') ~ '{}'.format('<'|safe) ~ ('{}' | safe).format('<'|safe)
+('{:>4}' | safe).format('<'|safe)
+('{a}' | safe).format_map({'a': '<'})
+('<' | safe).join(['<', 'a'|safe, 1]) ~ '<'.join(['<'|safe])
+('a<b<c' | safe).split('<') ~ ('a b' | safe).rsplit() ~ ('a\nb' | safe).splitlines() ~ ('a<b' | safe).partition('<')
+('abc' | safe).replace('b', '<') ~ ('abc' | safe) | replace('b', '<') ~ ('a' | safe).center(3, '<') ~ ('a' | safe).ljust(3, '<')
+['a'|safe] ~ {'k': '<'|safe} ~ ['<'|e] ~ ['<'|e|e] ~ ['<'|safe|e] ~ ['<'|forceescape] ~ ['<'|safe|forceescape]
+['a'|safe|upper, 'a'|safe|trim, 'A'|safe|lower, 'a'|safe|capitalize, 'a'|safe|title, 'a'|safe|center(3), 'a'|safe|string, 'a'|safe|replace('a', 'b')]
+['a\nb'|safe|indent('<'), 'aaaa bbbb'|safe|truncate(5, true, '<', 0), 'aaaa bbbb'|safe|truncate(5, end='<', leeway=0), 'abc'|safe|reverse, '%s'|safe|format('<'), 'a b'|safe|striptags, 'a b'|safe|urlencode, 'a'|safe|tojson]
+['abc'|safe|first, ('abc'|safe)[0], ('abc'|safe)[1:], ('abc'|safe)[::-1], 'abc'|safe|list, ('abc'|safe).upper(), ('abc'|safe).strip(), ('abc'|safe).removeprefix('a'), ('abc'|safe).zfill(5), ('abc'|safe).title(), ('abc'|safe).find('b')]
+('a'|safe) is escaped ~ ('a' is escaped) ~ ('a'|e is escaped) ~ (('a'|safe + 'b') is escaped) ~ (('a'|safe ~ 'b') is escaped) ~ (('a'|safe) is string) ~ (1|safe is escaped)
+('a'|safe == 'a') ~ ('a' in ['a'|safe]) ~ {'a': 1}['a'|safe] ~ ('a'|safe < 'b') ~ ('b' in 'abc'|safe) ~ ('12'|safe|int)
+messages[0][('role'|safe)] ~ {'a'|safe: 1} ~ (nope|safe) ~ (none|safe) ~ ([1, '<']|safe) ~ (none|e) ~ (['<']|e) ~ ('<'|safe|pprint)
+[('<b>'|safe, 'a')] | map('last') | list ~ (['<', 'a'] | map('safe') | list) ~ (['<', 'a'] | map('e') | join)
+{'a': 'x'|safe} | tojson ~ ('<'|safe if true else '') + '<' ~ ('' | default('<'|safe, true) + '<')
 1 | select | list
 [messages[0].role, messages[1].role] | join(' and ') | upper
 'a,b' .split(',') [0]
@@ -362,6 +382,8 @@ TEMPLATES = [
     "{% set ns = namespace(found=false, n=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.found = true %}{% endif %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.found }}{{ ns.n }}",
     "{% set ns = namespace() %}{% set ns.a = 1 %}{{ ns.a }}{{ ns.b is defined }}{{ ns }}",
     "{% set ns = namespace() %}{% set ns._a = 1 %}",
+    "{% set x %}<b>{% endset %}{{ x + '<' }}{% macro f(a) %}<{{ a }}{% endmacro %}{{ f('<' | safe) + '<' }}{% filter safe %}<b>{% endfilter %}{% set y = '<b>' | safe %}{% for c in ['<', '>'] %}{{ y + c }}{% endfor %}",
+    "{% for t in tools %}{{ \"Use '\" | safe + t.function.name + \"'\\n\" | safe + t.function | tojson }}{% endfor %}",
     "{% set a, b = 1, 2 %}{{ a }}{{ b }}{% set c = 1, 2 %}{{ c }}",
     "{% set ns = namespace() %}{% set ns.a, x = 1, 2 %}{{ ns.a }}{{ x }}",
     "{% set m = {} %}{% set m.a = 1 %}",

@@ -97,8 +97,7 @@ fn of_type(value: &Value, name: &str) -> Option<bool> {
                 | Value::Loop(_)
                 | Value::Joiner(_)
         ),
-        // Nothing is marked as safe HTML here.
-        "escaped" => false,
+        "escaped" => matches!(value, Value::Text(text) if text.safe),
         _other => return None,
     })
 }

@@ -8,13 +8,14 @@ use super::given::{Given, int, required, text};
 use super::json::{self, Layout};
 use super::limits::Limits;
 use super::lists;
+use super::markup;
 use super::member;
 use super::methods;
 use super::numbers;
 use super::pretty;
 use super::printing::{self, Writer};
 use super::strings;
-use super::value::{Iter, Value};
+use super::value::{Iter, Text, Value};
 
 pub const NAMES: [&str; 54] = [
     "abs",
@@ -108,9 +109,25 @@ fn plain(limits: &Limits, name: &str, value: &Value, given: Given) -> Outcome<Va
             Ok(Value::Int(value.len(limits)? as i128))
         }
         "tojson" => to_json(limits, value, given),
-        "string" | "safe" => {
+        "string" => {
             given.none()?;
-            Ok(Value::Text(printing::str(limits, value)?.into()))
+            match value {
+                Value::Text(_) => Ok(value.clone()),
+                other => Ok(Value::Text(printing::str(limits, other)?.into())),
+            }
+        }
+        "safe" => {
+            given.none()?;
+            Ok(Value::Text(Text::safe(printing::str(limits, value)?)))
+        }
+        "escape" | "e" => {
+            given.none()?;
+            markup::escaped(limits, value).map(Value::Text)
+        }
+        "lower" | "upper" | "capitalize" | "trim" | "center" | "indent" | "truncate" | "format"
+            if is_safe(value) =>
+        {
+            of_safe_text(limits, name, value, given)
         }
         "items" => {
             given.none()?;
@@ -176,29 +193,18 @@ fn of_text(limits: &Limits, name: &str, value: &Value, given: Given) -> Outcome<
             let count = int(count.as_ref(), -1)?;
             Ok(Value::Text(strings::replace(limits, &source, &old, &new, count)?.into()))
         }
-        "format" => printf(limits, &source, given),
+        "format" => printf(limits, &source.into(), given),
         "indent" => indent(limits, &source, given),
-        "truncate" => truncate(limits, &source, given),
+        "truncate" => truncate(limits, &source.into(), given),
         "wordcount" => {
             given.none()?;
             let is_word = |c: char| c.is_alphanumeric() || c == '_';
             let words = source.split(|c| !is_word(c)).filter(|word| !word.is_empty());
             Ok(Value::Int(words.count() as i128))
         }
-        "escape" | "e" | "forceescape" => {
+        "forceescape" => {
             given.none()?;
-            let mut writer = Writer::new(limits);
-            for c in source.chars() {
-                match c {
-                    '&' => writer.push("&amp;")?,
-                    '<' => writer.push("&lt;")?,
-                    '>' => writer.push("&gt;")?,
-                    '"' => writer.push("&#34;")?,
-                    '\'' => writer.push("&#39;")?,
-                    c => writer.push(c.encode_utf8(&mut [0; 4]))?,
-                }
-            }
-            Ok(Value::Text(writer.text.into()))
+            Ok(Value::Text(Text::safe(markup::escape(limits, &source)?)))
         }
         "striptags" => {
             given.none()?;
@@ -210,6 +216,23 @@ fn of_text(limits: &Limits, name: &str, value: &Value, given: Given) -> Outcome<
         }
         _unknown => fail!("there is no filter named '{name}'"),
     }
+}
+
+fn is_safe(value: &Value) -> bool {
+    matches!(value, Value::Text(text) if text.safe)
+}
+
+/// The filters whose result is safe where the text is; what they add is escaped.
+fn of_safe_text(limits: &Limits, name: &str, value: &Value, given: Given) -> Outcome<Value> {
+    if name == "format" {
+        let Value::Text(source) = value else { fail!("`format` takes a string") };
+        return printf(limits, source, given);
+    }
+    let result = match value {
+        Value::Text(source) if name == "truncate" => truncate(limits, source, given)?,
+        _other => of_text(limits, name, value, given)?,
+    };
+    markup::marked(limits, result)
 }
 
 fn made(limits: &Limits, text: String) -> Outcome<Value> {
@@ -359,7 +382,7 @@ fn title(source: &str) -> String {
     result
 }
 
-fn printf(limits: &Limits, source: &str, given: Given) -> Outcome<Value> {
+fn printf(limits: &Limits, source: &Text, given: Given) -> Outcome<Value> {
     let Given { positional, keywords } = given;
     if !positional.is_empty() && !keywords.is_empty() {
         fail!("`format` takes either positional or keyword arguments");
@@ -367,10 +390,10 @@ fn printf(limits: &Limits, source: &str, given: Given) -> Outcome<Value> {
     let values = if keywords.is_empty() {
         Value::tuple(limits, positional)?
     } else {
-        let pairs = keywords.into_iter().map(|(name, value)| (Value::Text(name), value));
+        let pairs = keywords.into_iter().map(|(name, value)| (Value::Text(name.into()), value));
         Value::dict(limits, pairs.collect())?
     };
-    Ok(Value::Text(format::percent(limits, source, &values)?.into()))
+    format::percent(limits, source, &values).map(Value::Text)
 }
 
 fn indent(limits: &Limits, source: &str, given: Given) -> Outcome<Value> {
@@ -400,10 +423,10 @@ fn indent(limits: &Limits, source: &str, given: Given) -> Outcome<Value> {
     Ok(Value::Text(writer.text.into()))
 }
 
-fn truncate(limits: &Limits, source: &str, given: Given) -> Outcome<Value> {
+fn truncate(limits: &Limits, source: &Text, given: Given) -> Outcome<Value> {
     let [length, kill, end, leeway] = given.bind(["length", "killwords", "end", "leeway"])?;
     let end = end.unwrap_or_else(|| Value::text("..."));
-    let end = text(&end)?;
+    let Value::Text(end) = end else { fail!("expected a string, got a {}", end.type_name()) };
     let (length, leeway) = (int(length.as_ref(), 255)?, int(leeway.as_ref(), 5)?);
     let Ok(kept) = usize::try_from(length - end.chars().count() as i128) else {
         fail!("`truncate` to less than its end");
@@ -412,7 +435,7 @@ fn truncate(limits: &Limits, source: &str, given: Given) -> Outcome<Value> {
         fail!("expected leeway >= 0, got {leeway}");
     }
     if source.chars().count() as i128 <= length.saturating_add(leeway) {
-        return made(limits, source.to_owned());
+        return made(limits, source.to_string());
     }
     let mut result: String = source.chars().take(kept).collect();
     if !kill.is_some_and(|kill| kill.is_true())
@@ -420,7 +443,7 @@ fn truncate(limits: &Limits, source: &str, given: Given) -> Outcome<Value> {
     {
         result = words.to_owned();
     }
-    made(limits, result + end)
+    markup::add(limits, &Text { text: result.into(), safe: source.safe }, &end)
 }
 
 /// Tags and comments go, and white space becomes single spaces.

@@ -85,7 +85,7 @@ fn pairs(renderer: &Renderer, given: Given) -> Outcome<Vec<(Value, Value)>> {
             }
         }
     }
-    pairs.extend(keywords.into_iter().map(|(name, value)| (Value::Text(name), value)));
+    pairs.extend(keywords.into_iter().map(|(name, value)| (Value::Text(name.into()), value)));
     Ok(pairs)
 }
 
@@ -96,7 +96,7 @@ fn namespace(renderer: &mut Renderer, given: Given) -> Outcome<Value> {
     for (name, value) in pairs {
         let Value::Text(name) = name else { fail!("a namespace's fields have names") };
         check_field(&name)?;
-        fields.insert(name, value);
+        fields.insert(name.text, value);
     }
     let namespace = Rc::new(Namespace { fields: RefCell::new(fields) });
     renderer.keep_namespace(&namespace);

@@ -28,6 +28,7 @@ mod json_text;
 mod lexer;
 mod limits;
 mod lists;
+mod markup;
 mod member;
 mod methods;
 mod names;

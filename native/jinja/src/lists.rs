@@ -8,7 +8,7 @@ use super::given::{Given, int, required};
 use super::limits::Limits;
 use super::operators;
 use super::printing::{self, Writer};
-use super::value::{Iter, Key, Value};
+use super::value::{Iter, Key, Text, Value};
 use std::cmp::Ordering;
 use std::collections::HashSet;
 
@@ -53,7 +53,8 @@ pub fn apply(limits: &Limits, name: &str, value: &Value, given: Given) -> Outcom
 fn reverse(limits: &Limits, value: &Value) -> Outcome<Value> {
     if let Value::Text(text) = value {
         limits.bytes(text.len())?;
-        return Ok(Value::Text(text.chars().rev().collect::<String>().into()));
+        let reversed = text.chars().rev().collect::<String>();
+        return Ok(Value::Text(Text { text: reversed.into(), safe: text.safe }));
     }
     let mut items = value.items(limits)?.items.clone();
     items.reverse();

@@ -25,7 +25,7 @@ pub fn attribute(limits: &Limits, value: &Value, name: &Name) -> Outcome<Value> 
     if let Some(found) = own_attribute(limits, value, name)? {
         return Ok(found);
     }
-    let found = operators::item(limits, value, &Value::Text(name.clone()))?;
+    let found = operators::item(limits, value, &Value::Text(name.clone().into()))?;
     found.map_or_else(|| missing(limits, value, name), Ok)
 }
 
@@ -35,7 +35,7 @@ pub fn item(limits: &Limits, value: &Value, key: &Value) -> Outcome<Value> {
     }
     if let Value::Text(name) = key {
         limits.read(name.len())?;
-        let found = own_attribute(limits, value, name)?;
+        let found = own_attribute(limits, value, &name.text)?;
         return found.map_or_else(|| missing(limits, value, name), Ok);
     }
     let key = repr(limits, key)?;
@@ -99,10 +99,10 @@ fn field(limits: &Limits, value: &Value, name: &str) -> Outcome<Option<Value>> {
             _other => None,
         },
         Value::Macro(closure) => match name {
-            "name" => Some(Value::Text(closure.definition.name.clone())),
+            "name" => Some(Value::Text(closure.definition.name.clone().into())),
             "arguments" => {
                 let names = closure.definition.parameters.iter();
-                let names = names.map(|name| Value::Text(Arc::clone(name))).collect();
+                let names = names.map(|name| Value::Text(Arc::clone(name).into())).collect();
                 Some(Value::tuple(limits, names)?)
             }
             _other => None,

@@ -4,6 +4,7 @@ use super::compare;
 use super::fault::{Outcome, fail};
 use super::given::{Given, required};
 use super::limits::Limits;
+use super::markup;
 use super::strings;
 use super::value::{Dict, Method, Value};
 use std::rc::Rc;
@@ -11,6 +12,7 @@ use std::rc::Rc;
 pub fn call(limits: &Limits, method: &Method, given: Given) -> Outcome<Value> {
     let name = &*method.name;
     match &method.value {
+        Value::Text(text) if text.safe => markup::call(limits, text, name, given),
         Value::Text(text) => strings::call(limits, text, name, given),
         Value::Dict(dict) => of_dict(limits, dict, name, given),
         Value::List(list) if name == "copy" => {

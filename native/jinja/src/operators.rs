@@ -4,8 +4,9 @@ use super::ast::Binary;
 use super::fault::{Outcome, fail};
 use super::format;
 use super::limits::Limits;
+use super::markup;
 use super::printing::Writer;
-use super::value::{Dict, Range, Value};
+use super::value::{Dict, Range, Text, Value};
 
 pub fn binary(limits: &Limits, operator: Binary, left: &Value, right: &Value) -> Outcome<Value> {
     if let (Value::Undefined(message), _) | (_, Value::Undefined(message)) = (left, right)
@@ -15,14 +16,9 @@ pub fn binary(limits: &Limits, operator: Binary, left: &Value, right: &Value) ->
     }
     match (operator, left, right) {
         (Binary::Remainder, Value::Text(template), _) => {
-            format::percent(limits, template, right).map(|text| Value::Text(text.into()))
+            format::percent(limits, template, right).map(Value::Text)
         }
-        (Binary::Add, Value::Text(left), Value::Text(right)) => {
-            let mut writer = Writer::new(limits);
-            writer.push(left)?;
-            writer.push(right)?;
-            Ok(Value::Text(writer.text.into()))
-        }
+        (Binary::Add, Value::Text(left), Value::Text(right)) => markup::add(limits, left, right),
         (Binary::Add, Value::List(left), Value::List(right)) => {
             limits.bytes((left.items.len() + right.items.len()) * size_of::<Value>())?;
             Value::list(limits, [&left.items[..], &right.items[..]].concat())
@@ -49,10 +45,12 @@ fn repeat(limits: &Limits, value: &Value, times: i128) -> Outcome<Value> {
     let times = usize::try_from(times.max(0)).unwrap_or(usize::MAX);
     let (Value::List(list) | Value::Tuple(list)) = value else {
         let mut writer = Writer::new(limits);
+        let mut safe = false;
         if let Value::Text(text) = value {
             writer.repeat(text, if text.is_empty() { 0 } else { times })?;
+            safe = text.safe;
         }
-        return Ok(Value::Text(writer.text.into()));
+        return Ok(Value::Text(Text { text: writer.text.into(), safe }));
     };
     limits.bytes(list.items.len().saturating_mul(times).saturating_mul(size_of::<Value>()))?;
     let times = if list.items.is_empty() { 0 } else { times };
@@ -197,7 +195,10 @@ pub fn item(limits: &Limits, value: &Value, key: &Value) -> Outcome<Option<Value
         (Value::List(list) | Value::Tuple(list), Some(index)) => {
             place(index, list.items.len()).map(|index| list.items[index].clone())
         }
-        (Value::Text(text), Some(index)) => character(limits, text, index)?,
+        (Value::Text(text), Some(index)) => match character(limits, text, index)? {
+            Some(found) if text.safe => Some(markup::marked(limits, found)?),
+            found => found,
+        },
         (Value::Range(range), Some(index)) => {
             place(index, range.len()).map(|index| range.get(index))
         }
@@ -235,6 +236,7 @@ pub fn slice(limits: &Limits, value: &Value, bounds: [Option<i128>; 3]) -> Outco
             let places = places(limits, bounds, list.items.len())?;
             Value::tuple(limits, places.map(|at| list.items[at].clone()).collect())
         }
+        Value::Text(text) if text.safe => markup::marked(limits, slice_text(limits, text, bounds)?),
         Value::Text(text) => slice_text(limits, text, bounds),
         Value::Range(range) => slice_range(*range, bounds),
         Value::Undefined(message) => fail!("{message}"),
@@ -247,7 +249,7 @@ fn slice_text(limits: &Limits, text: &str, bounds: [Option<i128>; 3]) -> Outcome
     if text.is_ascii() {
         let places = places(limits, bounds, text.len())?;
         let bytes: Vec<u8> = places.map(|at| text.as_bytes()[at]).collect();
-        return Ok(Value::Text(String::from_utf8_lossy(&bytes).into()));
+        return Ok(Value::text(&String::from_utf8_lossy(&bytes)));
     }
     limits.bytes(4 * text.len())?;
     let chars: Vec<char> = text.chars().collect();

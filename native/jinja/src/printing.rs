@@ -47,6 +47,7 @@ impl<'a> Writer<'a> {
             Value::Bool(false) => self.push("False"),
             Value::Int(value) => self.push(&value.to_string()),
             Value::Float(value) => self.push(&float(*value)),
+            Value::Text(text) if text.safe => self.push(&format!("Markup({})", quoted(text))),
             Value::Text(text) => self.push(&quoted(text)),
             Value::List(list) => self.list("[", list, "]"),
             Value::Tuple(list) if list.items.len() == 1 => self.list("(", list, ",)"),

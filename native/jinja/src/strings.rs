@@ -126,10 +126,10 @@ pub fn call(limits: &Limits, value: &str, name: &str, given: Given) -> Outcome<V
             let [size] = given.bind(["tabsize"])?;
             expand_tabs(limits, value, int(size.as_ref(), 8)?)
         }
-        "format" => format::braces(limits, value, &given),
+        "format" => format::braces(limits, value, &given, false),
         "format_map" => {
             let Value::Dict(dict) = given.one()? else { fail!("`format_map` takes a dict") };
-            format::map(limits, value, &dict)
+            format::map(limits, value, &dict, false)
         }
         _unknown => fail!("'str object' has no method '{name}'"),
     }

@@ -8,6 +8,7 @@ use super::limits::{DEPTH, Limits};
 use super::scope::Scope;
 use indexmap::IndexMap;
 use std::cell::{Cell, RefCell};
+use std::ops::Deref;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -19,7 +20,7 @@ pub enum Value {
     Bool(bool),
     Int(i128),
     Float(f64),
-    Text(Arc<str>),
+    Text(Text),
     List(Rc<List>),
     Tuple(Rc<List>),
     Dict(Rc<Dict>),
@@ -36,6 +37,14 @@ pub enum Value {
     /// One of the names that every template knows.
     Function(&'static str),
     Method(Rc<Method>),
+}
+
+/// A string.
+#[derive(Clone)]
+pub struct Text {
+    pub text: Arc<str>,
+    /// Whether it is marked as safe HTML.
+    pub safe: bool,
 }
 
 pub struct List {
@@ -109,6 +118,45 @@ pub struct Method {
     pub name: Name,
 }
 
+impl Text {
+    pub fn safe(text: String) -> Self {
+        Self { text: text.into(), safe: true }
+    }
+}
+
+/// What is safe does not differ from what is not.
+impl PartialEq for Text {
+    fn eq(&self, other: &Self) -> bool {
+        self.text == other.text
+    }
+}
+
+impl Deref for Text {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.text
+    }
+}
+
+impl From<Arc<str>> for Text {
+    fn from(text: Arc<str>) -> Self {
+        Self { text, safe: false }
+    }
+}
+
+impl From<&str> for Text {
+    fn from(text: &str) -> Self {
+        Arc::<str>::from(text).into()
+    }
+}
+
+impl From<String> for Text {
+    fn from(text: String) -> Self {
+        Arc::<str>::from(text).into()
+    }
+}
+
 impl List {
     pub fn new(limits: &Limits, items: Vec<Value>) -> Outcome<Rc<Self>> {
         limits.bytes(32 + items.len() * size_of::<Value>())?;
@@ -153,7 +201,7 @@ impl Key {
             Value::Float(value) => float_key(*value),
             Value::Text(text) => {
                 limits.read(text.len())?;
-                Self::Text(text.clone())
+                Self::Text(text.text.clone())
             }
             Value::Tuple(tuple) => {
                 limits.bytes(tuple.items.len() * size_of::<Self>())?;

@@ -25,7 +25,7 @@ impl Renderer {
             Value::Joiner(joiner) => {
                 given.none()?;
                 let first = !joiner.used.replace(true);
-                Ok(Value::Text(if first { "".into() } else { joiner.separator.clone() }))
+                Ok(Value::Text(if first { "".into() } else { joiner.separator.clone().into() }))
             }
             Value::Undefined(message) => fail!("{message}"),
             other => fail!("'{}' object is not callable", other.type_name()),
@@ -109,7 +109,7 @@ impl Renderer {
             fail!("macro '{name}' takes not more than {most} argument(s)");
         }
         if definition.kwargs {
-            let pairs = keywords.into_iter().map(|(name, value)| (Value::Text(name), value));
+            let pairs = keywords.into_iter().map(|(name, value)| (Value::Text(name.into()), value));
             let kwargs = Value::dict(&self.limits, pairs.collect())?;
             scope.set(&self.limits, &"kwargs".into(), kwargs)?;
         }

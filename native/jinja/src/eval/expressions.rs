@@ -17,7 +17,7 @@ impl Renderer {
             Node::Bool(value) => Ok(Value::Bool(*value)),
             Node::Int(value) => Ok(Value::Int(*value)),
             Node::Float(value) => Ok(Value::Float(*value)),
-            Node::Text(text) => Ok(Value::Text(text.clone())),
+            Node::Text(text) => Ok(Value::Text(text.clone().into())),
             Node::Name(name) => match scope.get(&self.limits, name)? {
                 Some(value) => Ok(value),
                 None => member::undefined(&self.limits, format!("'{name}' is undefined")),
@@ -212,7 +212,7 @@ impl Renderer {
             self.limits.bytes(dict.entries.len() * 2 * size_of::<Value>())?;
             for (name, value) in dict.entries.values() {
                 let Value::Text(name) = name else { fail!("keywords are strings") };
-                keywords.push((name.clone(), value.clone()));
+                keywords.push((name.text.clone(), value.clone()));
             }
         }
         Ok(Given { positional, keywords })

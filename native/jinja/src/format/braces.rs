@@ -3,29 +3,32 @@
 use super::super::fault::{Outcome, fail};
 use super::super::given::Given;
 use super::super::limits::Limits;
+use super::super::markup;
 use super::super::member;
 use super::super::printing::{self, Writer};
 use super::super::value::{Dict, Value};
 use super::{Spec, ascii, digits, laid_out, number};
 
 /// `template.format(...)`
-pub fn braces(limits: &Limits, template: &str, given: &Given) -> Outcome<Value> {
+pub fn braces(limits: &Limits, template: &str, given: &Given, escapes: bool) -> Outcome<Value> {
     let named = |name: &str| {
         let mut keywords = given.keywords.iter();
         keywords.find(|(known, _)| **known == *name).map(|(_, value)| value.clone())
     };
-    let source = Source { positional: &given.positional, named: &named };
+    let source = Source { positional: &given.positional, named: &named, escapes };
     filled(limits, template, &source)
 }
 
-pub fn map(limits: &Limits, template: &str, dict: &Dict) -> Outcome<Value> {
+pub fn map(limits: &Limits, template: &str, dict: &Dict, escapes: bool) -> Outcome<Value> {
     let named = |name: &str| dict.get_text(&name.into()).cloned();
-    filled(limits, template, &Source { positional: &[], named: &named })
+    filled(limits, template, &Source { positional: &[], named: &named, escapes })
 }
 
 struct Source<'a> {
     positional: &'a [Value],
     named: &'a dyn Fn(&str) -> Option<Value>,
+    /// Whether each field is escaped, but for safe text.
+    escapes: bool,
 }
 
 fn filled(limits: &Limits, template: &str, source: &Source) -> Outcome<Value> {
@@ -105,7 +108,20 @@ fn field(
         Some("a") => Value::Text(ascii(&printing::repr(limits, &value)?).into()),
         Some(other) => fail!("Unknown conversion specifier {other}"),
     };
-    formatted(writer, &value, &inner.text)
+    match &value {
+        Value::Text(text) if source.escapes && text.safe => {
+            if !inner.text.is_empty() {
+                fail!("Unsupported format specification for Markup.");
+            }
+            writer.push(text)
+        }
+        value if source.escapes => {
+            let mut field = Writer::new(limits);
+            formatted(&mut field, value, &inner.text)?;
+            writer.push(&markup::escape(limits, &field.text)?)
+        }
+        value => formatted(writer, value, &inner.text),
+    }
 }
 
 /// A name ends at `!` or `:`, but not in brackets.

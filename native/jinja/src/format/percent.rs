@@ -2,18 +2,19 @@
 
 use super::super::fault::{Outcome, fail};
 use super::super::limits::Limits;
+use super::super::markup;
 use super::super::operators;
 use super::super::printing::{self, Writer};
-use super::super::value::Value;
+use super::super::value::{Text, Value};
 use super::{Spec, ascii, character, digits, laid_out, number};
 use std::iter::Peekable;
 use std::str::Chars;
 
 /// `template % values`
-pub fn percent(limits: &Limits, template: &str, values: &Value) -> Outcome<String> {
+pub fn percent(limits: &Limits, template: &Text, values: &Value) -> Outcome<Text> {
     limits.steps(template.len())?;
     let mut writer = Writer::new(limits);
-    let mut values = Values { values, next: 0, mapped: false };
+    let mut values = Values { values, next: 0, mapped: false, escapes: template.safe };
     let mut chars = template.chars().peekable();
     while let Some(c) = chars.next() {
         if c == '%' {
@@ -23,7 +24,7 @@ pub fn percent(limits: &Limits, template: &str, values: &Value) -> Outcome<Strin
         }
     }
     values.finish()?;
-    Ok(writer.text)
+    Ok(Text { text: writer.text.into(), safe: template.safe })
 }
 
 struct Values<'a> {
@@ -31,6 +32,8 @@ struct Values<'a> {
     next: usize,
     /// Whether a value was asked for by name.
     mapped: bool,
+    /// Whether they are escaped.
+    escapes: bool,
 }
 
 impl Values<'_> {
@@ -105,7 +108,7 @@ fn conversion(
     } else if spec.fill == Some('0') {
         spec.align = Some('=');
     }
-    converted(writer, &value, kind, spec)
+    converted(writer, &value, kind, spec, values.escapes)
 }
 
 fn key(chars: &mut Peekable<Chars>) -> Outcome<String> {
@@ -134,15 +137,27 @@ fn width(chars: &mut Peekable<Chars>, values: &mut Values, left: &mut bool) -> O
     Ok(digits(chars).unwrap_or(0))
 }
 
-fn converted(writer: &mut Writer, value: &Value, kind: char, mut spec: Spec) -> Outcome<()> {
+fn converted(
+    writer: &mut Writer,
+    value: &Value,
+    kind: char,
+    mut spec: Spec,
+    escapes: bool,
+) -> Outcome<()> {
     let limits = writer.limits;
     match kind {
         's' => {
-            let text = printing::str(limits, value)?;
+            let text = match escapes {
+                true => markup::escaped(limits, value)?,
+                false => printing::str(limits, value)?.into(),
+            };
             laid_out(writer, &text, &spec)
         }
         'r' | 'a' => {
             let mut text = printing::repr(limits, value)?;
+            if escapes {
+                text = markup::escape(limits, &text)?;
+            }
             if kind == 'a' {
                 text = ascii(&text);
             }
