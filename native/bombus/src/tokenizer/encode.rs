@@ -253,16 +253,38 @@ fn added(tokenizer: &tokenizers::Tokenizer) -> Result<[Added; 2], String> {
     let (normalized, plain): (Vec<_>, Vec<_>) =
         tokens.into_iter().partition(|(_, token)| token.normalized);
     let plain = plain.into_iter().map(|(id, token)| (token.content.clone(), id, token));
-    let normal = normalized.into_iter().map(|(id, token)| {
-        let mut content = NormalizedString::from(token.content.as_str());
-        if let Some(normalizer) = tokenizer.get_normalizer() {
-            normalizer.normalize(&mut content).map_err(|error| error.to_string())?;
-        }
-        Ok((content.get().to_owned(), id, token))
-    });
+    let normal = normalized
+        .into_iter()
+        .map(|(id, token)| Ok((normalized_content(tokenizer, &token)?, id, token)));
     // A token that is normalized to nothing is nowhere.
     let normal = normal.filter(|token| !token.as_ref().is_ok_and(|(text, ..)| text.is_empty()));
     Ok([Added::new(plain.collect())?, Added::new(normal.collect::<Result<_, String>>()?)?])
+}
+
+fn normalized_content(
+    tokenizer: &tokenizers::Tokenizer,
+    token: &AddedToken,
+) -> Result<String, String> {
+    let mut content = NormalizedString::from(token.content.as_str());
+    if let Some(normalizer) = tokenizer.get_normalizer() {
+        normalizer.normalize(&mut content).map_err(|error| error.to_string())?;
+    }
+    Ok(content.get().to_owned())
+}
+
+/// The added tokens that the normalizer changes, as it changes them.
+pub fn normalized_tokens(
+    tokenizer: &tokenizers::Tokenizer,
+) -> Result<HashMap<u32, String>, String> {
+    let mut changed = HashMap::new();
+    let added = tokenizer.get_added_vocabulary().get_added_tokens_decoder();
+    for (id, token) in added.iter().filter(|(_, token)| token.normalized) {
+        let content = normalized_content(tokenizer, token)?;
+        if content != token.content {
+            changed.insert(*id, content);
+        }
+    }
+    Ok(changed)
 }
 
 /// The tokens that a tokenizer puts before and behind a text.

@@ -24,6 +24,7 @@ use decoder::{Decoder, Decoding};
 use definition::Definition;
 use encode::Encoder;
 use serde_json::{Map, Value};
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -41,6 +42,8 @@ pub struct Tokenizer {
     eos_token_id: Option<u32>,
     vocab_size: usize,
     special_tokens: Vec<String>,
+    /// Added tokens that a text has in another form, once it is normalized.
+    normalized: HashMap<u32, String>,
 }
 
 /// Whether there is a tokenizer in a folder, and whether it has a chat template, by the files that
@@ -78,6 +81,8 @@ impl Tokenizer {
             bos_token: config.token("bos_token"),
             vocab_size: vocabulary.len(),
             special_tokens: special_tokens(&inner),
+            normalized: encode::normalized_tokens(&inner)
+                .map_err(|error| definition.invalid(&error))?,
             inner,
         })
     }
@@ -148,8 +153,9 @@ impl Tokenizer {
     pub fn decode_with(&self, ids: &[u32], skip: bool) -> Result<String> {
         let (mut text, mut bytes) = (String::new(), 0);
         let mut decoding = self.decoding();
-        let tokens = ids.iter().filter_map(|id| self.token(*id));
-        for token in tokens.filter(|token| !(skip && self.is_special(token))) {
+        let tokens = ids.iter().filter_map(|id| Some((*id, self.token(*id)?)));
+        for (id, token) in tokens.filter(|(_, token)| !(skip && self.is_special(token))) {
+            let token = self.normalized(id, token);
             bytes += token.len();
             if bytes as f64 * self.decoder_growth > LONGEST_TEXT as f64 {
                 return Err(Error::Request("the text of these tokens is too long".into()));
@@ -166,6 +172,11 @@ impl Tokenizer {
 
     fn token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
+    }
+
+    /// What the decoder takes for a token: as in `tokenizers` 0.23, what the normalizer made of it.
+    fn normalized(&self, id: u32, token: String) -> String {
+        self.normalized.get(&id).cloned().unwrap_or(token)
     }
 
     fn is_special(&self, token: &str) -> bool {

@@ -61,6 +61,7 @@ impl TextStream {
             self.thinking.push(&token);
             return self.hide(&token);
         }
+        let token = self.tokenizer.normalized(id, token);
         let mut text = String::new();
         self.decoding.push(&token, &mut text);
         self.thinking.push(&text);
