@@ -39,6 +39,18 @@ fn biases_of_all_products() {
 }
 
 #[test]
+fn norms_behind_gelu_and_two_rotations_by_window() {
+    steps_are_right("gemma", "1 10");
+    steps_are_right("branch", "3");
+}
+
+#[test]
+fn heads_of_256_numbers() {
+    steps_are_right("gemma256", "3 10");
+    run("prefill256", "", "window of 100, ");
+}
+
+#[test]
 fn factors_of_embeddings_residuals_scores_and_logits() {
     steps_are_right("factors", "1 10");
 }

@@ -33,10 +33,13 @@ fn main() {
         o_bias: false,
         mlp_bias: false,
         scaled: false,
+        rotations: 1,
         unrotated: false,
         window: 0,
         query_beta: 0.0,
         query_context: 1,
+        gelu: false,
+        post_norms: false,
         factors: Factors::NONE,
     };
     flags.iter().for_each(|flag| set(&mut shape, flag));
@@ -57,6 +60,9 @@ fn set(shape: &mut Shape, flag: &str) {
         // Neither of whole pages, nor less than one.
         "windowed" | "mixed" => shape.window = 100,
         "growing" => (shape.query_beta, shape.query_context) = (0.25, 48),
+        "gelu" => shape.gelu = true,
+        "post_norms" => shape.post_norms = true,
+        "rotations" => (shape.rotations, shape.scaled) = (2, true),
         "factors" => {
             let scores = Some(0.09);
             shape.factors = Factors { embedding: 1.5, residual: 0.4, logits: 0.125, scores };

@@ -80,6 +80,13 @@ flags="qkv_bias o_bias factors"
 model bias_of_o 256 768 4 2  64 3 320 5 1 3 10
 flags="qkv_bias o_bias mlp_bias"
 model biases   256  768 4 2  64 3 320 5 1 3 10
+# As Gemma 3 has it.
+flags="qk_norm gelu post_norms rotations mixed"
+model gemma    256  768 4 2  64 3 320 5 1 9 8 40
+model gemma256 256  768 2 1 256 2 200 5 1 3 10
+# All at once.
+flags="qkv_bias o_bias mlp_bias gelu post_norms factors windowed"
+model branch   256  768 4 2  64 2 320 5 1 3 10
 # prefill DIM: attention of the rows of prompts, for heads of so many numbers.
 prefill() {
   name=prefill$1
@@ -89,4 +96,5 @@ prefill() {
 }
 prefill 64
 prefill 128
+prefill 256
 exit $failed

@@ -142,6 +142,8 @@ struct Layer {
   Array<bf16> q_norm = random_numbers(DIM, 1.5, 0.3), k_norm = random_numbers(DIM, 1.5, 0.3);
   Array<bf16> bias = random_numbers(QKV_WIDTH, 0, 1);
   Array<bf16> o_bias = random_numbers(O_BIAS ? HIDDEN : 0, 0, 1), down_bias = random_numbers(MLP_BIAS ? HIDDEN : 0, 0, 1);
+  Array<bf16> after_attention = random_numbers(POST_NORMS ? HIDDEN : 0, 1, 0.3);
+  Array<bf16> after_mlp = random_numbers(POST_NORMS ? HIDDEN : 0, 1, 0.3);
   Array<bf16> gate_up_bias = random_numbers(MLP_BIAS ? 2 * INNER : 0, 0, 1);
 };
 
@@ -149,12 +151,16 @@ struct Model {
   std::vector<Layer> layers{LAYERS};
   Weight embedding{VOCAB, HIDDEN, 1, false}, head{VOCAB, HIDDEN, 1 / std::sqrt(HIDDEN), false};
   Array<bf16> norm = random_numbers(HIDDEN, 1, 0.3);
-  Array<float> rotation{DIM / 2 + 1};
+  Array<float> rotation{ROTATIONS * (DIM / 2 + 1)};
 
   Model() {
     // Llama 3's shape of it: the slower half by 8; and YaRN's larger heads.
     for (int i = 0; i < DIM / 2; i++) rotation[i] = frequency(i) / (i < DIM / 4 ? 1 : 8);
     rotation[DIM / 2] = 1.25f;
+    if (ROTATIONS == 1) return;
+    float* second = &rotation[DIM / 2 + 1];
+    for (int i = 0; i < DIM / 2; i++) second[i] = std::pow(1e3, -2.0 * i / DIM);
+    second[DIM / 2] = 1.f;
   }
 
   static double frequency(int pair) {
@@ -164,7 +170,9 @@ struct Model {
   // What the layers differ in: every other one is not rotated.
   static bool unrotated(int layer) { return SOME_UNROTATED && layer % 2; }
   static bool windowed(int layer) { return WINDOW && !(SOME_FULL && layer % 2); }
-  static word flags(int layer) { return unrotated(layer) * UNROTATED + windowed(layer) * WINDOWED; }
+  // Of those with a window, the second.
+  static int rotation_of(int layer) { return ROTATIONS > 1 && windowed(layer); }
+  static word flags(int layer) { return unrotated(layer) * UNROTATED + windowed(layer) * WINDOWED + rotation_of(layer) * SECOND_ROTATION; }
   // The first position that one sees.
   static int first_seen(int at, bool windowed) { return windowed ? std::max(at + 1 - WINDOW, 0) : 0; }
 
@@ -189,6 +197,8 @@ struct Model {
       if (QKV_BIAS) own[BIAS_OF_QKV] = layer.bias.address();
       if (O_BIAS) own[BIAS_OF_O] = layer.o_bias.address();
       if (MLP_BIAS) own[BIAS_OF_GATE_UP] = layer.gate_up_bias.address(), own[BIAS_OF_DOWN] = layer.down_bias.address();
+      if (POST_NORMS)
+        own[AFTER_ATTENTION] = layer.after_attention.address(), own[AFTER_MLP] = layer.after_mlp.address();
       own[FLAGS] = flags(i);
     }
     word* own = &table[LAYERS * LAYER_WORDS];
@@ -293,21 +303,36 @@ struct Reference {
       for (size_t row = 0; row < rows.size(); row++) mixed.push_back(attend(row, layer, qkv[row]));
       auto y = product(own.o, mixed, layer, {LORA_O});
       if (O_BIAS) add_bias(y, own.o_bias);
+      if (POST_NORMS) norm_rows(y, own.after_attention);
       add(y);
       auto inner = normed_product(own.gate_up, own.post_norm, layer, {LORA_GATE_UP, LORA_GATE_UP + 1});
       if (MLP_BIAS) add_bias(inner, own.gate_up_bias);
       for (Numbers& x : inner) {
-        for (int i = 0; i < INNER; i++) x[i] = rounded(x[i] / (1 + std::exp(-x[i])) * x[INNER + i]);
+        for (int i = 0; i < INNER; i++) x[i] = rounded(activated(x[i]) * x[INNER + i]);
         x.resize(INNER);
       }
       y = product(own.down, inner, layer, {LORA_DOWN});
       if (MLP_BIAS) add_bias(y, own.down_bias);
+      if (POST_NORMS) norm_rows(y, own.after_mlp);
       add(y);
     }
     auto y = normed_product(model.head, model.norm, 0, {});
     for (Numbers& row : y)
       for (double& logit : row) logit *= LOGITS_FACTOR;
     return y;
+  }
+
+  static double activated(double x) {
+    const double pi = std::acos(-1.0);
+    if (GELU) return 0.5 * x * (1 + std::tanh(std::sqrt(2 / pi) * (x + 0.044715 * x * x * x)));
+    return x / (1 + std::exp(-x));
+  }
+
+  static void norm_rows(std::vector<Numbers>& y, const Array<bf16>& norm) {
+    for (Numbers& row : y) {
+      const double own = factor(row.data(), HIDDEN);
+      for (int i = 0; i < HIDDEN; i++) row[i] *= own * float_of(norm[i]);
+    }
   }
 
   static void add_bias(std::vector<Numbers>& y, const Array<bf16>& bias) {
@@ -358,11 +383,12 @@ struct Reference {
   // A head of queries or keys, normed and rotated.
   Numbers rotated(int layer, const double* x, const Array<bf16>& norm, int at) const {
     if (Model::unrotated(layer)) at = 0;
-    const double own = factor(x, DIM), amplitude = SCALED && !Model::unrotated(layer) ? (double)model.rotation[DIM / 2] : 1;
+    const float* table = &model.rotation[Model::rotation_of(layer) * (DIM / 2 + 1)];
+    const double own = factor(x, DIM), amplitude = SCALED && !Model::unrotated(layer) ? (double)table[DIM / 2] : 1;
     const auto normed = [&](int i) { return amplitude * (QK_NORM ? x[i] * own * float_of(norm[i]) : x[i]); };
     Numbers y(DIM);
     for (int i = 0; i < DIM / 2; i++) {
-      const double angle = at * (SCALED ? (double)model.rotation[i] : Model::frequency(i));
+      const double angle = at * (SCALED ? (double)table[i] : Model::frequency(i));
       const double one = normed(i), other = normed(i + DIM / 2);
       y[i] = rounded(one * std::cos(angle) - other * std::sin(angle));
       y[i + DIM / 2] = rounded(one * std::sin(angle) + other * std::cos(angle));
@@ -491,7 +517,8 @@ class Engine {
   void poison(bool goes_on) const {
     const std::pair<size_t, size_t> areas[] = {
         {HIDDEN_AT, 4 * HIDDEN},  {SQUARES, 4 * (HIDDEN / 16)}, {QKV_AT, 4 * QKV_WIDTH}, {NORMED, 2 * HIDDEN},
-        {MIXED, 2 * Q_WIDTH},     {ACTIVE, 2 * INNER},          {ANGLES, 4 * DIM},
+        {MIXED, 2 * Q_WIDTH},     {ACTIVE, 2 * INNER},          {ANGLES, 4 * DIM * ROTATIONS},
+        {BRANCH, 4 * HIDDEN * POST_NORMS}, {BRANCH_SQUARES, 4 * (HIDDEN / 16) * POST_NORMS},
     };
     for (const auto& [start, bytes] : areas) memset(&workspace[start], emulator::POISON, bytes * MOST_ROWS);
     memset(&workspace[SPLITS], emulator::POISON, (goes_on ? WITHOUT_PLAN : workspace.count) - SPLITS);

@@ -19,7 +19,9 @@ pub struct PagedAttention {
     kinds: Vec<LayerKind>,
     /// Numbers of layers, each on the card.
     layers: Vec<Array>,
-    /// As `angle_of` of `numbers.cuh` takes it.
+    /// As `angle_of` of `numbers.cuh` takes them, of each kind of layers.
+    rotations: Vec<Array>,
+    /// one below the other
     pub rotation: Array,
 }
 
@@ -28,7 +30,7 @@ impl PagedAttention {
     pub fn new(
         shape: Shape,
         kinds: Vec<LayerKind>,
-        rope: &Rope,
+        ropes: &[&Rope],
         addresses: Rc<Addresses>,
     ) -> Result<Self> {
         let page_bytes = shape.layers * 2 * shape.kv_heads * PAGE_POSITIONS * shape.dim * 2;
@@ -55,8 +57,10 @@ impl PagedAttention {
         })?;
         let layers = (0..shape.layers).map(|layer| on_card(&arrays::indices(&[layer])));
         let layers = layers.collect::<Result<_>>()?;
-        let rotation = on_card(&rotation(rope))?;
-        Ok(Self { shape, append, attend, pool, kinds, layers, rotation })
+        let rotations = ropes.iter().map(|rope| on_card(&rotation(rope)));
+        let rotations: Vec<Array> = rotations.collect::<Result<_>>()?;
+        let rotation = on_card(&stacked(&rotations)?)?;
+        Ok(Self { shape, append, attend, pool, kinds, layers, rotations, rotation })
     }
 
     pub fn sequence(self: &Rc<Self>) -> Sequence {
@@ -117,7 +121,8 @@ impl PagedAttention {
         let Shape { heads, kv_heads, dim, eps, theta, qk_norm, scaled, .. } = self.shape;
         let Shape { query_beta, query_context, .. } = self.shape;
         // Without norms something is passed in their place, and not read.
-        let [q_norm, k_norm] = norms.map_or([&self.rotation; 2], |norms| norms.each_ref());
+        let rotation = &self.rotations[self.kinds[layer].rotation];
+        let [q_norm, k_norm] = norms.map_or([rotation; 2], |norms| norms.each_ref());
         let count = segment.rows.len();
         let window = self.window(layer);
         let unseen = if window == 0 { 0 } else { (segment.start + 1).saturating_sub(window) };
@@ -127,7 +132,7 @@ impl PagedAttention {
         let items = count * (heads + 2 * kv_heads) + old * 2 * kv_heads;
         let plan = sequence.plan(segment.start);
         let outputs = self.append.run(&Launch {
-            inputs: &[&q, &k, &v, q_norm, k_norm, &plan, &self.layers[layer], &self.rotation],
+            inputs: &[&q, &k, &v, q_norm, k_norm, &plan, &self.layers[layer], rotation],
             outputs: &[own, all, all]
                 .map(|shape| (shape, Dtype::Bfloat16))
                 .each_ref()

@@ -7,11 +7,8 @@ if (i < all) {
   const size_t row = i / columns, column = i % columns * 8;
   const uint4 a = *reinterpret_cast<const uint4*>(gate + row * gate_strides[0] + column);
   const uint4 b = *reinterpret_cast<const uint4*>(up + row * up_strides[0] + column);
-  // Both are gate / (1 + e^-u); GELU by tanh.
-  auto one = [](float gate, float up) {
-    const float u = GELU ? 1.5957691f * (gate + 0.044715f * gate * gate * gate) : gate;
-    return gate / (1.f + __expf(-u)) * up;
+  auto two = [](unsigned a, unsigned b) {
+    return pack_bf16(gated(low(a), low(b), GELU), gated(high(a), high(b), GELU));
   };
-  auto two = [&](unsigned a, unsigned b) { return pack_bf16(one(low(a), low(b)), one(high(a), high(b))); };
   reinterpret_cast<uint4*>(y)[i] = make_uint4(two(a.x, b.x), two(a.y, b.y), two(a.z, b.z), two(a.w, b.w));
 }

@@ -24,6 +24,8 @@ pub struct Shape {
     pub mlp_bias: bool,
     /// Whether frequencies are others than theta's own.
     pub scaled: bool,
+    /// Tables of frequencies: one, or two that layers choose from.
+    pub rotations: usize,
     /// Whether there are layers whose heads are not rotated.
     pub unrotated: bool,
     /// The positions that a row of a windowed layer sees, with its own; 0 where there are none.
@@ -31,6 +33,10 @@ pub struct Shape {
     /// Queries are multiplied by `1 + beta ln(1 + floor(position / context))`.
     pub query_beta: f32,
     pub query_context: usize,
+    /// The MLP's gate has GELU, not SiLU.
+    pub gelu: bool,
+    /// What attention and MLP add is normed.
+    pub post_norms: bool,
     pub factors: Factors,
 }
 
@@ -41,12 +47,16 @@ pub struct LayerKind {
     pub unrotated: bool,
     /// Its rows see no more than the model's window.
     pub windowed: bool,
+    /// Which of the model's rotations it has.
+    pub rotation: usize,
 }
 
 impl LayerKind {
     /// Its word in the model's table.
     pub fn flags(self) -> usize {
-        usize::from(self.unrotated) * UNROTATED + usize::from(self.windowed) * WINDOWED
+        usize::from(self.unrotated) * UNROTATED
+            + usize::from(self.windowed) * WINDOWED
+            + self.rotation * SECOND_ROTATION
     }
 }
 
@@ -128,7 +138,10 @@ constants! {
     BIAS_OF_O = 14;
     BIAS_OF_GATE_UP = 15;
     BIAS_OF_DOWN = 16;
-    LAYER_WORDS = 17;
+    /// Norms of what attention and MLP add.
+    AFTER_ATTENTION = 17;
+    AFTER_MLP = 18;
+    LAYER_WORDS = 19;
     // Behind all layers; of the embedding codes, scales and biases as they lie in the checkpoint.
     HEAD = 0;
     NORM = 2;
@@ -139,6 +152,7 @@ constants! {
     // Flags of a layer.
     UNROTATED = 1;
     WINDOWED = 2;
+    SECOND_ROTATION = 4;
 
     // An adapter's table: A, B, rank and scale of each linear layer.
     LORA_QKV = 0;
@@ -148,8 +162,6 @@ constants! {
     LORA_LAYERS = 7;
     LORA_WORDS = 3;
 
-    /// Phases of a layer that the kernel notes the time of.
-    LAYER_STAMPS = 5;
     /// When it began and ended, in nanoseconds and in cycles, and the end of the embedding.
     OTHER_STAMPS = 5;
 }
@@ -173,7 +185,15 @@ impl Shape {
 
     /// Times that the kernel notes.
     pub fn stamps(&self) -> usize {
-        LAYER_STAMPS * self.layers + OTHER_STAMPS
+        self.phases().len() * self.layers + OTHER_STAMPS
+    }
+
+    /// The phases of a layer, in order; the kernel notes when each ended.
+    pub fn phases(&self) -> &'static [&'static str] {
+        match self.post_norms {
+            false => &["qkv", "attention", "o", "gate, up", "down"],
+            true => &["qkv", "attention", "o", "norm of o", "gate, up", "down", "norm of down"],
+        }
     }
 
     /// What attention finds in a split for one head: values, the largest score, the sum.
@@ -182,7 +202,8 @@ impl Shape {
     }
 
     /// The areas of the workspace but for the last, which is `SPLITS`: bytes of each, in order.
-    fn areas(&self) -> [(&'static str, usize); 11] {
+    fn areas(&self) -> [(&'static str, usize); 13] {
+        let normed_after = usize::from(self.post_norms);
         [
             ("COUNTERS", ALIGNMENT),
             ("STAMPS", 8 * self.stamps()),
@@ -194,7 +215,9 @@ impl Shape {
             ("MIXED", 2 * MOST_ROWS * self.heads * self.dim),
             ("ACTIVE", 2 * MOST_ROWS * self.inner),
             ("LOW_RANK", 8 * LOW_RANK_BUFFERS * SHARDS * MOST_ROWS * 3 * MOST_RANK),
-            ("ANGLES", 4 * MOST_ROWS * self.dim),
+            ("ANGLES", 4 * MOST_ROWS * self.dim * self.rotations),
+            ("BRANCH", 4 * MOST_ROWS * self.hidden * normed_after),
+            ("BRANCH_SQUARES", 4 * MOST_ROWS * (self.hidden / 16) * normed_after),
         ]
     }
 
@@ -211,7 +234,7 @@ impl Shape {
     }
 
     /// The model's numbers, as the kernel has them.
-    pub fn constants(&self) -> [(&'static str, usize); 22] {
+    pub fn constants(&self) -> [(&'static str, usize); 25] {
         [
             ("HIDDEN", self.hidden),
             ("INNER", self.inner),
@@ -227,10 +250,13 @@ impl Shape {
             ("RESIDUAL_BIAS", usize::from(self.o_bias || self.mlp_bias)),
             ("GATE_UP_BIAS", usize::from(self.mlp_bias)),
             ("SCALED", usize::from(self.scaled)),
+            ("ROTATIONS", self.rotations),
             ("SOME_UNROTATED", usize::from(self.unrotated)),
             ("WINDOW", self.window),
             ("QUERY_BETA_BITS", self.query_beta.to_bits() as usize),
             ("QUERY_CONTEXT", self.query_context),
+            ("GELU", usize::from(self.gelu)),
+            ("POST_NORMS", usize::from(self.post_norms)),
             ("EMBEDDING_FACTOR_BITS", self.factors.embedding.to_bits() as usize),
             ("RESIDUAL_FACTOR_BITS", self.factors.residual.to_bits() as usize),
             ("LOGITS_FACTOR_BITS", self.factors.logits.to_bits() as usize),

@@ -37,6 +37,12 @@ __device__ inline float query_factor(int at, int beta_bits, int context) {
   return widen(narrow(1.f + __uint_as_float((unsigned)beta_bits) * logf(1.f + at / context)));
 }
 
+// silu(gate) * up or gelu(gate) * up: both are gate / (1 + e^-u); GELU by tanh.
+__device__ inline float gated(float gate, float up, bool gelu) {
+  const float u = gelu ? 1.5957691f * (gate + 0.044715f * gate * gate * gate) : gate;
+  return gate / (1.f + __expf(-u)) * up;
+}
+
 struct Angle {
   float sine, cosine;
 };

@@ -2,7 +2,7 @@
 
 use super::kernel::{Kernel, Launch, Source};
 use super::layout::{
-    self, HEADER, LAYER_STAMPS, LayerKind, MOST_TILES, ROW_WORDS, SHARED_LIMIT, Shape, TILE_ROWS,
+    self, HEADER, LayerKind, MOST_TILES, ROW_WORDS, SHARED_LIMIT, Shape, TILE_ROWS,
 };
 use super::pages::{Addresses, Sequence};
 use super::plan::PlanEncoder;
@@ -149,11 +149,12 @@ impl Step {
         let took = |phase: usize| (cycles[phase + 1] - cycles[phase]) as f64 * cycle;
         let layers = self.shape.layers;
         let mut phases = vec![Phase { name: "embedding", seconds: took(0), weights: 0 }];
-        for (place, name) in ["qkv", "attention", "o", "gate, up", "down"].into_iter().enumerate() {
-            let seconds = (0..layers).map(|layer| took(1 + layer * LAYER_STAMPS + place)).sum();
+        let names = self.shape.phases();
+        for (place, name) in names.iter().enumerate() {
+            let seconds = (0..layers).map(|layer| took(1 + layer * names.len() + place)).sum();
             phases.push(Phase { name, seconds, weights: layers * self.shape.bytes(name) });
         }
-        let seconds = took(1 + layers * LAYER_STAMPS);
+        let seconds = took(1 + layers * names.len());
         phases.push(Phase { name: "head", seconds, weights: self.shape.bytes("head") });
         Ok(phases)
     }
@@ -199,6 +200,8 @@ pub struct LayerArrays<'a> {
     pub down: MatrixArrays<'a>,
     pub input_norm: &'a Array,
     pub post_norm: &'a Array,
+    /// of what attention and MLP add
+    pub after: [Option<&'a Array>; 2],
     /// of heads of q and k
     pub head_norms: Option<&'a [Array; 2]>,
     /// of q, k and v together, o, gate and up together, down
@@ -246,6 +249,8 @@ fn table(model: &ModelArrays, addresses: &Addresses) -> Result<(Array, Vec<Array
             (layout::POST_NORM, Some(layer.post_norm)),
             (layout::Q_NORM, q_norm),
             (layout::K_NORM, k_norm),
+            (layout::AFTER_ATTENTION, layer.after[0]),
+            (layout::AFTER_MLP, layer.after[1]),
         ];
         let biases =
             [layout::BIAS_OF_QKV, layout::BIAS_OF_O, layout::BIAS_OF_GATE_UP, layout::BIAS_OF_DOWN];

@@ -100,12 +100,12 @@ impl Executor for CudaExecutor {
 impl Fused {
     /// The inner error: why the kernel does not serve this model, or this card.
     fn new(decoder: &Decoder<Mlx>) -> Result<Result<Self, Reason>> {
-        let Program { shape, kinds, rope } = match Program::compile(&decoder.spec) {
+        let Program { shape, kinds, ropes } = match Program::compile(&decoder.spec) {
             Ok(program) => program,
             Err(reason) => return Ok(Err(reason)),
         };
         let addresses = Rc::new(Addresses::new()?);
-        let attention = PagedAttention::new(shape, kinds.clone(), rope, addresses.clone())?;
+        let attention = PagedAttention::new(shape, kinds.clone(), &ropes, addresses.clone())?;
         let attention = Rc::new(attention);
         let step = match program::arrays(decoder, &kinds, &attention.rotation) {
             Ok(arrays) => Step::new(&arrays, shape, &addresses)?,

@@ -22,30 +22,52 @@ pub struct Program<'a> {
     pub shape: Shape,
     /// of all layers
     pub kinds: Vec<LayerKind>,
-    pub rope: &'a Rope,
+    /// which kinds choose from
+    pub ropes: Vec<&'a Rope>,
 }
 
 impl<'a> Program<'a> {
     pub fn compile(spec: &'a ModelSpec) -> Result<Self, Reason> {
-        let rope = rope(&spec.layers)?;
-        let kinds: Vec<LayerKind> = spec.layers.iter().map(kind).collect();
-        Ok(Self { shape: shape(spec, rope, &kinds)?, kinds, rope })
+        let ropes = ropes(&spec.layers)?;
+        let kinds: Vec<LayerKind> = spec.layers.iter().map(|layer| kind(layer, &ropes)).collect();
+        Ok(Self { shape: shape(spec, &ropes, &kinds)?, kinds, ropes })
     }
 }
 
-/// That of the layers whose heads are rotated.
-fn rope(layers: &[LayerSpec]) -> Result<&Rope, Reason> {
-    let mut ropes = layers.iter().filter_map(|layer| layer.attention.rope.as_ref());
-    let rope = ropes.next().ok_or("its heads are not rotated")?;
-    match ropes.all(|other| other == rope) {
-        true => Ok(rope),
-        false => Err("its layers have several rotations".into()),
+/// The rotations of layers, each once.
+fn ropes(layers: &[LayerSpec]) -> Result<Vec<&Rope>, Reason> {
+    let mut ropes = vec![];
+    for rope in layers.iter().filter_map(|layer| layer.attention.rope.as_ref()) {
+        if !ropes.contains(&rope) {
+            ropes.push(rope);
+        }
+    }
+    match ropes.len() {
+        0 => Err("its heads are not rotated".into()),
+        1 | 2 => Ok(ropes),
+        _ => Err("its layers have more than two rotations".into()),
     }
 }
 
-fn kind(layer: &LayerSpec) -> LayerKind {
-    let attention = &layer.attention;
-    LayerKind { unrotated: attention.rope.is_none(), windowed: attention.window.is_some() }
+fn kind(layer: &LayerSpec, ropes: &[&Rope]) -> LayerKind {
+    let AttentionSpec { rope, window, .. } = &layer.attention;
+    let rotation = ropes.iter().position(|other| Some(*other) == rope.as_ref());
+    LayerKind {
+        unrotated: rope.is_none(),
+        windowed: window.is_some(),
+        rotation: rotation.unwrap_or(0),
+    }
+}
+
+/// Why the kernel does not rotate heads of so many numbers so.
+fn refused_rope(rope: &Rope, head_dim: usize) -> Option<&'static str> {
+    let Rope { dim, theta: _, interleaved, scaling: _ } = rope;
+    let refused = [
+        (*interleaved, "neighbours of a head are rotated together"),
+        (*dim != head_dim, "heads are rotated in part"),
+        (rope.is_dynamic(), "its rotation depends on a text's length"),
+    ];
+    refused.into_iter().find_map(|(is_so, reason)| is_so.then_some(reason))
 }
 
 /// A layer without what its kind tells.
@@ -57,7 +79,7 @@ fn common(layer: &LayerSpec) -> LayerSpec {
 
 /// The kernel's numbers for a model. Every field of the spec is named here, so that a new one does
 /// not compile until someone has decided whether the kernel serves it.
-fn shape(spec: &ModelSpec, rope: &Rope, kinds: &[LayerKind]) -> Result<Shape, Reason> {
+fn shape(spec: &ModelSpec, ropes: &[&Rope], kinds: &[LayerKind]) -> Result<Shape, Reason> {
     // The head is a matrix of its own, tied or not.
     let ModelSpec { hidden, vocab, embedding_scale, layers, norm, head, context: _, names: _ } =
         spec;
@@ -65,7 +87,10 @@ fn shape(spec: &ModelSpec, rope: &Rope, kinds: &[LayerKind]) -> Result<Shape, Re
     let HeadSpec { weight: _, scale: head_scale, softcap: head_softcap } = head;
     let first = layers.first().ok_or("it has no layers")?;
     let LayerSpec { attention, mlp, norms, residual_scale, parallel } = first;
-    let BlockNorms { spec: of_layer, .. } = norms;
+    let BlockNorms { spec: of_layer, before_attention, after_attention, before_mlp, after_mlp } =
+        norms;
+    let befores = [before_attention, before_mlp].map(Option::is_some);
+    let afters = [after_attention, after_mlp].map(Option::is_some);
     let AttentionSpec {
         heads,
         kv_heads,
@@ -83,24 +108,23 @@ fn shape(spec: &ModelSpec, rope: &Rope, kinds: &[LayerKind]) -> Result<Shape, Re
     let MlpSpec { inner, activation, bias: mlp_bias, fused: _ } = mlp;
     let mut windows = layers.iter().filter_map(|layer| layer.attention.window);
     let window = windows.next();
-    let Rope { dim, theta, interleaved, scaling } = rope;
+    let Rope { dim: _, theta, interleaved: _, scaling } = ropes[0];
     let refused = [
         (layers.iter().any(|layer| common(layer) != common(first)), "its layers differ"),
         (norm != of_layer, "its norms differ"),
         (*centered, "its norms subtract the mean"),
-        (*norms != BlockNorms::before(*norm), "its layers have other norms than two"),
+        (befores != [true; 2], "not all of its norms stand before attention and MLP"),
+        (afters[0] != afters[1], "it has one norm behind attention and MLP"),
         (qk_norm.is_some_and(|own| own != QkNorm::each(*norm)), "its norms of heads are others"),
         (windows.any(|other| Some(other) != window), "its layers have several windows"),
         (softcap.is_some() || head_softcap.is_some(), "its scores or logits are capped"),
         (*parallel, "its MLP stands beside attention"),
-        (*activation != Activation::Silu, "its activation is another than SiLU"),
-        (*interleaved, "neighbours of a head are rotated together"),
-        (dim != head_dim, "heads are rotated in part"),
-        (rope.is_dynamic(), "its rotation depends on a text's length"),
-        (!matches!(head_dim, 64 | 128), "its heads have other than 64 or 128 numbers"),
+        (!matches!(head_dim, 64 | 128 | 256), "its heads have other than 64, 128 or 256 numbers"),
         (heads / kv_heads > 8, "more than 8 heads share keys and values"),
     ];
-    if let Some((_, reason)) = refused.into_iter().find(|(is_so, _)| *is_so) {
+    let refused = refused.into_iter().find_map(|(is_so, reason)| is_so.then_some(reason));
+    let of_ropes = || ropes.iter().find_map(|rope| refused_rope(rope, *head_dim));
+    if let Some(reason) = refused.or_else(of_ropes) {
         return Err(reason.into());
     }
     // Groups of inputs are taken by four where there are many.
@@ -122,11 +146,17 @@ fn shape(spec: &ModelSpec, rope: &Rope, kinds: &[LayerKind]) -> Result<Shape, Re
         qkv_bias: *qkv_bias,
         o_bias: *o_bias,
         mlp_bias: *mlp_bias,
-        scaled: *scaling != Scaling::None,
+        scaled: ropes.len() > 1 || *scaling != Scaling::None,
+        rotations: ropes.len(),
         unrotated: kinds.iter().any(|kind| kind.unrotated),
         window: window.map_or(0, |window| window.min(FAR)),
         query_beta: query_scaling.map_or(0.0, |scaling| scaling.beta),
         query_context: query_scaling.map_or(1, |scaling| scaling.context.min(FAR)),
+        gelu: match activation {
+            Activation::Silu => false,
+            Activation::Gelu => true,
+        },
+        post_norms: afters[0],
         factors: Factors {
             embedding: bfloat16_of(*embedding_scale),
             residual: bfloat16_of(*residual_scale),
@@ -170,6 +200,7 @@ fn layer(layer: &Layer<Mlx>, kind: LayerKind) -> Result<LayerArrays<'_>, Reason>
         down: matrix(&layer.down_proj)?,
         input_norm: norm(&layer.before_attention)?,
         post_norm: norm(&layer.before_mlp)?,
+        after: [after(&layer.after_attention)?, after(&layer.after_mlp)?],
         head_norms,
         biases: [
             bias(&layer.qkv_proj)?,
@@ -188,6 +219,10 @@ fn matrix(linear: &Linear) -> Result<MatrixArrays<'_>, Reason> {
 
 fn bias(linear: &Linear) -> Result<Option<&Array>, Reason> {
     linear.bias_of_all().map(bfloat16).transpose()
+}
+
+fn after(norm: &Option<Array>) -> Result<Option<&Array>, Reason> {
+    norm.as_ref().map(bfloat16).transpose()
 }
 
 fn norm(norm: &Option<Array>) -> Result<&Array, Reason> {
@@ -277,8 +312,8 @@ mod tests {
     fn the_kernel_serves_layers_whose_heads_are_not_rotated() {
         let mut spec = spec();
         spec.layers[0].attention.rope = None;
-        let Program { shape, kinds, rope } = Program::compile(&spec).unwrap();
-        assert!(shape.unrotated && rope.theta == 1e4);
+        let Program { shape, kinds, ropes } = Program::compile(&spec).unwrap();
+        assert!(shape.unrotated && ropes.len() == 1);
         assert_eq!(
             kinds.iter().map(|kind| kind.unrotated).collect::<Vec<_>>(),
             [true, false, false]
@@ -287,10 +322,29 @@ mod tests {
         let none =
             with(|spec| spec.layers.iter_mut().for_each(|layer| layer.attention.rope = None));
         assert_eq!(none.err().unwrap(), "its heads are not rotated");
-        let several = with(|spec| {
-            spec.layers[1].attention.rope = Some(Rope::new(64, 1e6, Scaling::None));
+    }
+
+    #[test]
+    fn the_kernel_serves_what_gemma_3_has() {
+        let mut spec = spec();
+        for layer in &mut spec.layers {
+            layer.mlp.activation = Activation::Gelu;
+            layer.norms.after_attention = Some("post_attention_layernorm");
+            layer.norms.after_mlp = Some("post_feedforward_layernorm");
+        }
+        spec.layers[1].attention.rope = Some(Rope::new(64, 1e6, Scaling::None));
+        let Program { shape, kinds, ropes } = Program::compile(&spec).unwrap();
+        assert!(shape.gelu && shape.post_norms && shape.scaled);
+        assert_eq!((shape.rotations, ropes[1].theta), (2, 1e6));
+        assert_eq!(kinds.iter().map(|kind| kind.rotation).collect::<Vec<_>>(), [0, 1, 0]);
+        let shape = with(|_| {}).unwrap();
+        assert!(!shape.gelu && !shape.post_norms && shape.rotations == 1);
+        let three = with(|spec| {
+            for (layer, theta) in spec.layers.iter_mut().zip([1e3, 1e4, 1e5]) {
+                layer.attention.rope = Some(Rope::new(64, theta, Scaling::None));
+            }
         });
-        assert_eq!(several.err().unwrap(), "its layers have several rotations");
+        assert_eq!(three.err().unwrap(), "its layers have more than two rotations");
     }
 
     #[test]

@@ -12,6 +12,8 @@
 // numbers do not depend on who joins.
 
 constexpr int TEAM_WARPS = TEAM / 32, OWN_VALUES = DIM / TEAM_WARPS / 8;  // tiles of eight
+// A page's keys and values of wider heads would not fit the registers together.
+constexpr bool VALUES_LATE = DIM > 128;
 
 // What a row sees of its sequence: all pages up to its own, or those that its window reaches into. They are divided into
 // as many splits as there may be.
@@ -109,15 +111,19 @@ __device__ inline unsigned two_of(unsigned old, int older, bf16 fresh) {
   return older == 1 ? (old & 0xffff) | (unsigned)fresh << 16 : older == 0 ? fresh : 0;
 }
 
-// The row's own key and value behind the older ones, and nothing after them.
-__device__ inline void add_fresh(const Team& memory, int older, Keys& keys, Values& values) {
-  const int team_warp = warp() % TEAM_WARPS;
+// The row's own key behind the older ones.
+__device__ inline void add_fresh_key(const Team& memory, int older, Keys& keys) {
 #pragma unroll
   for (int tile = 0; tile < 2; tile++)
-    if (team_warp * 16 + tile * 8 + tile_row() == older)
+    if (warp() % TEAM_WARPS * 16 + tile * 8 + tile_row() == older)
 #pragma unroll
       for (int i = 0; i < DIM / 32; i++)
         keys.numbers[tile][i] = *reinterpret_cast<const uint4*>(memory.fresh[0] + i * 32 + tile_column() * 8);
+}
+
+// Its value, and nothing after it.
+__device__ inline void add_fresh_value(const Team& memory, int older, Values& values) {
+  const int team_warp = warp() % TEAM_WARPS;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int behind = older - half * 32 - tile_column() * 8;
@@ -153,7 +159,7 @@ __device__ inline void prepare_heads(Team& memory, const HeadNorms& norms, const
   const float* from = qkv() + (size_t)task.row * QKV_WIDTH;
   Angle own_angles[DIM / 64];
 #pragma unroll
-  for (int i = 0; i < DIM / 64; i++) own_angles[i] = angles()[task.row * (DIM / 2) + lane() + 32 * i];
+  for (int i = 0; i < DIM / 64; i++) own_angles[i] = angles(rotation(layer))[task.row * (DIM / 2) + lane() + 32 * i];
   // Heads of queries, then the key and the value.
 #pragma unroll 1
   for (int i = team_warp; i < GQA_GROUP + (last ? 2 : 0); i += TEAM_WARPS) {
@@ -362,16 +368,19 @@ __device__ __noinline__ void attend(int layer) {
       read_keys(keys_in(task, page, layer), older, keys);
       const bf16* v = values_in(task, page, layer);
       // Each of a warp's lines.
-      if (lane() < OWN_VALUES * 8) prefetch(v + lane() * PAGE);
+      for (int i = lane(); i < OWN_VALUES * 8; i += 32) prefetch(v + i * PAGE);
       if (page == task.first) {
         if (!waited) wait_grid_here();
         waited = true;
         prepare_heads(memory, norms, task, layer);
       }
-      read_values(v, older, values);
+      if (!VALUES_LATE) read_values(v, older, values);
       if (page == task.first) team_sync(team, TEAM);
-      if (older < PAGE) add_fresh(memory, older, keys, values);
+      if (older < PAGE) add_fresh_key(memory, older, keys);
+      if (!VALUES_LATE && older < PAGE) add_fresh_value(memory, older, values);
       score_page(memory, page, keys);
+      if (VALUES_LATE) read_values(v, older, values);
+      if (VALUES_LATE && older < PAGE) add_fresh_value(memory, older, values);
       team_sync(team, TEAM);
       mix_page(memory, page, task.from - page * PAGE, min(older + 1, PAGE), values, found);
     }

@@ -74,8 +74,13 @@ __device__ inline float* qkv() { return in_workspace<float>(QKV_AT); }
 __device__ inline bf16* normed() { return in_workspace<bf16>(NORMED); }
 __device__ inline bf16* mixed() { return in_workspace<bf16>(MIXED); }
 __device__ inline bf16* active() { return in_workspace<bf16>(ACTIVE); }
-// [rows, DIM / 2]
-__device__ inline Angle* angles() { return in_workspace<Angle>(ANGLES); }
+// [rows, DIM / 2], of each rotation
+__device__ inline Angle* angles(int rotation) {
+  return in_workspace<Angle>(ANGLES) + (ROTATIONS > 1 ? rotation * rows() * (DIM / 2) : 0);
+}
+// What attention or MLP will add, before it is normed: [rows, HIDDEN], [rows, HIDDEN / 16]
+__device__ inline float* branch() { return in_workspace<float>(BRANCH); }
+__device__ inline float* branch_squares() { return in_workspace<float>(BRANCH_SQUARES); }
 // [rows, kv heads, splits, heads, PARTIAL]
 __device__ inline float* split_at(int row, int head, int split, int query) {
   const size_t index = (((size_t)row * KV_HEADS + head) * MOST_SPLITS + split) * GQA_GROUP + query;
@@ -98,8 +103,14 @@ template <class T> __device__ inline const T* weight(int layer, int place) {
 __device__ inline bool unrotated(int layer) { return SOME_UNROTATED && layer_words(layer)[FLAGS] & UNROTATED; }
 __device__ inline bool windowed(int layer) { return WINDOW && layer_words(layer)[FLAGS] & WINDOWED; }
 
+__device__ inline int rotation(int layer) {
+  return ROTATIONS > 1 && layer_words(layer)[FLAGS] & SECOND_ROTATION ? 1 : 0;
+}
+
 // All warps that compute.
 __device__ inline void sync() { team_sync(TEAMS, COMPUTING * 32); }
+// Those that multiply.
+__device__ inline void sync_multiplying() { team_sync(TEAMS + 1, THREADS); }
 
 __device__ inline void stamp() {
   if (threadIdx.x == 0 && blockIdx.x == 0) stamps()[state().phase++] = clock64();

@@ -4,6 +4,7 @@
 //   QkvEpilogue       factor * (y + LoRA) + bias              -> qkv
 //   ResidualEpilogue  hidden + residual_factor * (y + LoRA + bias)
 //                                                             -> hidden, squares, normed (times the next norm's weight)
+//   BranchEpilogue    y + LoRA + bias                         -> branch and its squares, in place of that
 //   SwigluEpilogue    silu(gate) * up of factor * (y + LoRA) + bias
 //                                                             -> active
 //   LogitsEpilogue    factor * logits_factor * y              -> logits
@@ -36,14 +37,20 @@ struct HiddenPlace {
   }
 };
 
+// Of 16 outputs of a row, which eight lanes have.
+__device__ inline float square_of(float x0, float x1) {
+  float square = x0 * x0 + x1 * x1;
+  for (int other = 4; other < 32; other *= 2) square += __shfl_xor_sync(0xffffffff, square, other);
+  return square;
+}
+
 // The input of the next product is normed but for a factor of the row, which needs all of it.
 template <class Shrink>
 __device__ inline void set_hidden(const Product& at, const Outputs& out, const HiddenPlace& to, float x0, float x1,
                                   bf16 norm0, bf16 norm1, const Shrink& shrink) {
   const unsigned both = pack_bf16(x0 * widen(norm0), x1 * widen(norm1));
   shrink.add(at, out.row, out.n[0], both);
-  float square = x0 * x0 + x1 * x1;
-  for (int other = 4; other < 32; other *= 2) square += __shfl_xor_sync(0xffffffff, square, other);
+  const float square = square_of(x0, x1);
   if (!to.there) return;
   to.x[0] = x0, to.x[8] = x1;
   to.next[0] = (bf16)both, to.next[HALF] = (bf16)(both >> 16);
@@ -143,6 +150,45 @@ template <Specialization OWN> struct ResidualEpilogue {
   }
 };
 
+// The same where a norm stands behind them, which needs all of a row (`add_branch` of step.cuh).
+template <Specialization OWN> struct BranchEpilogue {
+  static constexpr Specialization SPECIAL = OWN;
+  static constexpr int KINDS = 1;
+  int number;
+
+  struct Operands {
+    Expand<SPECIAL, 1> expand;
+    bf16 bias[2];
+    float2 added;
+    bool there;
+    float *to, *square;
+
+    __device__ void prefetch(const BranchEpilogue& epilogue, const Outputs& out) {
+      expand.prefetch(Product(epilogue.number), out.row, 0, out.n);
+      const bf16* from = RESIDUAL_BIAS ? residual_bias(epilogue.number) : nullptr;
+      for (int i = 0; i < 2; i++) bias[i] = from ? from[out.n[i]] : 0;
+    }
+    __device__ void load(const BranchEpilogue& epilogue, const Outputs& out) {
+      expand.load(Product(epilogue.number), out.row, 0);
+    }
+    __device__ void prepare(const BranchEpilogue& epilogue, const Outputs& out, bool loaded) {
+      if (loaded) expand.prepare(Product(epilogue.number), 0);
+      added = expand.added(Product(epilogue.number), out.row, 0, out.n);
+      added.x += widen(bias[0]), added.y += widen(bias[1]);
+      there = out.there(), to = branch() + (size_t)out.row * HIDDEN + out.n[0];
+      square = branch_squares() + (size_t)out.row * (HIDDEN / 16) + (unsigned)out.n[0] / 16;
+    }
+  };
+
+  __device__ void operator()(const Outputs&, float2 y, const Operands& own) const {
+    const float y0 = y.x + own.added.x, y1 = y.y + own.added.y;
+    const float square = square_of(y0, y1);
+    if (!own.there) return;
+    own.to[0] = y0, own.to[8] = y1;
+    if (tile_row() == 0) *own.square = square;
+  }
+};
+
 // A unit's second outputs are of up, with the same numbers as the gate's.
 template <Specialization OWN> struct SwigluEpilogue {
   static constexpr Specialization SPECIAL = OWN;
@@ -180,7 +226,7 @@ template <Specialization OWN> struct SwigluEpilogue {
   __device__ void operator()(const Outputs& out, float2 y, const Operands& own) const {
     float gate = own.factor * (y.x + own.added.x), up = own.factor * (y.y + own.added.y);
     if (GATE_UP_BIAS) gate += widen(own.bias[0]), up += widen(own.bias[GATE_UP_BIAS]);
-    const bf16 x = narrow(gate / (1.f + __expf(-gate)) * up);
+    const bf16 x = narrow(gated(gate, up, GELU));
     own.shrink.add(Product(number), out.row, out.n[0], x);
     if (own.there) *own.to = x;
   }

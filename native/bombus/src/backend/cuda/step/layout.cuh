@@ -28,6 +28,8 @@ constexpr int Q_WIDTH = HEADS * DIM, KV_WIDTH = KV_HEADS * DIM, QKV_WIDTH = Q_WI
 constexpr int GQA_GROUP = HEADS / KV_HEADS;  // query heads of a head of keys and values
 constexpr int ROWS = TILES * TILE_ROWS;  // at once
 constexpr int INPUT_GROUPS = 8;           // come at once, at most
+// Groups of a stage: attention of wider heads needs more memory beside the stages.
+constexpr int MOST_OF_ONE_TILE = DIM > 128 ? 64 : 80;
 
 // A weight of 4 bits in groups of 64: codes [N, K / 8]; scales_biases: for every 16 outputs (as `TileShape::output`
 // takes them), every 4 groups, every of those outputs and groups: scale and bias.
@@ -71,7 +73,7 @@ template <int INPUTS, int OUTPUTS, Kind KIND> struct TileShape {
   // Tiles of 16 outputs: inputs are read once for all of them, but there must be units for all blocks.
   static constexpr int HIGH = TILES == 1 ? 1 : KIND == RESIDUAL ? 2 : 4;
   static constexpr int TALL = 16 * HIGH, UNITS = (N + TALL - 1) / TALL;
-  static constexpr int GROUPS = K / GROUP, MOST = TILES == 1 ? 80 : 64 / HIGH;
+  static constexpr int GROUPS = K / GROUP, MOST = TILES == 1 ? MOST_OF_ONE_TILE : 64 / HIGH;
   static constexpr int AT_ONCE = GROUPS <= MOST ? GROUPS : 4 * largest_divisor(GROUPS / 4, MOST / 4);
   static constexpr int CHUNKS = GROUPS / AT_ONCE;
   static constexpr int INPUTS_AT_ONCE = largest_divisor(AT_ONCE, INPUT_GROUPS);

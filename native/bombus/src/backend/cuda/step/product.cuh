@@ -92,11 +92,11 @@ __device__ void multiply_stage(float (&sums)[4], const Inputs<D>& inputs, const 
   }
 }
 
-// 1 / root mean square of rows, each by a warp.
-__device__ inline void find_factors(int first, int step) {
+// 1 / root mean square of rows, each by a warp, from their `squares`.
+__device__ inline void find_factors(const float* squares, int first, int step) {
 #pragma unroll 1
   for (int row = first; row < rows(); row += step) {
-    const float* own = squares() + (size_t)row * (HIDDEN / 16);
+    const float* own = squares + (size_t)row * (HIDDEN / 16);
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < (HIDDEN / 16 + 31) / 32; i++)
@@ -196,7 +196,7 @@ __device__ __noinline__ Progress epilogue_one_tile(Progress progress, Epilogue e
     const bool loads = !begun || Epilogue::KINDS > 1;
     if (loads) operands.load(epilogue, out);
     if (!begun) {
-      if (D::NORMED && b < 2) find_factors(b, 2);
+      if (D::NORMED && b < 2) find_factors(squares(), b, 2);
       begun = true;
       if (i >= end) break;
     }
@@ -300,7 +300,7 @@ __device__ __noinline__ Progress multiply_tiles(Progress progress, Epilogue epil
         if (lane() == 0) arrive(&signals().empty[slot]);
       }
       if (!begun) {
-        if (D::NORMED) find_factors(warp(), WARPS);
+        if (D::NORMED) find_factors(squares(), warp(), WARPS);
         begun = true;
       }
       sync();  // those of the last unit have been used
