@@ -67,16 +67,21 @@ pub fn run(
     Ok((figures, Load { seconds, resident, kv }))
 }
 
-/// Each figure of all models in turn, so that what others do meanwhile is in each of them.
+/// Each figure of all models in turn, so that what others do meanwhile is in each of them; in every
+/// second round the last model comes first.
 pub fn in_turn(folders: &[PathBuf], device: Device, options: &Options) -> Result<Vec<Figures>> {
     let load = |folder: &PathBuf| Model::load(folder, device, options);
     let models = folders.iter().map(load).collect::<Result<Vec<_>>>()?;
     models.iter().try_for_each(Model::touch)?;
     let mut figures = vec![vec![]; models.len()];
-    for _ in 0..options.repeat {
+    for round in 0..options.repeat {
+        let mut order: Vec<usize> = (0..models.len()).collect();
+        if round % 2 == 1 {
+            order.reverse();
+        }
         for figure in options.sizes.figures() {
-            for (model, figures) in models.iter().zip(&mut figures) {
-                note(figures, figure.name(), model.measure(figure)?.0);
+            for &place in &order {
+                note(&mut figures[place], figure.name(), models[place].measure(figure)?.0);
             }
         }
     }
