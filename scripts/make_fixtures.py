@@ -165,6 +165,13 @@ def family(name, model_type, dtype=mx.float32, adapters=(ALL_LAYERS, LAST_OF_ALL
     return Case(name, dtype=dtype, config=case, adapters=list(adapters), eos=eos, peft=peft)
 
 
+FUSED = {
+    "dtype": mx.bfloat16,
+    "adapters": (ALL_LAYERS,),
+    "hidden_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 WINDOWS = LONG | {"sliding_window": 8}
 YARN = {
     "rope_theta": 1000.0,
@@ -254,6 +261,34 @@ FAMILY_CASES = [
         logit_scale=0.6,
     ),
     family("bf16-cohere2", "cohere2", dtype=mx.bfloat16, **WINDOWS, sliding_window_pattern=2, logit_scale=0.6),
+    # What CUDA's fused step serves: heads of 64 or more.
+    family("bf16-granite-fused", "granite", **FUSED, **GRANITE | {"attention_bias": True, "mlp_bias": True}),
+    family("bf16-smollm3-fused", "smollm3", **FUSED, no_rope_layers=[1, 0], head_dim=None),
+    family(
+        "bf16-mistral-windows-fused",
+        "mistral",
+        **FUSED,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        head_dim=None,
+    ),
+    family(
+        "bf16-ministral3-fused",
+        "ministral3",
+        **FUSED,
+        rope_theta=None,
+        head_dim=64,
+        rope_parameters=YARN | {"llama_4_scaling_beta": 0.4},
+    ),
+    family(
+        "bf16-gemma3-fused",
+        "gemma3_text",
+        **FUSED,
+        **GEMMA | {"head_dim": 256},
+        sliding_window=8,
+        sliding_window_pattern=2,
+        rope_local_base_freq=100.0,
+    ),
 ]
 
 CASES = [
