@@ -12,14 +12,20 @@ use std::path::{Path, PathBuf};
 const GROUP_SIZE: usize = 64;
 const HEAD_DIM: usize = 128;
 
+/// The linear layers, in a file that models of one shape share, so that their weights are the same
+/// pages of memory: a copy may be a tenth faster or slower, by where it lies.
+const LINEARS: &str = "model-linears.safetensors";
+/// Norms and biases.
+const OTHERS: &str = "model-others.safetensors";
+
 /// The folder of a checkpoint, made if it is not there. `beside`: the family that it stands beside,
 /// whose shape it has
 pub fn make(options: &Options, family: &Family, beside: &Family) -> Result<PathBuf> {
     let Options { model, bits, dtype, .. } = options;
     let shape = if beside.derives_head_dim { "-narrow" } else { "" };
-    let folder = options.dir.join(format!("{}-{model}{shape}-{bits}bit-{dtype}", family.name));
-    let weights = folder.join("model.safetensors");
-    if weights.exists() {
+    let shape = format!("{model}{shape}-{bits}bit-{dtype}");
+    let folder = options.dir.join(format!("{}-{shape}", family.name));
+    if folder.join(OTHERS).exists() {
         return Ok(folder);
     }
     std::fs::create_dir_all(&folder)?;
@@ -30,11 +36,23 @@ pub fn make(options: &Options, family: &Family, beside: &Family) -> Result<PathB
     if config.spec.head.weight == HeadWeight::IfThere {
         config.spec.head.weight = HeadWeight::Tied;
     }
-    eprintln!("making {}", weights.display());
-    let part = folder.join("model.safetensors.part");
-    safetensors::serialize_to_file(tensors(&config, *bits, dtype)?, None, &part)?;
-    std::fs::rename(part, weights)?;
+    let linears = config.spec.linears().count();
+    let shared = options.dir.join(format!("{linears}-linears-{shape}.safetensors"));
+    if !shared.exists() {
+        write(self::linears(&config, *bits, float(dtype)?), &shared)?;
+    }
+    if !folder.join(LINEARS).exists() {
+        std::fs::hard_link(shared, folder.join(LINEARS))?;
+    }
+    write(others(&config, float(dtype)?), &folder.join(OTHERS))?;
     Ok(folder)
+}
+
+fn write(tensors: Vec<(String, Random)>, path: &Path) -> Result<()> {
+    eprintln!("making {}", path.display());
+    let part = path.with_extension("part");
+    safetensors::serialize_to_file(tensors, None, &part)?;
+    Ok(std::fs::rename(part, path)?)
 }
 
 /// The folders of so many adapters of rank 8, on all layers, in mlx-lm's format.
@@ -68,7 +86,8 @@ pub fn adapters(folder: &Path, count: usize) -> Result<Vec<PathBuf>> {
 }
 
 pub fn bytes(folder: &Path) -> Result<u64> {
-    Ok(std::fs::metadata(folder.join("model.safetensors"))?.len())
+    let of = |name| -> Result<u64> { Ok(std::fs::metadata(folder.join(name))?.len()) };
+    Ok(of(LINEARS)? + of(OTHERS)?)
 }
 
 /// What Qwen publishes for these sizes; no token ends a text. Beside a family whose heads are as wide
@@ -110,36 +129,48 @@ enum Kind {
     Ones,
 }
 
-fn tensors(config: &Config, bits: usize, dtype: &str) -> Result<Vec<(String, Random)>> {
-    let float = match dtype {
+fn float(name: &str) -> Result<Dtype> {
+    Ok(match name {
         "bf16" => Dtype::BF16,
         "f16" => Dtype::F16,
         "f32" => Dtype::F32,
         other => bail!("--dtype {other} is unknown"),
-    };
-    let mut tensors: Vec<(String, Random)> = vec![];
-    let mut add = |name: String, dtype, shape: &[usize], kind| {
-        let seed = tensors.len() as u64;
-        tensors.push((name, Random { dtype, shape: shape.to_vec(), kind, seed }));
-    };
+    })
+}
+
+fn linears(config: &Config, bits: usize, float: Dtype) -> Vec<(String, Random)> {
     // A standard deviation of 0.02, as at the start of a training.
     let scale = 0.07 / (1 << bits) as f32;
-    for module in config.spec.linears() {
+    let linear = |(place, module): (usize, Module)| {
         let out_features = module.out_features();
-        let Module { path, in_features, bias, .. } = module;
+        let Module { path, in_features, .. } = module;
         let groups = [out_features, in_features / GROUP_SIZE];
         let columns = in_features * bits / 32;
-        add(format!("{path}.weight"), Dtype::U32, &[out_features, columns], Kind::Codes);
-        add(format!("{path}.scales"), float, &groups, Kind::About(scale));
-        add(format!("{path}.biases"), float, &groups, Kind::About(-0.035));
-        if bias {
-            add(format!("{path}.bias"), float, &[out_features], Kind::About(0.01));
-        }
-    }
-    for (path, width) in config.spec.norms() {
-        add(format!("{path}.weight"), float, &[width], Kind::Ones);
-    }
-    Ok(tensors)
+        let tensor = |name, dtype, shape: [usize; 2], kind| {
+            let seed = place as u64;
+            (format!("{path}.{name}"), Random { dtype, shape: shape.into(), kind, seed })
+        };
+        [
+            tensor("weight", Dtype::U32, [out_features, columns], Kind::Codes),
+            tensor("scales", float, groups, Kind::About(scale)),
+            tensor("biases", float, groups, Kind::About(-0.035)),
+        ]
+    };
+    config.spec.linears().enumerate().flat_map(linear).collect()
+}
+
+fn others(config: &Config, float: Dtype) -> Vec<(String, Random)> {
+    let vector = |name: String, width, kind| {
+        (name, Random { dtype: float, shape: vec![width], kind, seed: width as u64 })
+    };
+    let biased = config.spec.linears().filter(|module| module.bias);
+    let biases = biased.map(|module| {
+        let width = module.out_features();
+        vector(format!("{}.bias", module.path), width, Kind::About(0.01))
+    });
+    let norms = config.spec.norms();
+    let norms = norms.map(|(path, width)| vector(format!("{path}.weight"), width, Kind::Ones));
+    biases.chain(norms).collect()
 }
 
 impl Random {
