@@ -163,6 +163,41 @@ fn vocabularies_and_merges_alone_are_a_tokenizer() {
     assert!(error.contains("vocab.json alone is not enough"), "{error}");
 }
 
+/// Ids from transformers 5.24, `AutoTokenizer.from_pretrained(folder)` of such files; as in mlx-lm, a
+/// text that begins with bos gets neither.
+#[test]
+fn bos_and_eos_are_put_around_where_the_config_asks() {
+    let ids = |config: Value, definition: Option<Value>| {
+        let folder = folder(&[
+            ("vocab.json", json!({"a": 0, "b": 1, "ab": 2, "<s>": 3, "</s>": 4})),
+            ("tokenizer_config.json", config),
+        ]);
+        std::fs::write(folder.path().join("merges.txt"), "#version: 0.2\na b\n").unwrap();
+        if let Some(definition) = definition {
+            let path = folder.path().join("tokenizer.json");
+            std::fs::write(path, definition.to_string()).unwrap();
+        }
+        let tokenizer = Tokenizer::open(folder.path()).unwrap();
+        ["ab", "<s>ab", ""].map(|text| tokenizer.encode(text).unwrap())
+    };
+    let config = |more: Value| {
+        let mut config = json!({"tokenizer_class": "GPT2Tokenizer", "bos_token": "<s>",
+            "eos_token": "</s>", "unk_token": null});
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        config
+    };
+    let around = config(json!({"add_bos_token": true, "add_eos_token": true}));
+    assert_eq!(ids(around.clone(), None), [vec![3, 2, 4], vec![3, 2], vec![3, 4]]);
+    let bos = config(json!({"add_bos_token": true}));
+    assert_eq!(ids(bos, None), [vec![3, 2], vec![3, 2], vec![3]]);
+    let neither = config(json!({"add_bos_token": false, "add_eos_token": null}));
+    assert_eq!(ids(neither, None), [vec![2], vec![3, 2], vec![]]);
+    // Where there is a `tokenizer.json`, its `post_processor` decides.
+    let whole = json!({"version": "1.0", "model": {"type": "BPE", "merges": ["a b"],
+        "vocab": {"a": 0, "b": 1, "ab": 2, "<s>": 3, "</s>": 4}}});
+    assert_eq!(ids(around, Some(whole)), [vec![2], vec![3, 2], vec![]]);
+}
+
 #[test]
 fn files_that_would_take_memory_or_time_are_refused() {
     let charsmap = "//////8fAAAA";

@@ -146,6 +146,15 @@ impl Config {
         named.chain(self.extras().filter_map(content).map(str::to_owned)).collect()
     }
 
+    /// The tokens before and behind a text that `add_bos_token` and `add_eos_token` ask for. As in
+    /// transformers, they do so only where no `tokenizer.json` says it.
+    pub fn around(&self) -> [Option<String>; 2] {
+        let asked =
+            |flag: &str| self.defaults.is_some() && self.fields.get(flag) == Some(&true.into());
+        [("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")]
+            .map(|(flag, name)| self.token(name).filter(|_| asked(flag)))
+    }
+
     pub fn chat_template(&self, folder: &Path) -> Result<Option<ChatTemplates>> {
         let field = self.fields.get("chat_template");
         ChatTemplates::open(folder, (&self.path, field), self.special_tokens())

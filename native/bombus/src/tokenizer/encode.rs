@@ -88,6 +88,12 @@ impl Encoder {
         })
     }
 
+    /// Puts these tokens around a text too.
+    pub fn put_around(&mut self, before: Option<u32>, behind: Option<u32>) {
+        self.before.splice(..0, before);
+        self.behind.extend(behind);
+    }
+
     /// `special`: with the tokens that the tokenizer puts around a text
     pub fn encode(
         &self,

@@ -69,11 +69,15 @@ impl Tokenizer {
             .map_err(|error| definition.invalid(&format!("`decoder`: {error}")))?;
         let encoder = catch(|| Encoder::new(&definition, &inner, &vocabulary));
         let eos_token_id = config.token("eos_token").and_then(|token| inner.token_to_id(&token));
+        let mut encoder = encoder.map_err(|error| match error {
+            Error::Panic(panic) => definition.invalid(&panic),
+            error => error,
+        })?;
+        let id = |token: Option<String>| inner.token_to_id(&token?);
+        let [before, behind] = config.around().map(id);
+        encoder.put_around(before, behind);
         Ok(Self {
-            encoder: encoder.map_err(|error| match error {
-                Error::Panic(panic) => definition.invalid(&panic),
-                error => error,
-            })?,
+            encoder,
             decoder: Arc::new(decoder),
             decoder_growth: definition.decoder_growth,
             eos_token_id,
