@@ -65,6 +65,7 @@ defmodule Bombus.MixProject do
       extras: [
         "README.md",
         "guides/serving.md",
+        "guides/structured_output.md",
         "guides/fine_tuning.md",
         "guides/bumblebee.md",
         {"bench/README.md", filename: "measurements", title: "Measurements"},

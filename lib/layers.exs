@@ -36,6 +36,7 @@
   Bombus,
 
   # A request
+  Bombus.Serving.Format,
   Bombus.Serving.Options,
   Bombus.Serving.Input,
   Bombus.Serving.Deadline,

@@ -198,6 +198,16 @@ defmodule Bombus.Serving do
   @typedoc "What ends a text: a string or a token id."
   @type stop :: String.t() | Tokenizer.token_id()
 
+  @typedoc """
+  What a text must be: a JSON object, JSON that a schema describes (a map, a keyword list or JSON
+  text), what a regular expression matches, or what a grammar in llguidance's Lark describes.
+  """
+  @type format ::
+          :json
+          | {:json_schema, map() | keyword() | String.t()}
+          | {:regex, String.t()}
+          | {:grammar, String.t()}
+
   @typedoc "What a request answers: see \"Results\" above."
   @type result :: %{results: [entry()]}
 

@@ -121,6 +121,7 @@ defmodule Bombus.Options.Unknown do
     min_p: @request,
     seed: @request,
     stop: @request,
+    format: @request,
     stream: @request,
     chat_template: @request,
     template_options: @request,

@@ -3,6 +3,7 @@ defmodule Bombus.Serving.Options do
   # The options of a serving and of a request: checked here, before anything reaches Rust.
 
   alias Bombus.{Adapter, Model, Options}
+  alias Bombus.Serving.Format
   alias Bombus.Tokenizer.Messages
 
   @most 0x7FFFFFFF
@@ -99,6 +100,17 @@ defmodule Bombus.Serving.Options do
       `["\\n\\n", "<|im_end|>", 151645]`. A string that is one special token of the tokenizer is that
       token, as in mlx_lm.server. Strings need a tokenizer. At most 1024, and 64 KiB of strings. A
       charlist is a list of numbers and no text: two or more that are all ASCII are refused beside a
+      tokenizer
+      """
+    ],
+    format: [
+      type: {:custom, {Format, :check}},
+      type_spec: quote(do: Bombus.Serving.format()),
+      by_default: "none: any text",
+      doc: """
+      what a text must be, and then is, unless `:max_new_tokens` or a `:stop` cuts it short: `:json` (an
+      object), `{:json_schema, schema}` (a map, a keyword list, whose order the names then have, or JSON
+      text), `{:regex, "(yes|no)"}` or `{:grammar, lark}`. See the guide "Structured output". Needs a
       tokenizer
       """
     ],
@@ -223,7 +235,8 @@ defmodule Bombus.Serving.Options do
       logprobs: options.logprobs,
       seed: options.seed || :rand.uniform(0x1_0000_0000_0000_0000) - 1,
       stop: Enum.filter(options.stop, &is_binary/1),
-      stop_ids: Enum.filter(options.stop, &is_integer/1)
+      stop_ids: Enum.filter(options.stop, &is_integer/1),
+      format: options.format
     }
   end
 

@@ -7,6 +7,7 @@
 //! - `files`: files that are read whole, mapped tensors, new files
 //! - `hub`: where repositories come from
 //! - `tokenizer`: text to ids and back, chat templates
+//! - `grammar`: texts that keep to a format
 //! - `sampler`: what a token is drawn with
 //! - `spec`: a model as a value
 //! - `arch`: the families, each from `config.json` to a `ModelSpec`
@@ -33,6 +34,7 @@ pub mod config;
 pub mod engine;
 pub mod error;
 pub mod files;
+pub mod grammar;
 pub mod hub;
 pub mod model;
 pub mod quant;

@@ -5,6 +5,7 @@
 //! the batch.
 
 use crate::error::{Error, Result};
+use crate::grammar::Allowed;
 use std::collections::{HashMap, HashSet};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -141,6 +142,8 @@ pub struct Draw {
     pub counts: Arc<Vec<(u32, f32)>>,
     /// The tokens that it must not be.
     pub withheld: Vec<u32>,
+    /// The tokens that it may be, where a grammar says so.
+    pub allowed: Option<Allowed>,
 }
 
 impl Draw {
@@ -153,7 +156,7 @@ impl Draw {
     ) -> Self {
         let (seen, counts) = (history.seen.clone(), history.counts.clone());
         let uniform = uniform(sampling.seed, place);
-        Self { sampling: sampling.clone(), uniform, seen, counts, withheld }
+        Self { sampling: sampling.clone(), uniform, seen, counts, withheld, allowed: None }
     }
 
     /// What is added to logits, after the repetition penalty. A token may come more than once.
@@ -167,9 +170,19 @@ impl Draw {
         own.chain(self.counts.iter().map(penalty)).chain(withheld)
     }
 
-    /// Whether logits are added to.
+    /// Whether logits are added to, or left out.
     pub fn adds(&self) -> bool {
-        self.biases().next().is_some()
+        self.allowed.is_some() || self.biases().next().is_some()
+    }
+
+    /// Leaves out of a row's logits, or of what is added to them, what a grammar does not allow.
+    pub fn mask(&self, row: &mut [f32]) {
+        let Some(allowed) = &self.allowed else { return };
+        for (id, logit) in (0..).zip(row) {
+            if !allowed.has(id) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
     }
 
     /// Whether logits change before one is chosen.

@@ -8,6 +8,7 @@ use crate::tokenizer::TokenizerHandle;
 use bombus::engine::sequence::FinishReason;
 use bombus::engine::{Chunk, Event, Generation, Prompt, Request, Sink, Usage};
 use bombus::error::Result;
+use bombus::grammar::Format;
 use bombus::sampler::{Logprobs, Sampling};
 use rustler::{
     Encoder, Env, LocalPid, Monitor, NifMap, NifTaggedEnum, NifUntaggedEnum, Resource, ResourceArc,
@@ -54,6 +55,16 @@ pub enum PromptTerm {
     Ids(Vec<u32>),
 }
 
+/// What a text must be.
+#[derive(NifTaggedEnum)]
+enum FormatTerm {
+    Json,
+    /// as JSON
+    JsonSchema(String),
+    Regex(String),
+    Grammar(String),
+}
+
 #[derive(NifMap)]
 struct RequestOptions {
     max_new_tokens: usize,
@@ -71,6 +82,7 @@ struct RequestOptions {
     seed: u64,
     stop: Vec<String>,
     stop_ids: Vec<u32>,
+    format: Option<FormatTerm>,
     /// milliseconds
     timeout: Option<u64>,
     /// How many chunks may be unread: `acknowledge` says which are. Without one, any number.
@@ -270,6 +282,17 @@ impl From<PromptTerm> for Prompt {
     }
 }
 
+impl From<&FormatTerm> for Format {
+    fn from(format: &FormatTerm) -> Self {
+        match format {
+            FormatTerm::Json => Format::Json,
+            FormatTerm::JsonSchema(schema) => Format::JsonSchema(schema.clone()),
+            FormatTerm::Regex(regex) => Format::Regex(regex.clone()),
+            FormatTerm::Grammar(grammar) => Format::Lark(grammar.clone()),
+        }
+    }
+}
+
 impl RequestOptions {
     fn request(
         &self,
@@ -290,6 +313,7 @@ impl RequestOptions {
             group: group.map(|handle| handle.group.clone()),
             stop: self.stop.clone(),
             stop_ids: self.stop_ids.clone(),
+            format: self.format.as_ref().map(Format::from),
         })
     }
 

@@ -8,6 +8,7 @@ mod active;
 mod admission;
 mod bindings;
 mod deadlines;
+mod masks;
 mod monitor;
 mod pending;
 mod prefix_cache;

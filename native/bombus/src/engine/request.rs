@@ -4,6 +4,7 @@ use super::admission::Group;
 use crate::config::Config;
 use crate::engine::sequence::Task;
 use crate::error::{Error, Result};
+use crate::grammar::{Constraint, Format};
 use crate::model::adapter::Adapter;
 use crate::sampler::Sampling;
 use crate::tokenizer::{Limit, TextStream, Tokenizer};
@@ -43,6 +44,8 @@ pub struct Request {
     pub stop: Vec<String>,
     /// Tokens that end the text, and are not part of it.
     pub stop_ids: Vec<u32>,
+    /// What the text must be; it ends with the text of that form. Needs a tokenizer.
+    pub format: Option<Format>,
     /// Limits that it shares with other requests, within the model's.
     pub group: Option<Arc<Group>>,
 }
@@ -60,6 +63,7 @@ impl Request {
             timeout: None,
             stop: vec![],
             stop_ids: vec![],
+            format: None,
             group: None,
         }
     }
@@ -90,9 +94,18 @@ impl Request {
             min_new_tokens: self.min_new_tokens,
             eos_token_ids: self.ends(config)?,
             sampling: Arc::new(self.sampling.clone()),
+            constraint: self.constraint()?,
             group: self.group.as_ref().map(|group| group.limits()),
             prompt: ids,
         })
+    }
+
+    fn constraint(&self) -> Result<Option<Constraint>> {
+        let Some(format) = &self.format else { return Ok(None) };
+        let tokenizer = self.tokenizer.as_ref().ok_or_else(|| {
+            Error::Request("format: it needs a tokenizer, which says what tokens are".into())
+        })?;
+        Constraint::new(format, tokenizer).map(Some)
     }
 
     fn ids(&self, limit: &Limit) -> Result<Vec<u32>> {

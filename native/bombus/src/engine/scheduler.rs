@@ -141,6 +141,11 @@ impl Scheduler {
         all.find(|sequence| sequence.id == id).or_else(|| self.waiting.get(id))
     }
 
+    /// A running sequence.
+    pub fn known(&self, id: u64) -> Option<&Sequence> {
+        self.running.iter().find(|sequence| sequence.id == id)
+    }
+
     pub fn remove(&mut self, id: u64) -> Option<Sequence> {
         if let Some(sequence) = self.waiting.remove(id) {
             return Some(sequence);
@@ -231,6 +236,7 @@ mod tests {
         let penalty = if penalized { 1.5 } else { 1.0 };
         let sampling = Sampling { repetition_penalty: penalty, ..Sampling::default() };
         Task {
+            constraint: None,
             prompt: (0..prompt).map(|position| token(id, position)).collect(),
             max_new_tokens: new,
             min_new_tokens: 0,

@@ -1,6 +1,7 @@
 //! One request on its way through the engine: its tokens and what is computed of them.
 
 use crate::backend::Token;
+use crate::grammar::Constraint;
 use crate::sampler::{Draw, History, Sampling};
 use std::sync::Arc;
 
@@ -23,6 +24,8 @@ pub struct Task {
     /// The tokens that end a text: withheld until there are `min_new_tokens`.
     pub eos_token_ids: Vec<u32>,
     pub sampling: Arc<Sampling>,
+    /// What the text must keep to.
+    pub constraint: Option<Constraint>,
     /// Limits that it shares with others of its group, beside those of all.
     pub group: Option<GroupLimits>,
 }
@@ -163,7 +166,8 @@ impl Sequence {
 
     fn next_token(&self) -> Option<Token> {
         let exhausted = self.generated.len() + self.in_flight >= self.task.max_new_tokens;
-        let must_know = self.task.sampling.penalizes() && self.in_flight > 0;
+        let depends = self.task.sampling.penalizes() || self.task.constraint.is_some();
+        let must_know = depends && self.in_flight > 0;
         match self.in_flight {
             _ if exhausted || must_know => None,
             0 => self.generated.last().map(|&id| Token::Id(id)),
@@ -179,6 +183,14 @@ impl Sequence {
         let withheld = if place < *min_new_tokens { eos_token_ids.clone() } else { vec![] };
         self.history.extend(sampling, prompt, &self.generated);
         Draw::new(sampling, place, &self.history, withheld)
+    }
+
+    /// Takes a token that must follow and was not sampled: it is computed with the next step, as a
+    /// prompt's. True where it is the last one allowed.
+    pub fn force(&mut self, token: u32) -> bool {
+        self.generated.push(token);
+        self.given = self.task.prompt.len() + self.generated.len();
+        self.generated.len() >= self.task.max_new_tokens
     }
 
     /// Takes a sampled token that has been read; true where it is the last one allowed.

@@ -2,6 +2,7 @@
 
 use super::Fault;
 use super::active::ActiveRequest;
+use super::masks;
 use super::monitor::Step;
 use super::score::Score;
 use super::sink::Event;
@@ -9,6 +10,7 @@ use super::worker::Worker;
 use crate::backend::{Backend, Batch, KvCache};
 use crate::engine::sequence::{Chunk, FinishReason, Sequence};
 use crate::error::{Error, Result, catch};
+use crate::grammar::Constraint;
 use crate::model::executor::Executor;
 use crate::sampler::Sample;
 use std::collections::{HashMap, HashSet};
@@ -30,6 +32,8 @@ pub struct InFlight<B: Backend> {
     samples: B::Samples,
     /// Whose the samples are, and whether they are tokens.
     chunks: Vec<(u64, bool)>,
+    /// Those whose grammar failed.
+    failed: Vec<(u64, Error)>,
     rows: usize,
     begun: Instant,
 }
@@ -154,18 +158,22 @@ impl<E: Executor> Worker<E> {
         let rows = batch.tokens.len();
         let previous = previous.map(|step| &step.samples);
         let _guard = self.executor.guard();
-        let logits = self.executor.forward(&mut batch, previous)?;
+        let mut draws: Vec<_> =
+            chunks.iter().map(|chunk| chunk.draw.clone().unwrap_or_default()).collect();
+        let constrained = masks::rows(chunks, |id| self.scheduler.known(id));
+        let forward = || self.executor.forward(&mut batch, previous);
+        let (logits, masks) = masks::beside(forward, &constrained);
+        let logits = logits?;
+        let failed = masks::put(masks, &mut draws);
         match self.fault.take() {
             Some(Fault::Panic) => panic!("a test asked for it"),
             Some(Fault::Error) => return Err(Error::Backend("a test asked for it".into())),
             None => {}
         }
-        let draws: Vec<_> =
-            chunks.iter().map(|chunk| chunk.draw.clone().unwrap_or_default()).collect();
         let samples = self.executor.sample(&logits, &draws)?;
         self.executor.decoder().backend.submit(&samples)?;
         let chunks = chunks.iter().map(|chunk| (chunk.id, chunk.draw.is_some())).collect();
-        Ok(InFlight { samples, chunks, rows, begun })
+        Ok(InFlight { samples, chunks, failed, rows, begun })
     }
 
     pub(super) fn read(&mut self, step: InFlight<E::Backend>) {
@@ -174,7 +182,9 @@ impl<E: Executor> Worker<E> {
             Err(error) => self.fail(ids, &error),
             Ok(samples) => {
                 for (&(id, is_token), sample) in step.chunks.iter().zip(samples) {
+                    let failed = step.failed.iter().find(|(failed, _)| *failed == id);
                     let handed = match sample {
+                        _ if failed.is_some() => failed.map_or(Ok(()), |(_, e)| Err(e.clone())),
                         Some(sample) if is_token => catch(|| self.deliver(id, sample)),
                         Some(_) => Ok(()),
                         None => Err(Error::Backend("the logits are not finite numbers".into())),
@@ -220,14 +230,18 @@ impl<E: Executor> Worker<E> {
             self.finish(id, Ok(FinishReason::Stop));
             return Ok(());
         }
-        let exhausted = sequence.accept(sample.id);
+        let token = sample.id;
+        let exhausted = sequence.accept(token);
         let (heard, stopped) = active.emit(sample)?;
-        match (heard, stopped, exhausted) {
-            (false, ..) => self.finish(id, Ok(FinishReason::Cancelled)),
-            (_, true, _) => self.finish(id, Ok(FinishReason::Stop)),
-            (_, _, true) => self.finish(id, Ok(FinishReason::Length)),
-            _ if active.sink.is_full() => self.pause(id),
-            _ => {}
+        let end = ended(heard, stopped, exhausted);
+        let end = match (end, sequence.task.constraint.clone()) {
+            (None, Some(constraint)) => follow(sequence, active, &constraint, token)?,
+            (end, _) => end,
+        };
+        match end {
+            Some(reason) => self.finish(id, Ok(reason)),
+            None if active.sink.is_full() => self.pause(id),
+            None => {}
         }
         Ok(())
     }
@@ -276,6 +290,40 @@ impl<E: Executor> Worker<E> {
         self.kv_bytes.set(own.map(|page| page.bytes).sum());
         self.prefix_bytes.set(self.prefixes.bytes());
     }
+}
+
+/// Whether a text ends with the token that was emitted.
+fn ended(heard: bool, stopped: bool, exhausted: bool) -> Option<FinishReason> {
+    match (heard, stopped, exhausted) {
+        (false, ..) => Some(FinishReason::Cancelled),
+        (_, true, _) => Some(FinishReason::Stop),
+        (_, _, true) => Some(FinishReason::Length),
+        _ => None,
+    }
+}
+
+/// Takes a token into the grammar, and what must follow into the text; -> whether it ends so.
+fn follow<B: Backend>(
+    sequence: &mut Sequence,
+    active: &mut ActiveRequest<B>,
+    constraint: &Constraint,
+    token: u32,
+) -> Result<Option<FinishReason>> {
+    constraint.take(token)?;
+    // What is forced has no logits of its own.
+    let forced = match sequence.task.sampling.logprobs {
+        None => constraint.forced(),
+        Some(_) => vec![],
+    };
+    for id in forced {
+        constraint.take(id)?;
+        let exhausted = sequence.force(id);
+        let (heard, stopped) = active.emit(Sample { id, logprobs: None })?;
+        if let Some(reason) = ended(heard, stopped, exhausted) {
+            return Ok(Some(reason));
+        }
+    }
+    Ok(constraint.is_done().then_some(FinishReason::Stop))
 }
 
 /// What belongs to the sequences of these chunks, in their order.

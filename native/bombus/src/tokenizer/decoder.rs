@@ -104,6 +104,28 @@ impl Decoder {
         Ok(())
     }
 
+    /// What a token is in a text's bytes; none where that is not for a token alone to say.
+    pub fn bytes_of(&self, token: &str) -> Option<Vec<u8>> {
+        let (mut text, mut bytes) = (token.to_owned(), None);
+        for step in &self.steps {
+            let step = if let Step::Whole(step) = step { step } else { step };
+            match step {
+                Step::Replace { regex, content } => text = replace(regex, &text, content),
+                Step::Metaspace { space, .. } => text = text.replace(*space, " "),
+                Step::ByteFallback => bytes = bytes.or(byte_token(&text).map(|byte| vec![byte])),
+                Step::ByteLevel => bytes = text.chars().map(pieces::byte).collect(),
+                // Of a whole text's ends.
+                Step::Strip(_) | Step::StripWhole(_) => {}
+                Step::Words
+                | Step::WordPiece { .. }
+                | Step::Suffix(_)
+                | Step::Ctc { .. }
+                | Step::Whole(_) => return None,
+            }
+        }
+        Some(bytes.unwrap_or_else(|| text.into_bytes()))
+    }
+
     pub fn start(self: &Arc<Self>) -> Decoding {
         let kept = self.steps.iter().map(|_| Kept::default()).collect();
         Decoding { decoder: self.clone(), kept }

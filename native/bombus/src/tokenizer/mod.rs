@@ -170,6 +170,23 @@ impl Tokenizer {
         Ok(text)
     }
 
+    /// A text as it stands, without special tokens around it.
+    pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
+        self.encode_within(text, false, &Limit { tokens: usize::MAX, cancelled: &NEVER })
+    }
+
+    /// The bytes of every token by its id, those of a special one behind 0xff, which no text has. None
+    /// where a token's bytes depend on its neighbours.
+    pub fn token_bytes(&self) -> Option<Vec<Vec<u8>>> {
+        let last = self.inner.get_vocab(true).into_values().max()?;
+        let bytes = |id: u32| match self.token(id) {
+            Some(token) if self.is_special(&token) => Some([b"\xff", token.as_bytes()].concat()),
+            Some(token) => self.decoder.bytes_of(&token),
+            None => Some(vec![]),
+        };
+        (0..=last).map(bytes).collect()
+    }
+
     fn decoding(&self) -> Decoding {
         self.decoder.start()
     }

@@ -88,6 +88,7 @@ fn sample_row(cpu: &Cpu, logits: &[f32], draw: &Draw) -> Option<u32> {
     for (id, bias) in draw.biases() {
         changed.get_mut(id as usize).into_iter().for_each(|logit| *logit += bias);
     }
+    draw.mask(&mut changed);
     choose(cpu, &changed, draw)
 }
 

@@ -204,6 +204,7 @@ fn change(logits: Array, draws: &[Draw]) -> Result<Array> {
         let mut biases = vec![0f32; draws.len() * vocab];
         for (draw, biases) in draws.iter().zip(biases.chunks_exact_mut(vocab)) {
             draw.biases().for_each(|(id, bias)| set(biases, id, |sum| *sum += bias));
+            draw.mask(biases);
         }
         logits = logits.add(Array::from_slice(&biases, logits.shape()))?;
     }
