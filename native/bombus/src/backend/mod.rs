@@ -217,6 +217,11 @@ pub trait Backend {
     /// ln p of one target for each row of logits; waits for them.
     fn log_probs(&self, logits: &Self::Tensor, targets: &[u32]) -> Result<Vec<f32>>;
 
+    /// x in float32, whose computation begins; `values` waits for it.
+    fn start(&self, x: Self::Tensor) -> Result<Self::Tensor>;
+    /// The numbers of what `start` has made, row by row.
+    fn values(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
+
     /// Starts the work that `samples` stands for, without waiting for it.
     fn submit(&self, samples: &Self::Samples) -> Result<()>;
     /// Waits until nothing that was submitted goes on, on threads of the backend's own either: the process

@@ -4,8 +4,8 @@
 //! `model.layers.0.self_attn.q_proj`.
 
 use crate::backend::{Backend, Batch, BoundAdapter, Entry, KvCache, LoraRows, Page, Segment};
-use crate::error::Result;
-use crate::spec::{BlockNorms, LayerSpec, ModelSpec, Projection};
+use crate::error::{Error, Result};
+use crate::spec::{BlockNorms, HeadWeight, LayerSpec, ModelSpec, Projection};
 use std::ops::Range;
 
 pub struct Decoder<B: Backend> {
@@ -14,7 +14,7 @@ pub struct Decoder<B: Backend> {
     pub embed_tokens: B::Linear,
     pub layers: Vec<Layer<B>>,
     pub norm: B::Norm,
-    /// None: the embedding is the head
+    /// None: the embedding is the head, if there is one
     pub lm_head: Option<B::Linear>,
 }
 
@@ -40,6 +40,8 @@ impl<B: Backend> Layer<B> {
         }
     }
 }
+
+const NO_HEAD: &str = "the checkpoint has no `lm_head`: the model gives embeddings only";
 
 /// Consecutive rows with one adapter.
 type Span<'a, B> = (Range<usize>, &'a BoundAdapter<B>);
@@ -78,18 +80,34 @@ impl<B: Backend> Decoder<B> {
         batch: &mut Batch<B>,
         previous: Option<&B::Samples>,
     ) -> Result<B::Tensor> {
+        let spans = spans(&batch.entries);
+        let hidden = self.normed(batch, previous, &spans)?;
+        self.logits(&hidden, &batch.outputs, &spans)
+    }
+
+    /// The hidden states `[outputs, hidden]` behind the last norm, of the rows that the batch names.
+    pub fn hidden(&self, batch: &mut Batch<B>) -> Result<B::Tensor> {
+        let spans = spans(&batch.entries);
+        self.normed(batch, None, &spans)
+    }
+
+    fn normed(
+        &self,
+        batch: &mut Batch<B>,
+        previous: Option<&B::Samples>,
+        spans: &[Span<B>],
+    ) -> Result<B::Tensor> {
         let Batch { tokens, entries, outputs } = batch;
-        let spans = spans(entries);
-        let loras = loras(&spans, 0, Range::clone, |adapter| adapter.embed_tokens.as_ref());
+        let loras = loras(spans, 0, Range::clone, |adapter| adapter.embed_tokens.as_ref());
         let mut hidden = self.backend.embed(&self.embed_tokens, tokens, previous, &loras)?;
         if self.spec.embedding_scale != 1.0 {
             hidden = self.backend.scale(hidden, self.spec.embedding_scale)?;
         }
         for (index, layer) in self.layers.iter().enumerate() {
-            hidden = self.layer(index, layer, hidden, entries, &spans)?;
+            hidden = self.layer(index, layer, hidden, entries, spans)?;
         }
         let hidden = self.backend.gather_rows(&hidden, outputs)?;
-        self.logits(&hidden, outputs, &spans)
+        self.backend.normalize(&hidden, &self.norm, &self.spec.norm)
     }
 
     fn layer(
@@ -163,19 +181,17 @@ impl<B: Backend> Decoder<B> {
         Ok(x)
     }
 
-    /// hidden: `[outputs, hidden]`, the step's rows `outputs`
-    fn logits(
-        &self,
-        hidden: &B::Tensor,
-        outputs: &[usize],
-        spans: &[Span<B>],
-    ) -> Result<B::Tensor> {
-        let x = self.backend.normalize(hidden, &self.norm, &self.spec.norm)?;
+    /// x: `[outputs, hidden]`, the step's rows `outputs` behind the last norm
+    fn logits(&self, x: &B::Tensor, outputs: &[usize], spans: &[Span<B>]) -> Result<B::Tensor> {
         let within = |row: usize| outputs.partition_point(|output| *output < row);
         let selected = |rows: &Range<usize>| within(rows.start)..within(rows.end);
         let loras = loras(spans, 0, selected, |adapter| adapter.lm_head.as_ref());
-        let lm_head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
-        let [mut logits] = self::outputs(self.backend.project(lm_head, &x, &loras)?);
+        let lm_head = match (&self.lm_head, self.spec.head.weight) {
+            (Some(lm_head), _) => lm_head,
+            (None, HeadWeight::Absent) => return Err(Error::Unsupported(NO_HEAD.into())),
+            (None, _) => &self.embed_tokens,
+        };
+        let [mut logits] = self::outputs(self.backend.project(lm_head, x, &loras)?);
         if self.spec.head.scale != 1.0 {
             logits = self.backend.scale(logits, self.spec.head.scale)?;
         }

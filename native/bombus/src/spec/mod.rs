@@ -103,6 +103,8 @@ pub enum HeadWeight {
     Linear,
     /// `lm_head` where the file has one, else the embedding; a loaded model has one of the others
     IfThere,
+    /// none: such a model has hidden states only
+    Absent,
 }
 
 impl ModelSpec {

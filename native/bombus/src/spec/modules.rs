@@ -1,6 +1,6 @@
 //! The modules of a model: their paths, as in the checkpoints, and their shapes.
 
-use super::{LayerSpec, ModelSpec};
+use super::{HeadWeight, LayerSpec, ModelSpec};
 
 pub const EMBED_TOKENS: &str = "model.embed_tokens";
 pub const LM_HEAD: &str = "lm_head";
@@ -97,10 +97,11 @@ impl ModelSpec {
         Module { path: path.into(), in_features, outputs, bias: false }
     }
 
-    /// All linear layers, the embedding, and the head where it is not the embedding.
+    /// All linear layers, the embedding, and the head where it is one of its own.
     pub fn linears(&self) -> impl Iterator<Item = Module> {
         let layers = (0..self.layers.len()).flat_map(|layer| self.layer(layer));
-        let head = (!self.is_tied()).then(|| self.lm_head());
+        let has_head = !matches!(self.head.weight, HeadWeight::Tied | HeadWeight::Absent);
+        let head = has_head.then(|| self.lm_head());
         layers.chain([self.embedding()]).chain(head)
     }
 

@@ -257,6 +257,17 @@ impl Backend for Mlx {
         arrays::values(&log_probs)
     }
 
+    fn start(&self, x: Array) -> Result<Array> {
+        let x = x.as_dtype(Dtype::Float32)?.contiguous()?;
+        transforms::async_eval([&x])?;
+        Ok(x)
+    }
+
+    fn values(&self, x: &Array) -> Result<Vec<f32>> {
+        x.eval()?;
+        arrays::values(x)
+    }
+
     fn submit(&self, samples: &Samples) -> Result<()> {
         Ok(transforms::async_eval(samples.arrays())?)
     }

@@ -4,8 +4,8 @@ use crate::backend::cuda::{Factors, LayerArrays, LayerKind, MatrixArrays, ModelA
 use crate::backend::mlx::{Linear, Mlx};
 use crate::model::decoder::{Decoder, Layer};
 use crate::spec::{
-    Activation, AttentionSpec, BlockNorms, HeadSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec,
-    QkNorm, Rope, Scaling,
+    Activation, AttentionSpec, BlockNorms, HeadSpec, HeadWeight, LayerSpec, MlpSpec, ModelSpec,
+    NormSpec, QkNorm, Rope, Scaling,
 };
 use mlx_rs::{Array, Dtype};
 
@@ -84,7 +84,7 @@ fn shape(spec: &ModelSpec, ropes: &[&Rope], kinds: &[LayerKind]) -> Result<Shape
     let ModelSpec { hidden, vocab, embedding_scale, layers, norm, head, context: _, names: _ } =
         spec;
     let NormSpec { eps, plus_one: _, centered } = norm;
-    let HeadSpec { weight: _, scale: head_scale, softcap: head_softcap } = head;
+    let HeadSpec { weight: head_weight, scale: head_scale, softcap: head_softcap } = head;
     let first = layers.first().ok_or("it has no layers")?;
     let LayerSpec { attention, mlp, norms, residual_scale, parallel } = first;
     let BlockNorms { spec: of_layer, before_attention, after_attention, before_mlp, after_mlp } =
@@ -110,6 +110,7 @@ fn shape(spec: &ModelSpec, ropes: &[&Rope], kinds: &[LayerKind]) -> Result<Shape
     let window = windows.next();
     let Rope { dim: _, theta, interleaved: _, scaling } = ropes[0];
     let refused = [
+        (*head_weight == HeadWeight::Absent, "it has no head"),
         (layers.iter().any(|layer| common(layer) != common(first)), "its layers differ"),
         (norm != of_layer, "its norms differ"),
         (*centered, "its norms subtract the mean"),
@@ -239,7 +240,7 @@ fn bfloat16(array: &Array) -> Result<&Array, Reason> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::{HeadWeight, Names, QueryScaling};
+    use crate::spec::{Names, QueryScaling};
 
     fn spec() -> ModelSpec {
         let rope = Rope::new(64, 1e4, Scaling::None);

@@ -12,7 +12,7 @@ use crate::files::safetensors::{TensorFiles, TensorView};
 use crate::model::convert;
 use crate::model::decoder::{Decoder, Layer};
 use crate::runtime::abandon;
-use crate::spec::{Module, Projection, QkNorm, Quantization};
+use crate::spec::{HeadWeight, Module, Projection, QkNorm, Quantization};
 use safetensors::tensor::Dtype;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -35,9 +35,9 @@ pub fn load<B: Backend>(
         embed_tokens: backend.linear(&checkpoint.linears(&[spec.embedding()])?)?,
         layers: layers?,
         norm: backend.norm(&checkpoint.norm(NORM, spec.hidden)?, &spec.norm)?,
-        lm_head: match spec.is_tied() {
-            true => None,
-            false => Some(backend.linear(&checkpoint.linears(&[spec.lm_head()])?)?),
+        lm_head: match spec.head.weight {
+            HeadWeight::Tied | HeadWeight::Absent => None,
+            _ => Some(backend.linear(&checkpoint.linears(&[spec.lm_head()])?)?),
         },
         spec: spec.clone(),
         backend,

@@ -25,13 +25,7 @@ pub fn open(folder: &Path) -> Result<(Config, TensorFiles)> {
     let own = |name: &str| names.own(name);
     let is_whole = |tensors: &TensorFiles, _| missing(&config, tensors).is_none();
     let tensors = TensorFiles::choose(folder, own, is_whole)?;
-    config.spec.head.weight = match config.spec.head.weight {
-        HeadWeight::IfThere if tensors.names().any(|name| name.starts_with("lm_head.")) => {
-            HeadWeight::Linear
-        }
-        HeadWeight::IfThere => HeadWeight::Tied,
-        known => known,
-    };
+    config.spec.head.weight = head(&config, &tensors);
     config.warnings.extend(left_out(&tensors));
     refuse_other_formats(&path, &config, &tensors)?;
     if let Some(name) = missing(&config, &tensors) {
@@ -52,6 +46,23 @@ pub fn absent(folder: &Path, config: &Config, most: usize) -> Result<Vec<String>
     let names = config.spec.names;
     let tensors = TensorFiles::choose(folder, |name: &str| names.own(name), |_, _| true)?;
     Ok(all_missing(config, &tensors).take(most).collect())
+}
+
+/// What the files have of a head.
+fn head(config: &Config, tensors: &TensorFiles) -> HeadWeight {
+    let is_there = tensors.names().any(|name| name.starts_with("lm_head."));
+    match config.spec.head.weight {
+        HeadWeight::IfThere if is_there => HeadWeight::Linear,
+        HeadWeight::IfThere => HeadWeight::Tied,
+        // As published for embeddings: transformers' `AutoModel`, which has no head, saved it.
+        HeadWeight::Linear if !is_there && is_bare(tensors) => HeadWeight::Absent,
+        known => known,
+    }
+}
+
+/// Whether names in the files do without `model.`.
+fn is_bare(tensors: &TensorFiles) -> bool {
+    tensors.name_in_file("model.norm.weight").is_some_and(|name| !name.starts_with("model."))
 }
 
 /// What a wrapper has beside its language model, by the first of its names.
@@ -92,8 +103,8 @@ fn all_missing<'a>(
     };
     let spec = &config.spec;
     // Its head need not be there.
-    let is_needed =
-        |module: &Module| module.path != LM_HEAD || spec.head.weight == HeadWeight::Linear;
+    let has_head = head(config, tensors) == HeadWeight::Linear;
+    let is_needed = move |module: &Module| module.path != LM_HEAD || has_head;
     let norms = spec.norms().filter_map(move |(path, _)| weight(&path));
     spec.linears().filter(is_needed).flat_map(of).chain(norms)
 }
