@@ -11,8 +11,8 @@ use bombus::error::Result;
 use bombus::grammar::Format;
 use bombus::sampler::{Logprobs, Sampling};
 use rustler::{
-    Encoder, Env, LocalPid, Monitor, NifMap, NifTaggedEnum, NifUntaggedEnum, Resource, ResourceArc,
-    Term,
+    Encoder, Env, LocalPid, Monitor, NewBinary, NifMap, NifTaggedEnum, NifUntaggedEnum, Resource,
+    ResourceArc, Term,
 };
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -43,7 +43,7 @@ enum Cancellable {
 
 mod atoms {
     rustler::atoms! {
-        ok, chunk, done, scores, error, stop, length, cancelled, model, tokenizer, adapter
+        ok, chunk, done, scores, embeddings, error, stop, length, cancelled, model, tokenizer, adapter
     }
 }
 
@@ -151,13 +151,13 @@ fn score<'a>(
 }
 
 /// Sends events to the caller; false where that is dead.
-fn events(env: Env, reference: Term) -> impl FnMut(Event) -> bool + Send + 'static {
+pub fn events(env: Env, reference: Term) -> impl FnMut(Event) -> bool + Send + 'static {
     let address = Address::caller(env, reference);
     move |event| address.send(|env| term(env, &event))
 }
 
 /// A handle of the request, which ends with its caller.
-fn monitored(env: Env, started: Result<Generation>) -> Term {
+pub fn monitored(env: Env, started: Result<Generation>) -> Term {
     let handle = started.map(|generation| {
         let handle = ResourceArc::new(GenerationHandle(Arc::new(generation)));
         env.monitor(&handle, &env.pid());
@@ -239,6 +239,10 @@ fn term<'a>(env: Env<'a>, event: &Event) -> Term<'a> {
         }
         // The engine answers with finite numbers only: another would be no term.
         Event::Scores(log_probs) => (atoms::scores(), log_probs).encode(env),
+        Event::Embeddings(vectors) => {
+            let vectors: Vec<Term> = vectors.iter().map(|vector| binary(env, vector)).collect();
+            (atoms::embeddings(), vectors).encode(env)
+        }
         Event::Fits => atoms::ok().encode(env),
         Event::Failed(error) => (atoms::error(), error_term(env, error)).encode(env),
         Event::Done { reason, usage } => {
@@ -250,6 +254,14 @@ fn term<'a>(env: Env<'a>, event: &Event) -> Term<'a> {
             (atoms::done(), reason, usage_term(usage)).encode(env)
         }
     }
+}
+
+/// Numbers in little endian.
+fn binary<'a>(env: Env<'a>, numbers: &[f32]) -> Term<'a> {
+    let mut binary = NewBinary::new(env, size_of_val(numbers));
+    let places = binary.as_mut_slice().as_chunks_mut().0.iter_mut();
+    places.zip(numbers).for_each(|(place, number)| *place = number.to_le_bytes());
+    Term::from(binary)
 }
 
 /// `{log_prob, [{id, log_prob}]}`

@@ -6,6 +6,7 @@
 
 mod adapter;
 mod answer;
+mod embedding;
 mod generation;
 mod group;
 mod held;

@@ -8,6 +8,7 @@ mod active;
 mod admission;
 mod bindings;
 mod deadlines;
+mod embed;
 mod masks;
 mod monitor;
 mod pending;
@@ -22,6 +23,7 @@ mod unload;
 mod worker;
 
 pub use admission::Group;
+pub use embed::{EmbedRequest, Pooling, Wanted};
 pub use monitor::{Monitor, Step};
 pub use request::{Prompt, Request, chat};
 pub use sink::{Chunk, Event, Sink, Usage};
@@ -46,6 +48,7 @@ use crate::runtime::{exit, metrics, threads};
 use crate::spec::Quantization;
 use crate::tokenizer::{TextStream, workers};
 use admission::{AdmissionLimit, Permit};
+use embed::PendingTexts;
 use pending::Scoring;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
@@ -73,6 +76,16 @@ enum Command {
         id: u64,
         scoring: Scoring,
         deadline: Option<Instant>,
+    },
+    /// `EncodedTexts` follows.
+    Embed {
+        id: u64,
+        texts: Box<PendingTexts>,
+        deadline: Option<Instant>,
+    },
+    EncodedTexts {
+        id: u64,
+        ids: Result<Vec<Vec<u32>>>,
     },
     /// Whether an adapter fits the model.
     Fit {
@@ -131,6 +144,7 @@ impl Command {
         match self {
             Command::Generate(request, _) => request.sink.discard(),
             Command::Score { scoring, .. } => scoring.sink.discard(),
+            Command::Embed { texts, .. } => texts.sink.discard(),
             Command::Fit { sink, .. } => sink.discard(),
             _ => {}
         }
@@ -275,7 +289,7 @@ impl Engine {
     fn encode(&self, id: u64, request: Request, task: Option<Task>, cancelled: Arc<AtomicBool>) {
         let (commands, config, context) =
             (self.commands.clone(), self.config.clone(), self.context);
-        let bytes = request.bytes();
+        let bytes = request.prompt.bytes();
         let job = move || {
             if cancelled.load(Relaxed) {
                 return;

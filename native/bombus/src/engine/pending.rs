@@ -3,6 +3,7 @@
 
 use super::PendingRequest;
 use super::admission::Permit;
+use super::embed::PendingTexts;
 use super::sink::{Event, Sink, Usage};
 use crate::engine::sequence::{FinishReason, Task};
 use crate::error::Error;
@@ -14,6 +15,8 @@ pub enum Pending {
     /// Without a task until its text is tokens.
     Generate(Box<PendingRequest>, Option<Task>),
     Score(Scoring),
+    /// Without ids until its texts are tokens.
+    Texts(Box<PendingTexts>),
     /// Whether an adapter can be bound.
     Fit(Arc<Adapter>, Sink),
 }
@@ -31,6 +34,7 @@ impl Pending {
         match self {
             Pending::Generate(request, _) => request.adapter.as_ref(),
             Pending::Score(scoring) => scoring.adapter.as_ref(),
+            Pending::Texts(texts) => texts.adapter.as_ref(),
             Pending::Fit(adapter, _) => Some(adapter),
         }
     }
@@ -57,6 +61,10 @@ impl Pending {
                 (request.sink, request.permits, request.adapter)
             }
             Pending::Score(Scoring { sink, permits, adapter, .. }) => (sink, permits, adapter),
+            Pending::Texts(texts) => {
+                texts.cancelled.store(true, Relaxed);
+                (texts.sink, texts.permits, texts.adapter)
+            }
             Pending::Fit(adapter, sink) => (sink, vec![], Some(adapter)),
         };
         drop((permits, adapter));

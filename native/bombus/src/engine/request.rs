@@ -50,6 +50,38 @@ pub struct Request {
     pub group: Option<Arc<Group>>,
 }
 
+impl Prompt {
+    /// How long the text is that becomes tokens, before a template makes more of it.
+    pub(super) fn bytes(&self) -> usize {
+        match self {
+            Prompt::Ids(_) => 0,
+            Prompt::Text(text) => text.len(),
+            Prompt::Chat { messages, options } => messages.len() + options.len(),
+        }
+    }
+
+    /// `special`: a text with the tokens that the tokenizer puts around it
+    pub(super) fn ids(
+        &self,
+        tokenizer: Option<&Tokenizer>,
+        special: bool,
+        limit: &Limit,
+    ) -> Result<Vec<u32>> {
+        let tokenizer = || {
+            let missing = "without a tokenizer only :token_ids can be completed";
+            tokenizer.ok_or_else(|| Error::Request(missing.into()))
+        };
+        match self {
+            Prompt::Ids(ids) => Ok(ids.clone()),
+            Prompt::Text(text) => tokenizer()?.encode_within(text, special, limit),
+            Prompt::Chat { messages, options } => {
+                let (messages, options) = chat(messages, options)?;
+                tokenizer()?.encode_chat(&messages, &options, limit)
+            }
+        }
+    }
+}
+
 impl Request {
     pub fn new(prompt: Prompt, max_new_tokens: usize) -> Self {
         Self {
@@ -68,15 +100,6 @@ impl Request {
         }
     }
 
-    /// How long the text is that becomes tokens, before a template makes more of it.
-    pub(super) fn bytes(&self) -> usize {
-        match &self.prompt {
-            Prompt::Ids(_) => 0,
-            Prompt::Text(text) => text.len(),
-            Prompt::Chat { messages, options } => messages.len() + options.len(),
-        }
-    }
-
     /// What the scheduler is to do. `context`: the model's
     pub(super) fn task(
         &self,
@@ -85,7 +108,8 @@ impl Request {
         cancelled: &AtomicBool,
     ) -> Result<Task> {
         let context = self.max_context.map_or(context, |max| max.min(context));
-        let ids = self.ids(&Limit { tokens: context, cancelled })?;
+        let limit = Limit { tokens: context, cancelled };
+        let ids = self.prompt.ids(self.tokenizer.as_deref(), true, &limit)?;
         check_ids(&ids, config, context)?;
         let biased = self.sampling.logit_bias.iter().map(|(id, _)| id);
         check_vocabulary(biased, config)?;
@@ -106,17 +130,6 @@ impl Request {
             Error::Request("format: it needs a tokenizer, which says what tokens are".into())
         })?;
         Constraint::new(format, tokenizer).map(Some)
-    }
-
-    fn ids(&self, limit: &Limit) -> Result<Vec<u32>> {
-        match &self.prompt {
-            Prompt::Ids(ids) => Ok(ids.clone()),
-            Prompt::Text(text) => self.tokenizer()?.encode_within(text, true, limit),
-            Prompt::Chat { messages, options } => {
-                let (messages, options) = chat(messages, options)?;
-                self.tokenizer()?.encode_chat(&messages, &options, limit)
-            }
-        }
     }
 
     /// The tokens that end the text: the model's, the tokenizer's, and those of the request. A
@@ -140,12 +153,6 @@ impl Request {
         text.follow(prompt);
         Some(text)
     }
-
-    fn tokenizer(&self) -> Result<&Tokenizer> {
-        self.tokenizer.as_deref().ok_or_else(|| {
-            Error::Request("without a tokenizer only :token_ids can be completed".into())
-        })
-    }
 }
 
 /// A conversation and the options of its template, both as JSON.
@@ -168,7 +175,10 @@ pub(super) fn check_ids(ids: &[u32], config: &Config, context: usize) -> Result<
     Ok(())
 }
 
-fn check_vocabulary<'a>(ids: impl IntoIterator<Item = &'a u32>, config: &Config) -> Result<()> {
+pub(super) fn check_vocabulary<'a>(
+    ids: impl IntoIterator<Item = &'a u32>,
+    config: &Config,
+) -> Result<()> {
     let vocab = config.spec.vocab;
     match ids.into_iter().find(|id| **id as usize >= vocab) {
         None => Ok(()),

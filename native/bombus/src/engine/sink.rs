@@ -11,8 +11,11 @@ pub enum Event {
     Chunk(Chunk),
     /// The end of a request for text.
     Done { reason: FinishReason, usage: Usage },
-    /// The end of a request for scores: ln p of every token but the first.
+    /// The end of a request for scores: ln p of every token but the first, or of one for judgements:
+    /// the probability of each text.
     Scores(Vec<f32>),
+    /// The end of a request for embeddings: a vector of each text.
+    Embeddings(Vec<Vec<f32>>),
     /// The end of a question whether an adapter fits: it does.
     Fits,
     /// The end of a request that was not answered.

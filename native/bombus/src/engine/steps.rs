@@ -106,7 +106,10 @@ impl<E: Executor> Worker<E> {
         })
     }
 
-    fn with_memory(&mut self, work: impl Fn(&mut Self) -> Result<()>) -> Result<()> {
+    pub(super) fn with_memory(
+        &mut self,
+        mut work: impl FnMut(&mut Self) -> Result<()>,
+    ) -> Result<()> {
         loop {
             match work(self) {
                 Err(Error::OutOfMemory(_)) if self.give_memory_back() => {}
@@ -165,15 +168,19 @@ impl<E: Executor> Worker<E> {
         let (logits, masks) = masks::beside(forward, &constrained);
         let logits = logits?;
         let failed = masks::put(masks, &mut draws);
-        match self.fault.take() {
-            Some(Fault::Panic) => panic!("a test asked for it"),
-            Some(Fault::Error) => return Err(Error::Backend("a test asked for it".into())),
-            None => {}
-        }
+        self.fail_if_asked()?;
         let samples = self.executor.sample(&logits, &draws)?;
         self.executor.decoder().backend.submit(&samples)?;
         let chunks = chunks.iter().map(|chunk| (chunk.id, chunk.draw.is_some())).collect();
         Ok(InFlight { samples, chunks, failed, rows, begun })
+    }
+
+    pub(super) fn fail_if_asked(&mut self) -> Result<()> {
+        match self.fault.take() {
+            Some(Fault::Panic) => panic!("a test asked for it"),
+            Some(Fault::Error) => Err(Error::Backend("a test asked for it".into())),
+            None => Ok(()),
+        }
     }
 
     pub(super) fn read(&mut self, step: InFlight<E::Backend>) {
@@ -193,11 +200,15 @@ impl<E: Executor> Worker<E> {
                 }
             }
         }
+        self.count_now_and_then();
+        self.report(&step);
+    }
+
+    pub(super) fn count_now_and_then(&mut self) {
         self.uncounted += 1;
         if self.uncounted >= COUNTED {
             self.count();
         }
-        self.report(&step);
     }
 
     /// What was computed beside a fault may be of it.
@@ -284,6 +295,7 @@ impl<E: Executor> Worker<E> {
         self.inbox.batch_size.store(self.scheduler.running().len(), Relaxed);
         let sequences = self.active.values().map(|active| &active.cache);
         let caches = sequences.chain(self.scores.iter().map(|score| &score.cache));
+        let caches = caches.chain(self.texts.caches());
         let pages = caches.flat_map(|cache| self.executor.decoder().pages(cache));
         let mut seen = HashSet::new();
         let own = pages.filter(|page| !self.prefixes.holds(page) && seen.insert(page.id));

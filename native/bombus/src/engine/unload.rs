@@ -44,6 +44,7 @@ impl Unloading {
         match command {
             Command::Generate(request, _) => request.fail(error),
             Command::Score { scoring, .. } => Pending::Score(scoring).fail(error),
+            Command::Embed { texts, .. } => Pending::Texts(texts).fail(error),
             Command::Fit { sink, .. } => sink.end(Event::Failed(error)),
             Command::Unload { done, .. } => self.ask(done),
             _ => {}

@@ -4,6 +4,7 @@
 use super::active::{ActiveRequest, adapter_key};
 use super::bindings::{Bindings, Bound};
 use super::deadlines::Deadlines;
+use super::embed;
 use super::monitor::Monitor;
 use super::pending::Pending;
 use super::prefix_cache::Prefixes;
@@ -39,6 +40,8 @@ pub struct Worker<E: Executor> {
     pending: HashMap<u64, Pending>,
     pub(super) active: HashMap<u64, ActiveRequest<E::Backend>>,
     pub(super) scores: VecDeque<Score<E::Backend>>,
+    pub(super) texts: embed::Queue<E::Backend>,
+    pub(super) text_step: Option<embed::TextStep<E::Backend>>,
     pub(super) deadlines: Deadlines,
     bindings: Bindings<E::Backend>,
     /// Adapters that will say when they go, by their keys.
@@ -71,6 +74,8 @@ impl<E: Executor> Worker<E> {
             pending: HashMap::new(),
             active: HashMap::new(),
             scores: VecDeque::new(),
+            texts: embed::Queue::new(),
+            text_step: None,
             deadlines: Deadlines::default(),
             bindings: Bindings::new(),
             known: HashSet::new(),
@@ -119,6 +124,7 @@ impl<E: Executor> Worker<E> {
                 self.read(step);
             }
             self.advance_scores();
+            self.advance_texts();
             self.advance_bindings();
             if self.unloading.is_asked() && self.has_ended() {
                 return self.await_end(in_flight);
@@ -144,12 +150,14 @@ impl<E: Executor> Worker<E> {
     }
 
     fn is_idle(&self) -> bool {
-        self.scheduler.is_idle() && self.scores.is_empty() && self.bindings.is_idle()
+        let texts = self.texts.is_empty() && self.text_step.is_none();
+        self.scheduler.is_idle() && self.scores.is_empty() && texts && self.bindings.is_idle()
     }
 
     /// Whether every request has ended.
     fn has_ended(&self) -> bool {
-        self.pending.is_empty() && self.active.is_empty() && self.scores.is_empty()
+        let texts = self.texts.is_empty();
+        self.pending.is_empty() && self.active.is_empty() && self.scores.is_empty() && texts
     }
 
     /// The next command, unless a deadline comes first.
@@ -174,7 +182,10 @@ impl<E: Executor> Worker<E> {
 
     fn handle(&mut self, command: Command) {
         match command {
-            Command::Generate(..) | Command::Score { .. } | Command::Fit { .. }
+            Command::Generate(..)
+            | Command::Score { .. }
+            | Command::Embed { .. }
+            | Command::Fit { .. }
                 if self.unloading.is_asked() =>
             {
                 self.unloading.refuse(command);
@@ -191,6 +202,10 @@ impl<E: Executor> Worker<E> {
                 self.expect(id, Pending::Score(scoring), deadline);
                 self.admit(id);
             }
+            Command::Embed { id, texts, deadline } => {
+                self.expect(id, Pending::Texts(texts), deadline);
+            }
+            Command::EncodedTexts { id, ids } => self.encoded_texts(id, ids),
             Command::Fit { id, adapter, sink } => {
                 self.expect(id, Pending::Fit(adapter, sink), None);
                 self.admit(id);
@@ -226,7 +241,9 @@ impl<E: Executor> Worker<E> {
         let pending = self.pending.iter().map(|(id, it)| (*id, adapter_key(it.adapter())));
         let active = self.active.iter().map(|(id, it)| (*id, it.adapter_key()));
         let scores = self.scores.iter().map(|score| (score.id, score.adapter_key()));
-        let all = pending.chain(active).chain(scores).filter(|(_, adapter)| chosen(*adapter));
+        let texts = self.texts.iter().map(|request| (request.id, request.adapter_key()));
+        let all = pending.chain(active).chain(scores).chain(texts);
+        let all = all.filter(|(_, adapter)| chosen(*adapter));
         let ids: Vec<u64> = all.map(|(id, _)| id).collect();
         ids.into_iter().for_each(|id| self.cancel(id));
     }
@@ -253,6 +270,18 @@ impl<E: Executor> Worker<E> {
             Ok((encoded, text)) => {
                 request.text = text;
                 *task = Some(encoded);
+                self.admit(id);
+            }
+            Err(error) => self.finish(id, Err(error)),
+        }
+    }
+
+    /// The same of a request for what texts give.
+    fn encoded_texts(&mut self, id: u64, encoded: Result<Vec<Vec<u32>>>) {
+        let Some(Pending::Texts(texts)) = self.pending.get_mut(&id) else { return };
+        match encoded {
+            Ok(ids) => {
+                texts.ids = Some(ids);
                 self.admit(id);
             }
             Err(error) => self.finish(id, Err(error)),
@@ -294,6 +323,9 @@ impl<E: Executor> Worker<E> {
                         Pending::Score(scoring).fail(error);
                     }
                 }
+            }
+            Some(Pending::Texts(texts)) if texts.ids.is_some() => {
+                self.texts.push(embed::Reading::new(id, *texts, adapter));
             }
             Some(Pending::Fit(adapter, sink)) => {
                 drop(adapter);
@@ -373,6 +405,9 @@ impl<E: Executor> Worker<E> {
             score
                 .into_iter()
                 .for_each(|score| self.finish_score(score, Event::Failed(error.clone())));
+        } else if let Some(request) = self.texts.remove(id) {
+            let error = end.err().unwrap_or(Error::Stopped);
+            self.finish_texts(request, Event::Failed(error));
         }
     }
 

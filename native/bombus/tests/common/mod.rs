@@ -5,7 +5,9 @@ use bombus::backend::Device;
 use bombus::backend::cpu::{Level, Options};
 use bombus::engine::scheduler::Limits;
 use bombus::engine::sequence::FinishReason;
-use bombus::engine::{Engine, Event, Generation, Prompt, Request, Sink, Usage};
+use bombus::engine::{
+    EmbedRequest, Engine, Event, Generation, Pooling, Prompt, Request, Sink, Usage, Wanted,
+};
 use bombus::error::{Error, Result};
 use bombus::model::adapter::Adapter;
 use bombus::sampler::Logprobs;
@@ -136,4 +138,34 @@ pub fn score(engine: &Engine, ids: &[u32], adapter: Option<Arc<Adapter>>) -> Res
         Ok(Event::Failed(error)) => Err(error),
         other => panic!("{other:?} for a score"),
     }
+}
+
+pub const LAST: Wanted =
+    Wanted::Embedding { pooling: Pooling::Last, normalize: false, dimensions: None };
+pub const MEAN: Wanted =
+    Wanted::Embedding { pooling: Pooling::Mean, normalize: false, dimensions: None };
+
+pub fn texts_request(texts: &[Vec<u32>], wanted: Wanted) -> EmbedRequest {
+    let texts = texts.iter().cloned().map(Prompt::Ids).collect();
+    EmbedRequest { texts, tokenizer: None, adapter: None, wanted, timeout: None }
+}
+
+pub fn start_embed(engine: &Engine, request: EmbedRequest) -> Result<Running> {
+    let (sender, events) = channel();
+    let sink = Sink::new(move |event| sender.send(event).is_ok());
+    Ok(Running { generation: engine.embed(request, sink)?, events })
+}
+
+/// A vector for each text; of judgements one number each.
+pub fn vectors(running: &Running) -> Result<Vec<Vec<f32>>> {
+    match running.events.recv() {
+        Ok(Event::Embeddings(vectors)) => Ok(vectors),
+        Ok(Event::Scores(scores)) => Ok(scores.into_iter().map(|score| vec![score]).collect()),
+        Ok(Event::Failed(error)) => Err(error),
+        other => panic!("{other:?} for texts"),
+    }
+}
+
+pub fn embed(engine: &Engine, texts: &[Vec<u32>], wanted: Wanted) -> Result<Vec<Vec<f32>>> {
+    vectors(&start_embed(engine, texts_request(texts, wanted))?)
 }
