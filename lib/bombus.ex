@@ -27,7 +27,8 @@ defmodule Bombus do
 
   require Logger
 
-  alias Bombus.{Adapter, Error, Hub, Model, Native, Options, Source, Telemetry, Tokenizer}
+  alias Bombus.{Adapter, Embedding, Error, Hub, Model, Native, Options, Reranking, Source}
+  alias Bombus.{Telemetry, Tensor, Tokenizer}
 
   @typedoc "Where the files of a model, a tokenizer or an adapter are: see \"Sources\" above."
   @type source ::
@@ -65,16 +66,13 @@ defmodule Bombus do
       doc: "`true` cancels the requests of a model or an adapter; without effect for a tokenizer"
     ]
   ]
-  @score [
-    adapter: [type: {:handle, Adapter}, doc: "an adapter to score with", by_default: "none"],
-    timeout: [
-      type: {:or, [{:in, [:infinity]}, {:integer, 0..0xFFFFFFFF}]},
-      type_spec: quote(do: timeout()),
-      expected: "milliseconds, :infinity or nil",
-      by_default: "none",
-      doc: "after how many milliseconds the call ends with the error `:timeout`"
-    ]
-  ]
+  @score Embedding.request_options()
+
+  @typedoc "An option of `embed/4`."
+  @type embed_option :: unquote(Options.Spec.option(Embedding.schema()))
+
+  @typedoc "An option of `rerank/5`."
+  @type rerank_option :: unquote(Options.Spec.option(Reranking.schema()))
 
   @typedoc "An option of `load_adapter/2`."
   @type adapter_option :: unquote(Options.Spec.option(@load_adapter))
@@ -295,6 +293,70 @@ defmodule Bombus do
     timeout = if options[:timeout] != :infinity, do: options[:timeout]
     score = &Native.score(model.ref, token_ids, adapter, timeout, &1)
     with {:scores, log_probs} <- Native.await(score, &Native.cancel/1), do: {:ok, log_probs}
+  end
+
+  @doc """
+  The embeddings of texts: a vector `{model.spec.hidden_size}` of numbers `{:f, 32}` for each, in their
+  order.
+
+  A vector is made of the hidden states behind the model's last norm. Models for this, such as
+  Qwen3-Embedding, load as they are published, and so do their adapters; any other model works too. A
+  text gets the tokens that its tokenizer puts around one: Qwen3-Embedding's appends `<|endoftext|>`,
+  whose hidden state is the embedding. No chat template is applied.
+
+  The texts of all callers go through the model together, long ones in chunks, beside what it generates.
+  Texts are never cut: one that is longer than the context is `{:error, %Bombus.Error{reason:
+  :prompt_too_long}}`, whose message says which it is ("text 3 of 10"). It is an error of the whole call,
+  as everything that goes wrong is.
+
+  ## Options
+
+  #{Options.docs(Embedding.schema())}
+  ## Examples
+
+      task = "Given a web search query, retrieve relevant passages that answer the query"
+      {:ok, [query]} = Bombus.embed(model, tokenizer, ["What do bees eat?"], instruction: task)
+      {:ok, documents} = Bombus.embed(model, tokenizer, ["Bees eat nectar and pollen.", "Tea is hot."])
+      # Cosines, of which the higher is of the nearer text
+      for document <- documents, do: document |> Bombus.Tensor.to_nx() |> Nx.dot(Bombus.Tensor.to_nx(query))
+  """
+  @spec embed(Model.t(), Tokenizer.t(), [String.t()], [embed_option()]) ::
+          {:ok, [Tensor.t()]} | {:error, Error.t()}
+  def embed(model, tokenizer, texts, options \\ []) do
+    model = Options.handle!(model, Model)
+    tokenizer = Options.handle!(tokenizer, Tokenizer)
+    options = Embedding.options!(options, model, "Bombus.embed/4")
+    Embedding.run(model, tokenizer, Embedding.texts!(texts, "the texts"), options)
+  end
+
+  @doc """
+  How well each of some documents answers a query, in Qwen3-Reranker's way: a number in 0..1 for each,
+  in their order.
+
+  The model is asked whether the document meets the query's requirements, and the score is its
+  probability of "yes", where the answer can only be "yes" or "no". The prompt is that of Qwen3-Reranker's
+  model card. Another model that was trained so works too, where its tokenizer has ChatML's tokens and
+  one token for each answer; if not, the reason is `:unsupported`.
+
+  The documents go through the model in one batch, as the texts of `embed/4` do. One that is longer than
+  the context, with the prompt around it, is the error `:prompt_too_long`, whose message says which it is
+  ("document 3 of 10").
+
+  ## Options
+
+  #{Options.docs(Reranking.schema())}
+  ## Examples
+
+      documents = ["Tea is hot.", "Bees eat nectar and pollen."]
+      {:ok, scores} = Bombus.rerank(model, tokenizer, "What do bees eat?", documents)
+      {best, _score} = documents |> Enum.zip(scores) |> Enum.max_by(&elem(&1, 1))
+  """
+  @spec rerank(Model.t(), Tokenizer.t(), String.t(), [String.t()], [rerank_option()]) ::
+          {:ok, [float()]} | {:error, Error.t()}
+  def rerank(model, tokenizer, query, documents, options \\ []) do
+    model = Options.handle!(model, Model)
+    tokenizer = Options.handle!(tokenizer, Tokenizer)
+    Reranking.run(model, tokenizer, query, documents, options)
   end
 
   @doc """

@@ -33,6 +33,8 @@
   Bombus.Model,
   Bombus.Model.Info,
   Bombus.Telemetry,
+  Bombus.Embedding,
+  Bombus.Reranking,
   Bombus,
 
   # A request

@@ -36,6 +36,7 @@ defmodule Bombus.Native do
   # Of a request with a window: so many of its chunks are read.
   def acknowledge(_generation, _chunks), do: nif()
   def score(_model, _ids, _adapter, _timeout, _reference), do: nif()
+  def embed(_model, _tokenizer, _adapter, _texts, _wanted, _timeout, _reference), do: nif()
 
   # {reference, {:ok, :ok}} when what it holds is given back.
   def unload_model(_model, _cancel, _reference), do: nif()

@@ -1,13 +1,19 @@
 defmodule Bombus.Text do
-  alias Bombus.{Model, Options, Serving, Tokenizer}
+  alias Bombus.{Embedding, Model, Options, Serving, Tensor, Tokenizer}
 
   @bumblebee [
     defn_options: [type: :keyword, doc: "accepted, and without effect: nothing is compiled"],
     preallocate_params: [type: :boolean, doc: "accepted, and without effect"]
   ]
+  @compiled [
+              compile: [
+                type: :keyword,
+                doc: "accepted, and without effect: texts of all lengths go together"
+              ]
+            ] ++ @bumblebee
 
   @moduledoc """
-  Text generation as an `Nx.Serving`, with Bumblebee's inputs and outputs. Needs `:nx`.
+  Text generation and embeddings as an `Nx.Serving`, with Bumblebee's inputs and outputs. Needs `:nx`.
 
       serving = Bombus.Text.generation(model, tokenizer, adapter: adapter, max_new_tokens: 100)
       Nx.Serving.run(serving, "Write a post")
@@ -30,6 +36,9 @@ defmodule Bombus.Text do
   @typedoc "An option of `generation/3`."
   @type option :: Serving.option() | unquote(Options.Spec.option(@bumblebee))
 
+  @typedoc "An option of `text_embedding/3`."
+  @type embedding_option :: Bombus.embed_option() | unquote(Options.Spec.option(@compiled))
+
   @doc """
   A serving that generates text.
 
@@ -51,24 +60,13 @@ defmodule Bombus.Text do
   """
   @spec generation(Model.t(), Tokenizer.t() | nil, [option()]) :: struct()
   def generation(model, tokenizer, options \\ []) do
-    unless Code.ensure_loaded?(Nx.Serving) do
-      raise "Bombus.Text needs Nx: add {:nx, \"~> 0.10\"} to your dependencies, or use Bombus.Serving"
-    end
-
+    needs_nx!()
     options = Options.pairs!(options, "Bombus.Text.generation/3")
 
     {bumblebee, options} = Keyword.split(options, Keyword.keys(@bumblebee))
     Options.given!(bumblebee, @bumblebee, "Bombus.Text.generation/3")
     serving = Serving.new(model, tokenizer, options)
-
-    # No computation of Nx's: one number goes through, and the client asks the engine.
-    nx =
-      fn _defn_options -> fn _batch -> Nx.u8([0]) end end
-      |> Nx.Serving.new([])
-      |> Nx.Serving.process_options(batch_size: 1)
-      |> Nx.Serving.client_preprocessing(fn input ->
-        {Nx.Batch.stack([Nx.u8(0)]), checked!(input, serving)}
-      end)
+    nx = permission(&checked!(&1, serving))
 
     if serving.options.stream do
       nx
@@ -85,6 +83,63 @@ defmodule Bombus.Text do
         Serving.run(serving, input)
       end)
     end
+  end
+
+  @doc """
+  A serving that makes embeddings: those of `Bombus.embed/4`, with Bumblebee's output.
+
+  Takes a string, and gives `%{embedding: tensor}`, a tensor `{dimensions}` of `:f32`; for a list of
+  strings a list of those. What goes wrong at run time is `{:error, %Bombus.Error{}}` in their place.
+
+      serving = Bombus.Text.text_embedding(model, tokenizer)
+      Nx.Serving.run(serving, "Bees eat nectar and pollen.")
+      #=> %{embedding: #Nx.Tensor<f32[1024] ...>}
+
+  ## Options
+
+  #{Options.docs(Embedding.schema())}
+  As in Bumblebee:
+
+  #{Options.docs(@compiled)}
+  """
+  @spec text_embedding(Model.t(), Tokenizer.t(), [embedding_option()]) :: struct()
+  def text_embedding(model, tokenizer, options \\ []) do
+    needs_nx!()
+    model = Options.handle!(model, Model)
+    tokenizer = Options.handle!(tokenizer, Tokenizer)
+    options = Options.pairs!(options, "Bombus.Text.text_embedding/3")
+    {bumblebee, options} = Keyword.split(options, Keyword.keys(@compiled))
+    Options.given!(bumblebee, @compiled, "Bombus.Text.text_embedding/3")
+    options = Embedding.options!(options, model, "Bombus.Text.text_embedding/3")
+
+    fn input ->
+      texts = if is_list(input), do: input, else: [input]
+      {input, Embedding.texts!(texts, "the input")}
+    end
+    |> permission()
+    |> Nx.Serving.client_postprocessing(fn _permission, {input, texts} ->
+      follow_client()
+
+      with {:ok, vectors} <- Embedding.run(model, tokenizer, texts, options) do
+        embeddings = for vector <- vectors, do: %{embedding: Tensor.to_nx(vector)}
+        if is_list(input), do: embeddings, else: hd(embeddings)
+      end
+    end)
+  end
+
+  defp needs_nx! do
+    unless Code.ensure_loaded?(Nx.Serving) do
+      raise "Bombus.Text needs Nx: add {:nx, \"~> 0.10\"} to your dependencies, or use " <>
+              "Bombus.Serving and Bombus.embed/4"
+    end
+  end
+
+  # No computation of Nx's: one number goes through, and the client asks the engine.
+  defp permission(check) do
+    fn _defn_options -> fn _batch -> Nx.u8([0]) end end
+    |> Nx.Serving.new([])
+    |> Nx.Serving.process_options(batch_size: 1)
+    |> Nx.Serving.client_preprocessing(&{Nx.Batch.stack([Nx.u8(0)]), check.(&1)})
   end
 
   # What the caller wrote is checked before anything goes through the serving.

@@ -4,7 +4,8 @@ defmodule Bombus.MistakesTest do
   # nothing of the inside shows.
   use ExUnit.Case, async: true
 
-  alias Bombus.{Error, Hub, Quantization, Safetensors, Serving, Tensor, Tokenizer}
+  alias Bombus.{Embedding, Error, Hub, Quantization, Reranking, Safetensors, Serving, Tensor}
+  alias Bombus.Tokenizer
   alias Bombus.Training.LoRA
 
   @moduletag :tmp_dir
@@ -125,9 +126,27 @@ defmodule Bombus.MistakesTest do
         {"score, options", &Bombus.score(model, [1, 2], &1)},
         {"score, timeout:", &Bombus.score(model, [1, 2], timeout: &1)},
         {"score, adapter:", &Bombus.score(model, [1, 2], adapter: &1)},
+        {"embed/3", &Bombus.embed(&1, tokenizer, ["a"])},
+        {"embed, tokenizer", &Bombus.embed(model, &1, ["a"])},
+        {"embed, texts", &Bombus.embed(model, tokenizer, &1)},
+        {"embed, a text", &Bombus.embed(model, tokenizer, ["a", &1])},
+        {"embed, options", &Bombus.embed(model, tokenizer, ["a"], &1)},
+        {"rerank/4", &Bombus.rerank(&1, tokenizer, "a", ["a"])},
+        {"rerank, tokenizer", &Bombus.rerank(model, &1, "a", ["a"])},
+        {"rerank, query", &Bombus.rerank(model, tokenizer, &1, ["a"])},
+        {"rerank, documents", &Bombus.rerank(model, tokenizer, "a", &1)},
+        {"rerank, a document", &Bombus.rerank(model, tokenizer, "a", ["a", &1])},
+        {"rerank, options", &Bombus.rerank(model, tokenizer, "a", ["a"], &1)},
         {"unload/1", &Bombus.unload/1},
         {"unload, options", &Bombus.unload(%{tokenizer | ref: make_ref()}, &1)}
-      ] ++ with_options("load_model", load, &Bombus.load_model("none", &1))
+      ] ++
+        with_options("load_model", load, &Bombus.load_model("none", &1)) ++
+        with_options("embed", Embedding.schema(), &Bombus.embed(model, tokenizer, ["a"], &1)) ++
+        with_options(
+          "rerank",
+          Reranking.schema(),
+          &Bombus.rerank(model, tokenizer, "a", ["a"], &1)
+        )
     )
   end
 
@@ -139,6 +158,8 @@ defmodule Bombus.MistakesTest do
 
       for call <- [
             fn -> Bombus.score(lost, [1, 2]) end,
+            fn -> Bombus.embed(lost, tokenizer, ["a"]) end,
+            fn -> Bombus.rerank(lost, tokenizer, "a", ["a"]) end,
             fn -> Bombus.save_model(lost, "none") end,
             fn -> Bombus.unload(lost) end,
             fn -> Serving.new(lost, tokenizer) end,

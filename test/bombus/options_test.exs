@@ -140,6 +140,7 @@ defmodule Bombus.OptionsTest do
   # One of each function that takes options.
   defp takers do
     model = Bombus.load_model!(:demo, device: :cpu)
+    tokenizer = Bombus.load_tokenizer!(:demo)
     tensor = Bombus.Tensor.new({:f, 32}, {1, 64}, <<0::2048>>)
 
     %{
@@ -147,6 +148,8 @@ defmodule Bombus.OptionsTest do
       "Bombus.load_adapter/2" => &Bombus.load_adapter({:demo, "pirate"}, &1),
       "Bombus.load_tokenizer/2" => &Bombus.load_tokenizer(:demo, &1),
       "Bombus.score/3" => &Bombus.score(model, [1, 2], &1),
+      "Bombus.embed/4" => &Bombus.embed(model, tokenizer, ["a"], &1),
+      "Bombus.rerank/5" => &Bombus.rerank(model, tokenizer, "a", ["a"], &1),
       "Bombus.Serving.new/3" => &Serving.new(model, nil, &1),
       "Bombus.Hub.download/2" => &Hub.download("owner/name", &1),
       "Bombus.Hub.cached/1" => &Hub.cached/1,

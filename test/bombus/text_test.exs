@@ -60,6 +60,26 @@ defmodule Bombus.TextTest do
     assert Enum.join(pieces) == hd(result.results).text
   end
 
+  test "embeddings have Bumblebee's shape", %{model: model, tokenizer: tokenizer} do
+    options = [pooling: :mean, dimensions: 24]
+    bumblebee = [compile: [batch_size: 4, sequence_length: 200], defn_options: [compiler: EXLA]]
+    serving = Text.text_embedding(model, tokenizer, options ++ bumblebee)
+    {:ok, own} = Bombus.embed(model, tokenizer, ["tea", "rain"], options)
+    own = for vector <- own, do: %{embedding: Bombus.Tensor.to_nx(vector)}
+    assert Nx.Serving.run(serving, "tea") == hd(own)
+    assert Nx.Serving.run(serving, ["tea"]) == [hd(own)]
+    start_supervised!({Nx.Serving, serving: serving, name: NxEmbeddings})
+    assert Nx.Serving.batched_run(NxEmbeddings, ["tea", "rain"]) == own
+    assert Nx.Serving.batched_run(NxEmbeddings, []) == []
+    long = String.duplicate("coffee ", 3000)
+    assert {:error, %Error{reason: :prompt_too_long}} = Nx.Serving.batched_run(NxEmbeddings, long)
+    assert_raise ArgumentError, ~r/strings/, fn -> Nx.Serving.run(serving, nil) end
+
+    assert_raise ArgumentError, ~r/1..192/, fn ->
+      Text.text_embedding(model, tokenizer, dimensions: 500)
+    end
+  end
+
   test "many callers in a supervision tree share the engine's batch", context do
     {serving, input} = endless()
     start_supervised!({Nx.Serving, serving: serving, name: NxMany})

@@ -9,11 +9,10 @@ use bombus::backend::Device;
 use bombus::engine::scheduler::Limits;
 use bombus::engine::{Engine, Fault, Pooling, Wanted};
 use bombus::error::Error;
-use bombus::files::safetensors::{NewTensor, TensorFiles, write};
 use bombus::runtime::metrics::{KV_BYTES, SEQUENCES};
 use common::*;
 use serde_json::Value;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
@@ -32,6 +31,16 @@ fn texts(expected: &Value) -> Vec<Vec<u32>> {
 fn judgement(expected: &Value) -> Wanted {
     let id = |name: &str| expected[name].as_u64().unwrap() as u32;
     Wanted::Judgement { yes: id("yes"), no: id("no") }
+}
+
+/// A vector for each text, or a number.
+fn right(values: &Value) -> Vec<Vec<f32>> {
+    let number = |value: &Value| value.as_f64().unwrap() as f32;
+    let vector = |value: &Value| match value.as_array() {
+        Some(numbers) => numbers.iter().map(number).collect(),
+        None => vec![number(value)],
+    };
+    values.as_array().unwrap().iter().map(vector).collect()
 }
 
 fn worst(one: &[Vec<f32>], other: &[Vec<f32>]) -> f32 {
@@ -68,19 +77,7 @@ fn texts_give_what_mlx_lm_gives() {
                 let mut request = texts_request(&texts(&expected), wanted);
                 request.adapter = own.clone();
                 let given = vectors(&start_embed(&engine, request).unwrap()).unwrap();
-                let right = match what {
-                    "judgements" => run[what].as_array().unwrap().iter().map(|p| vec![p]).collect(),
-                    _ => run[what]
-                        .as_array()
-                        .unwrap()
-                        .iter()
-                        .map(|v| v.as_array().unwrap().iter().collect())
-                        .collect::<Vec<Vec<&Value>>>(),
-                };
-                let right: Vec<Vec<f32>> = right
-                    .into_iter()
-                    .map(|vector| vector.iter().map(|n| n.as_f64().unwrap() as f32).collect())
-                    .collect();
+                let right = right(&run[what]);
                 let off = worst(&given, &right);
                 if off > 1e-3 {
                     faults.push(format!("{device:?} {case} {name} {what}: {off}"));
@@ -213,27 +210,6 @@ fn texts_end_with_their_time_with_their_caller_and_with_a_fault() {
     });
 }
 
-/// A copy of a case with its tensors under other names: `None` leaves one out.
-fn renamed(case: &str, to: &str, name: impl Fn(&str) -> Option<String>) -> PathBuf {
-    let folder =
-        std::env::temp_dir().join(format!("bombus-embeddings-{}-{to}", std::process::id()));
-    std::fs::create_dir_all(&folder).unwrap();
-    std::fs::copy(parity(case).join("config.json"), folder.join("config.json")).unwrap();
-    let files = TensorFiles::open(&parity(case)).unwrap();
-    let names = files.names().filter_map(|own| Some((own, name(own)?)));
-    let tensors: Vec<_> = names
-        .map(|(own, name)| {
-            let view = files.require(own).unwrap();
-            (name, view.dtype.to_string(), view.shape.to_vec(), view.read().unwrap())
-        })
-        .collect();
-    let tensors = tensors
-        .iter()
-        .map(|(name, dtype, shape, bytes)| NewTensor::new(name, dtype, shape, bytes).unwrap());
-    write(&folder.join("model.safetensors"), tensors.collect(), None).unwrap();
-    folder
-}
-
 fn bare(name: &str) -> Option<String> {
     name.strip_prefix("model.").map(str::to_owned)
 }
@@ -247,11 +223,14 @@ fn load(folder: &Path, device: Device) -> Engine {
 #[test]
 fn checkpoints_for_embeddings_load_as_published() {
     for case in ["f32-tied", "f32-dense", "f32-untied"] {
-        let folder = renamed(case, case, bare);
+        let temporary = tempfile::tempdir().unwrap();
+        let folder = temporary.path();
+        renamed(case, folder, bare, &[]);
+        std::fs::copy(parity(case).join("config.json"), folder.join("config.json")).unwrap();
         let saved = folder.join("saved");
         for device in devices() {
             let right = embed(&load_on(device, case), &mixed(), LAST).unwrap();
-            let engine = load(&folder, device);
+            let engine = load(folder, device);
             assert_eq!(embed(&engine, &mixed(), LAST).unwrap(), right);
             if case == "f32-untied" {
                 let fault = generate(&engine, ids_request(&[1, 2], 3)).unwrap_err();
@@ -261,6 +240,5 @@ fn checkpoints_for_embeddings_load_as_published() {
             engine.save(&saved, true).unwrap();
             assert_eq!(embed(&load(&saved, device), &mixed(), LAST).unwrap(), right);
         }
-        std::fs::remove_dir_all(folder).unwrap();
     }
 }

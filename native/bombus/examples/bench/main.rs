@@ -31,7 +31,8 @@ usage: bench [options]
   --device NAME      cpu (default), mlx-cpu or gpu (with the feature mlx)
   --threads N        physical cores by default
   --simd NAME        portable, avx2 or avx512; the best by default
-  --prompt N,...     prefill of so many tokens (64,512); an empty list is none
+  --prompt N,...     prefill of so many tokens, and embeddings of a text and of eight of so many (64,512);
+                     an empty list is none
   --depth N,...      decode behind so many tokens (0,512)
   --batch N,...      so many sequences at once (1,2,4,8)
   --adapters N       of rank 8 on all layers: one stream with one, 16 sequences (on a GPU 32) with one,

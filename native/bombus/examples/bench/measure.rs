@@ -5,7 +5,9 @@ use crate::machine::{self, Clock};
 use anyhow::{Context, Result, bail};
 use bombus::backend::Device;
 use bombus::engine::scheduler::Limits;
-use bombus::engine::{Engine, Event, Generation, Prompt, Request, Sink};
+use bombus::engine::{
+    EmbedRequest, Engine, Event, Generation, Pooling, Prompt, Request, Sink, Wanted,
+};
 use bombus::model::adapter::Adapter;
 use bombus::runtime::metrics;
 use std::path::{Path, PathBuf};
@@ -91,13 +93,17 @@ pub fn in_turn(folders: &[PathBuf], device: Device, options: &Options) -> Result
 #[derive(Clone, Copy)]
 enum Figure {
     Prefill(usize),
+    /// So many texts of so many tokens.
+    Embed(usize, usize),
     Decode(usize),
     Sequences(usize),
 }
 
 impl Sizes {
     fn figures(&self) -> impl Iterator<Item = Figure> {
-        let prefill = self.prompt.iter().map(|prompt| Figure::Prefill(*prompt));
+        let prefill = self.prompt.iter().flat_map(|&prompt| {
+            [Figure::Prefill(prompt), Figure::Embed(1, prompt), Figure::Embed(8, prompt)]
+        });
         let decode = self.depth.iter().map(|depth| Figure::Decode(*depth));
         prefill.chain(decode).chain(self.batch.iter().map(|batch| Figure::Sequences(*batch)))
     }
@@ -107,6 +113,7 @@ impl Figure {
     fn name(self) -> String {
         match self {
             Figure::Prefill(prompt) => format!("prefill {prompt}"),
+            Figure::Embed(texts, tokens) => format!("embed {texts} x {tokens}"),
             Figure::Decode(depth) => format!("decode at {depth}"),
             Figure::Sequences(batch) => format!("{batch} sequences"),
         }
@@ -139,6 +146,7 @@ impl Model {
     fn measure(&self, figure: Figure) -> Result<(f64, u64)> {
         match figure {
             Figure::Prefill(prompt) => Ok((self.prefill(prompt)?, 0)),
+            Figure::Embed(texts, tokens) => Ok((self.embed(texts, tokens)?, 0)),
             Figure::Decode(depth) => self.decode(depth.max(8), &[None], self.tokens),
             Figure::Sequences(batch) => self.decode(8, &vec![None; batch], self.tokens),
         }
@@ -172,6 +180,28 @@ impl Model {
         let (_generation, events) = self.generate(prompt, 1, 0, None)?;
         let end = token(&events)?;
         Ok(prompt as f64 / (end - start).as_secs_f64())
+    }
+
+    /// From the request to the embeddings of all texts.
+    fn embed(&self, texts: usize, tokens: usize) -> Result<f64> {
+        let (sender, events) = channel();
+        let clock = self.clock;
+        let start = clock.now();
+        let request = EmbedRequest {
+            texts: (0..texts).map(|seed| Prompt::Ids(ids(tokens, seed))).collect(),
+            tokenizer: None,
+            adapter: None,
+            wanted: Wanted::Embedding { pooling: Pooling::Last, normalize: true, dimensions: None },
+            timeout: None,
+        };
+        let sink = Sink::new(move |event| sender.send((event, clock.now())).is_ok());
+        let _generation = self.engine.embed(request, sink)?;
+        match events.recv()? {
+            (Event::Embeddings(_), end) => {
+                Ok((texts * tokens) as f64 / (end - start).as_secs_f64())
+            }
+            (other, _) => bail!("there are no embeddings: {other:?}"),
+        }
     }
 
     /// Tokens a second of all sequences together, from the moment when each has its first; and the
@@ -215,11 +245,15 @@ impl Model {
         let (sender, events) = channel();
         let clock = self.clock;
         let sink = Sink::new(move |event| sender.send((event, clock.now())).is_ok());
-        let ids = (0..prompt).map(|place| ((place * 7919 + seed * 104_729 + 11) % 2000) as u32);
-        let mut request = Request::new(Prompt::Ids(ids.collect()), tokens);
+        let mut request = Request::new(Prompt::Ids(ids(prompt, seed)), tokens);
         request.adapter = adapter;
         Ok((self.engine.generate(request, sink)?, events))
     }
+}
+
+/// A text of so many tokens.
+fn ids(tokens: usize, seed: usize) -> Vec<u32> {
+    (0..tokens).map(|place| ((place * 7919 + seed * 104_729 + 11) % 2000) as u32).collect()
 }
 
 type Running = (Generation, Receiver<(Event, Duration)>);

@@ -9,9 +9,10 @@ use bombus::engine::{
     EmbedRequest, Engine, Event, Generation, Pooling, Prompt, Request, Sink, Usage, Wanted,
 };
 use bombus::error::{Error, Result};
+use bombus::files::safetensors::{NewTensor, TensorFile, write};
 use bombus::model::adapter::Adapter;
 use bombus::sampler::Logprobs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -168,4 +169,21 @@ pub fn vectors(running: &Running) -> Result<Vec<Vec<f32>>> {
 
 pub fn embed(engine: &Engine, texts: &[Vec<u32>], wanted: Wanted) -> Result<Vec<Vec<f32>>> {
     vectors(&start_embed(engine, texts_request(texts, wanted))?)
+}
+
+/// A case's checkpoint with other names of its tensors (`None` leaves one out), and more of them.
+pub fn renamed(case: &str, to: &Path, name: impl Fn(&str) -> Option<String>, more: &[&str]) {
+    let file = TensorFile::open(&parity(case).join("model.safetensors")).unwrap();
+    let names = file.names();
+    let read = |own: &String| {
+        let view = file.tensor(own).unwrap();
+        Some((name(own)?, view.dtype.to_string(), view.shape.to_vec(), view.read().unwrap()))
+    };
+    let mut tensors: Vec<_> = names.iter().filter_map(read).collect();
+    let other = |name: &&str| ((*name).to_owned(), "F32".to_owned(), vec![2], vec![0; 8]);
+    tensors.extend(more.iter().map(other));
+    let tensors = tensors
+        .iter()
+        .map(|(name, dtype, shape, bytes)| NewTensor::new(name, dtype, shape, bytes).unwrap());
+    write(&to.join("model.safetensors"), tensors.collect(), None).unwrap();
 }

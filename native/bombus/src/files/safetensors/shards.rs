@@ -108,11 +108,6 @@ impl TensorFiles {
         self.names.contains_key(name)
     }
 
-    /// What a tensor is called in its file.
-    pub fn name_in_file(&self, name: &str) -> Option<&str> {
-        self.names.get(name).map(|(_, name)| name.as_str())
-    }
-
     pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
         let (file, name) = self.names.get(name)?;
         self.files[*file].tensor(name)

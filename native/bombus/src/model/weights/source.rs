@@ -62,7 +62,7 @@ fn head(config: &Config, tensors: &TensorFiles) -> HeadWeight {
 
 /// Whether names in the files do without `model.`.
 fn is_bare(tensors: &TensorFiles) -> bool {
-    tensors.name_in_file("model.norm.weight").is_some_and(|name| !name.starts_with("model."))
+    !tensors.name_in_files("model.norm.weight").starts_with("model.")
 }
 
 /// What a wrapper has beside its language model, by the first of its names.
