@@ -33,50 +33,32 @@ fn biases_without_norms_of_heads_and_a_table_of_frequencies() {
 }
 
 #[test]
-fn biases_of_all_products() {
-    steps_are_right("bias_of_o", "3");
-    steps_are_right("biases", "1 10");
+fn several_tiles() {
+    steps_are_right("small", "10 33");
 }
 
 #[test]
-fn norms_behind_gelu_and_two_rotations_by_window() {
+fn biases_of_all_products_factors_growing_queries_and_a_window() {
+    steps_are_right("all", "1 10");
+}
+
+#[test]
+fn layers_without_a_window_or_a_rotation_beside_others() {
+    steps_are_right("mixed", "3 10");
+}
+
+#[test]
+fn norms_behind_gelu_and_two_rotations() {
     steps_are_right("gemma", "1 10");
-    steps_are_right("branch", "3");
 }
 
 #[test]
 fn heads_of_256_numbers() {
     steps_are_right("gemma256", "3 10");
-    run("prefill256", "", "window of 100, ");
-}
-
-#[test]
-fn factors_of_embeddings_residuals_scores_and_logits() {
-    steps_are_right("factors", "1 10");
-}
-
-#[test]
-fn layers_whose_heads_are_not_rotated() {
-    steps_are_right("unrotated", "3 10");
-}
-
-#[test]
-fn layers_with_a_window_all_or_some() {
-    steps_are_right("windowed", "3 10");
-    steps_are_right("mixed", "5");
 }
 
 #[test]
 fn rows_of_prompts_with_windows_and_without() {
     run("prefill64", "", "window of 100, ");
-}
-
-#[test]
-fn queries_that_grow_with_their_position() {
-    steps_are_right("growing", "3 10");
-}
-
-#[test]
-fn several_tiles() {
-    steps_are_right("small", "10 33");
+    run("prefill256", "", "window of 100, ");
 }

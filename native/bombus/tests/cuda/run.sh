@@ -2,7 +2,7 @@
 # Builds the kernel for steps for the emulator and runs it on small models of several shapes: one line for each. Then
 # the kernels for attention of a prompt's rows.
 #
-# run.sh [NAME]: which model, else all (three minutes).
+# run.sh [NAME]: which model, else all (seven minutes).
 # BLOCKS, SEEDS, ROWS: how many, else what is said below; CUDA: where step.rs and the kernel's sources are; BUILD: a
 # folder to build in; CXX, RUSTC: the compilers.
 set -u
@@ -84,7 +84,9 @@ model biases   256  768 4 2  64 3 320 5 1 3 10
 flags="qk_norm gelu post_norms rotations mixed"
 model gemma    256  768 4 2  64 3 320 5 1 9 8 40
 model gemma256 256  768 2 1 256 2 200 5 1 3 10
-# All at once.
+# All at once, but for norms behind; and with them.
+flags="qkv_bias o_bias mlp_bias factors scaled growing windowed"
+model all      256  768 4 2  64 2 320 5 1 3 10
 flags="qkv_bias o_bias mlp_bias gelu post_norms factors windowed"
 model branch   256  768 4 2  64 2 320 5 1 3 10
 # prefill DIM: attention of the rows of prompts, for heads of so many numbers.

@@ -50,24 +50,53 @@ fn ropes(layers: &[LayerSpec]) -> Result<Vec<&Rope>, Reason> {
 }
 
 fn kind(layer: &LayerSpec, ropes: &[&Rope]) -> LayerKind {
-    let AttentionSpec { rope, window, .. } = &layer.attention;
-    let rotation = ropes.iter().position(|other| Some(*other) == rope.as_ref());
+    let rope = layer.attention.rope.as_ref();
+    let rotation = ropes.iter().position(|other| Some(*other) == rope);
     LayerKind {
         unrotated: rope.is_none(),
-        windowed: window.is_some(),
+        windowed: layer.attention.window.is_some(),
         rotation: rotation.unwrap_or(0),
     }
 }
 
-/// Why the kernel does not rotate heads of so many numbers so.
-fn refused_rope(rope: &Rope, head_dim: usize) -> Option<&'static str> {
+/// The window of the layers that have one.
+fn window(layers: &[LayerSpec]) -> Result<usize, Reason> {
+    let mut windows = layers.iter().filter_map(|layer| layer.attention.window);
+    let Some(window) = windows.next() else { return Ok(0) };
+    match windows.all(|other| other == window) {
+        true => Ok(window.min(FAR)),
+        false => Err("its layers have several windows".into()),
+    }
+}
+
+/// The first reason that holds.
+fn first_of<const N: usize>(reasons: [(bool, &str); N]) -> Result<(), Reason> {
+    match reasons.into_iter().find(|(is_so, _)| *is_so) {
+        Some((_, reason)) => Err(reason.into()),
+        None => Ok(()),
+    }
+}
+
+fn check_rope(rope: &Rope, head_dim: usize) -> Result<(), Reason> {
     let Rope { dim, theta: _, interleaved, scaling: _ } = rope;
-    let refused = [
+    first_of([
         (*interleaved, "neighbours of a head are rotated together"),
         (*dim != head_dim, "heads are rotated in part"),
         (rope.is_dynamic(), "its rotation depends on a text's length"),
-    ];
-    refused.into_iter().find_map(|(is_so, reason)| is_so.then_some(reason))
+    ])
+}
+
+/// norm: the model's last
+fn check_norms(norms: &BlockNorms, norm: &NormSpec) -> Result<(), Reason> {
+    let BlockNorms { spec, before_attention, after_attention, before_mlp, after_mlp } = norms;
+    let NormSpec { eps: _, plus_one: _, centered } = spec;
+    first_of([
+        (spec != norm, "its norms differ"),
+        (*centered, "its norms subtract the mean"),
+        (before_attention.is_none(), "no norm stands before attention"),
+        (before_mlp.is_none(), "no norm stands before the MLP"),
+        (after_attention.is_some() != after_mlp.is_some(), "one of two norms behind is absent"),
+    ])
 }
 
 /// A layer without what its kind tells.
@@ -83,14 +112,9 @@ fn shape(spec: &ModelSpec, ropes: &[&Rope], kinds: &[LayerKind]) -> Result<Shape
     // The head is a matrix of its own, tied or not.
     let ModelSpec { hidden, vocab, embedding_scale, layers, norm, head, context: _, names: _ } =
         spec;
-    let NormSpec { eps, plus_one: _, centered } = norm;
     let HeadSpec { weight: head_weight, scale: head_scale, softcap: head_softcap } = head;
     let first = layers.first().ok_or("it has no layers")?;
     let LayerSpec { attention, mlp, norms, residual_scale, parallel } = first;
-    let BlockNorms { spec: of_layer, before_attention, after_attention, before_mlp, after_mlp } =
-        norms;
-    let befores = [before_attention, before_mlp].map(Option::is_some);
-    let afters = [after_attention, after_mlp].map(Option::is_some);
     let AttentionSpec {
         heads,
         kv_heads,
@@ -106,28 +130,18 @@ fn shape(spec: &ModelSpec, ropes: &[&Rope], kinds: &[LayerKind]) -> Result<Shape
         fused: _,
     } = attention;
     let MlpSpec { inner, activation, bias: mlp_bias, fused: _ } = mlp;
-    let mut windows = layers.iter().filter_map(|layer| layer.attention.window);
-    let window = windows.next();
     let Rope { dim: _, theta, interleaved: _, scaling } = ropes[0];
-    let refused = [
+    first_of([
         (*head_weight == HeadWeight::Absent, "it has no head"),
         (layers.iter().any(|layer| common(layer) != common(first)), "its layers differ"),
-        (norm != of_layer, "its norms differ"),
-        (*centered, "its norms subtract the mean"),
-        (befores != [true; 2], "not all of its norms stand before attention and MLP"),
-        (afters[0] != afters[1], "it has one norm behind attention and MLP"),
         (qk_norm.is_some_and(|own| own != QkNorm::each(*norm)), "its norms of heads are others"),
-        (windows.any(|other| Some(other) != window), "its layers have several windows"),
         (softcap.is_some() || head_softcap.is_some(), "its scores or logits are capped"),
         (*parallel, "its MLP stands beside attention"),
         (!matches!(head_dim, 64 | 128 | 256), "its heads have other than 64, 128 or 256 numbers"),
         (heads / kv_heads > 8, "more than 8 heads share keys and values"),
-    ];
-    let refused = refused.into_iter().find_map(|(is_so, reason)| is_so.then_some(reason));
-    let of_ropes = || ropes.iter().find_map(|rope| refused_rope(rope, *head_dim));
-    if let Some(reason) = refused.or_else(of_ropes) {
-        return Err(reason.into());
-    }
+    ])?;
+    check_norms(norms, norm)?;
+    ropes.iter().try_for_each(|rope| check_rope(rope, *head_dim))?;
     // Groups of inputs are taken by four where there are many.
     let odd = |inputs: usize| inputs / 64 > 16 && !(inputs / 64).is_multiple_of(4);
     if [*hidden, heads * head_dim, *inner].into_iter().any(odd) {
@@ -141,7 +155,7 @@ fn shape(spec: &ModelSpec, ropes: &[&Rope], kinds: &[LayerKind]) -> Result<Shape
         dim: *head_dim,
         layers: layers.len(),
         vocab: *vocab,
-        eps: *eps,
+        eps: norm.eps,
         theta: *theta,
         qk_norm: qk_norm.is_some(),
         qkv_bias: *qkv_bias,
@@ -150,14 +164,14 @@ fn shape(spec: &ModelSpec, ropes: &[&Rope], kinds: &[LayerKind]) -> Result<Shape
         scaled: ropes.len() > 1 || *scaling != Scaling::None,
         rotations: ropes.len(),
         unrotated: kinds.iter().any(|kind| kind.unrotated),
-        window: window.map_or(0, |window| window.min(FAR)),
+        window: window(layers)?,
         query_beta: query_scaling.map_or(0.0, |scaling| scaling.beta),
         query_context: query_scaling.map_or(1, |scaling| scaling.context.min(FAR)),
         gelu: match activation {
             Activation::Silu => false,
             Activation::Gelu => true,
         },
-        post_norms: afters[0],
+        post_norms: norms.after_mlp.is_some(),
         factors: Factors {
             embedding: bfloat16_of(*embedding_scale),
             residual: bfloat16_of(*residual_scale),
@@ -382,6 +396,10 @@ mod tests {
         let dynamic = Scaling::Dynamic { factor: 2.0, context: 64 };
         let dynamic = Rope::new(64, 1e4, dynamic);
         assert!(reason(&|layer| layer.attention.rope = Some(dynamic.clone())).contains("length"));
+        let olmo = |layer: &mut LayerSpec| layer.norms = BlockNorms::after(layer.norms.spec);
+        assert_eq!(reason(&olmo), "no norm stands before attention");
+        assert!(reason(&|layer| layer.norms.after_mlp = Some("norm")).contains("one of two"));
+        assert!(reason(&|layer| layer.attention.softcap = Some(50.0)).contains("capped"));
         let differ = with(|spec| spec.layers[1].mlp.inner = 256).err().unwrap_or_default();
         assert_eq!(differ, "its layers differ");
     }
