@@ -99,6 +99,20 @@ fn log_probabilities_are_mlx_lms() {
     assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
+/// On a card, cases that are named so go through one kernel for all layers: others' scores would be
+/// right without it.
+#[test]
+fn the_fused_step_serves_what_it_is_for() {
+    let fused = |case: &String| {
+        case.ends_with("-fused") || ["bf16-4bit", "bf16-mistral", "bf16-qwen2"].contains(&&**case)
+    };
+    for (device, case) in
+        devices().into_iter().flat_map(|d| cases().into_iter().filter(fused).map(move |c| (d, c)))
+    {
+        assert_eq!(load_on(device, &case).fallback(), None, "{device:?} {case}");
+    }
+}
+
 /// Adapters in PEFT's format beside PEFT's own model (`scripts/make_peft_fixtures.py`), and DoRA of
 /// an embedding and a head beside mlx-lm's (`scripts/make_dora_fixtures.py`).
 #[test]
