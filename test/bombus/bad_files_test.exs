@@ -203,7 +203,7 @@ defmodule Bombus.BadFilesTest do
           {"eos_token_id", "end", :bad_config, "eos_token_id"},
           {"head_dim", 7, :bad_config, "head_dim"},
           {"model_type", nil, :bad_config, "model_type"},
-          {"model_type", "gemma3", :unsupported, "gemma3"},
+          {"model_type", "gemma3", :bad_config, "text_config"},
           {"model_type", "qwen2", :bad_checkpoint, "q_proj.bias"},
           {"model_type", "mystery", :unsupported, "mystery"},
           {"model_file", "evil.py", :unsupported, "model_file"},
@@ -212,7 +212,8 @@ defmodule Bombus.BadFilesTest do
           {"quantization", %{"group_size" => 48, "bits" => 4}, :bad_config, "group_size"},
           {"quantization", "4bit", :bad_config, "quantization"},
           {"rope_scaling", %{"rope_type" => "yarn"}, :bad_config, "factor"},
-          {"rope_scaling", %{"rope_type" => "longrope"}, :unsupported, "longrope"}
+          {"rope_scaling", %{"rope_type" => "longrope"}, :bad_config, "long_factor"},
+          {"rope_scaling", %{"rope_type" => "proportional"}, :unsupported, "proportional"}
         ] do
       test "with #{field}: #{inspect(value)}", %{folder: folder} = context do
         {field, value} = unquote({field, Macro.escape(value)})

@@ -10,7 +10,11 @@ pub const NAMES: [&str; 2] = ["gemma3", "mistral3"];
 
 /// None where it is no wrapper.
 pub fn language_model(fields: &Fields, model_type: &str) -> Result<Option<Fields>> {
-    let Some(mut text) = fields.object("text_config")? else { return Ok(None) };
+    let text = fields.object("text_config")?;
+    if text.is_none() && NAMES.contains(&model_type) {
+        return Err(fields.error("text_config", "it is missing, and describes the language model"));
+    }
+    let Some(mut text) = text else { return Ok(None) };
     let defaults = match model_type {
         "gemma3" => json!({
             "model_type": "gemma3_text",
