@@ -9,6 +9,9 @@ use bombus::engine::Engine;
 use bombus::engine::scheduler::Limits;
 use bombus::files::safetensors::{NewTensor, TensorFile, write};
 use bombus::model::adapter::Adapter;
+use bombus::model::convert::save;
+use bombus::model::weights;
+use bombus::spec::Quantization;
 use common::*;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -166,4 +169,31 @@ fn the_prefix_cache_knows_what_is_gone() {
             assert_eq!(answer, expected, "{device:?} {case}: {cached} cached");
         }
     });
+}
+
+/// What mlx-lm and others look for, they find where the model's own files have it.
+#[test]
+fn a_saved_wrapper_keeps_its_names() {
+    let (folder, saved) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let mut inner = config("f32-dense");
+    let eos = inner.as_object_mut().unwrap().remove("eos_token_id").unwrap();
+    let outer = json!({ "model_type": "llava", "eos_token_id": eos, "text_config": inner });
+    write_config(folder.path(), &outer);
+    let prefixed = |name: &str| Some(format!("language_model.{name}"));
+    renamed("f32-dense", folder.path(), prefixed, &["vision_tower.a.weight"]);
+    let (config, tensors) = weights::open(folder.path()).unwrap();
+    let layout = Quantization { group_size: 32, bits: 8 };
+    let to = saved.path().join("model");
+    save(folder.path(), (&config, &tensors), Some(layout), &to, false).unwrap();
+    let names = TensorFile::open(&to.join("model.safetensors")).unwrap().names();
+    assert!(names.iter().all(|name| name.starts_with("language_model.model.")), "{names:?}");
+    assert!(names.contains(&"language_model.model.layers.0.mlp.up_proj.scales".to_owned()));
+    for device in devices() {
+        let [own, theirs] = [&to, &parity("f32-dense")].map(|folder| {
+            let engine = Engine::load(folder, device, Limits::default()).unwrap();
+            score(&engine, &IDS, None).unwrap()
+        });
+        let off = own.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).sum::<f32>() / 23.0;
+        assert!(off > 0.0 && off < 0.1, "{device:?}: 8 bits are {off} from float32");
+    }
 }
