@@ -2,10 +2,10 @@
 //! model in silence.
 
 use crate::error::Result;
-use crate::files::Fields;
+use crate::files::{Fields, says};
 use serde_json::Value;
 
-/// Each with the values that change nothing, beside null, false and what is empty.
+/// Each with the numbers that change nothing, beside null, false and what is empty.
 const ARITHMETIC: [(&str, &[f64]); 46] = [
     ("alibi", &[]),
     ("attention_bias", &[]),
@@ -58,22 +58,13 @@ const ARITHMETIC: [(&str, &[f64]); 46] = [
 /// Fails where one of them says something, and nobody has asked for it.
 pub fn refuse(fields: &Fields) -> Result<()> {
     let says = |(name, neutral): &&(&str, &[f64])| {
-        !fields.was_read(name) && fields.map.get(*name).is_some_and(|value| counts(value, neutral))
+        let counts = |value: &Value| value.is_string() || says(value, neutral);
+        !fields.was_read(name) && fields.map.get(*name).is_some_and(counts)
     };
     match ARITHMETIC.iter().find(says) {
         Some((name, _)) => {
             Err(fields.unsupported(name, "nothing but its absence is, for this model_type"))
         }
         None => Ok(()),
-    }
-}
-
-fn counts(value: &Value, neutral: &[f64]) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => false,
-        Value::Number(number) => !number.as_f64().is_some_and(|number| neutral.contains(&number)),
-        Value::Array(items) => !items.is_empty(),
-        Value::Object(fields) => !fields.is_empty(),
-        Value::Bool(true) | Value::String(_) => true,
     }
 }

@@ -1,7 +1,7 @@
 //! `generation_config.json`: what of it would change a text, and is not followed here.
 //! Reference: transformers' `GenerationConfig`.
 
-use crate::files::{Fields, short};
+use crate::files::{Fields, says, short};
 use serde_json::Value;
 
 /// Fields that change what is generated, each with the values that change nothing beside null.
@@ -38,14 +38,7 @@ const FIELDS: [(&str, &[f64]); 27] = [
 /// A warning where there are such fields.
 pub fn warning(generation: &Fields) -> Option<String> {
     let counts = |(name, neutral): &&(&str, &[f64])| {
-        generation.value(name).is_some_and(|value| match value {
-            Value::Array(items) => !items.is_empty(),
-            Value::Object(fields) => !fields.is_empty(),
-            Value::Bool(set) => *set,
-            Value::Number(number) => !number.as_f64().is_some_and(|it| neutral.contains(&it)),
-            Value::String(text) => !text.is_empty(),
-            Value::Null => false,
-        })
+        generation.value(name).is_some_and(|value| says(value, neutral))
     };
     let shown = |(name, _): &(&str, &[f64])| {
         let value = generation.value(name).map(Value::to_string).unwrap_or_default();

@@ -110,6 +110,18 @@ impl Fields {
     }
 }
 
+/// Whether a value says anything: not null, false, what is empty, or one of the `neutral` numbers.
+pub fn says(value: &Value, neutral: &[f64]) -> bool {
+    match value {
+        Value::Array(items) => !items.is_empty(),
+        Value::Object(fields) => !fields.is_empty(),
+        Value::Bool(set) => *set,
+        Value::Number(number) => !number.as_f64().is_some_and(|it| neutral.contains(&it)),
+        Value::String(text) => !text.is_empty(),
+        Value::Null => false,
+    }
+}
+
 /// The characters of a value that a message shows.
 const SHOWN: usize = 120;
 

@@ -19,7 +19,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 pub use content::{HEAD, mistaken_tensors, other_formats};
-pub use fields::{Fields, short};
+pub use fields::{Fields, says, short};
 pub use json::{json, parse};
 pub use new_file::{NewFile, write_error};
 
