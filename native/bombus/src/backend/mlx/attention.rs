@@ -139,7 +139,7 @@ impl Attention {
         let q = self.scale_queries(q, segment)?;
         let seen = self.spec.first_seen(segment.start) as i32;
         let [keys, values] = cache.append(seen, segment.start as i32, [k, own(v)?])?;
-        let mask = self.mask(segment);
+        let mask = self.mask(segment)?;
         let attended = match self.spec.softcap {
             Some(cap) => self.capped(cap, q, keys, values, mask.as_ref())?,
             None => {
@@ -157,21 +157,21 @@ impl Attention {
     }
 
     /// What each row sees of the keys, `[rows, keys]`, where that is not simply all that was before.
-    fn mask(&self, segment: &Segment) -> Option<Array> {
+    fn mask(&self, segment: &Segment) -> Result<Option<Array>> {
         let positions = segment.start..segment.start + segment.rows.len();
         let first = self.spec.first_seen(positions.start);
         let is_plain =
             self.spec.softcap.is_none() && self.spec.first_seen(positions.end - 1) == first;
         if positions.len() == 1 || is_plain {
-            return None;
+            return Ok(None);
         }
-        let row = |position: usize| {
-            let seen = self.spec.first_seen(position)..position + 1;
-            (first..positions.end).map(move |key| seen.contains(&key))
-        };
-        let mask: Vec<bool> = positions.clone().flat_map(row).collect();
-        let shape = [positions.len() as i32, (positions.end - first) as i32];
-        Some(Array::from_slice(&mask, &shape))
+        let numbers =
+            |from: usize| Array::arange::<i32, i32>(from as i32, positions.end as i32, None);
+        let (rows, keys) = (numbers(positions.start)?.reshape(&[-1, 1])?, numbers(first)?);
+        let seen = keys.le(&rows)?;
+        let Some(window) = self.spec.window else { return Ok(Some(seen)) };
+        let window = Array::from_int(i32::try_from(window).unwrap_or(i32::MAX));
+        Ok(Some(seen.logical_and(keys.gt(rows.subtract(window)?)?)?))
     }
 
     /// Attention with a cap on its scores, as mlx-lm's `models/gemma2.py` has it.
