@@ -1,7 +1,7 @@
 //! Which tokens the rows of a step may become, where grammars say so. That is worked out while the step
 //! is computed: it depends on what came before.
 
-use crate::engine::sequence::{Chunk, Sequence};
+use crate::engine::sequence::Chunk;
 use crate::error::{Error, Result};
 use crate::grammar::{Allowed, Constraint};
 use crate::sampler::Draw;
@@ -13,7 +13,6 @@ pub struct Row {
     draw: usize,
     id: u64,
     constraint: Constraint,
-    ends: Vec<u32>,
     withheld: Vec<u32>,
 }
 
@@ -21,16 +20,11 @@ pub struct Row {
 pub type Masks = Vec<(usize, u64, Result<Allowed>)>;
 
 /// Those of a step's chunks that are at the end of what is given, and have a grammar.
-pub fn rows<'a>(chunks: &[Chunk], sequence: impl Fn(u64) -> Option<&'a Sequence>) -> Vec<Row> {
-    let row = |(place, chunk): (usize, &Chunk)| {
-        let (draw, sequence) = (chunk.draw.as_ref()?, sequence(chunk.id)?);
-        Some(Row {
-            draw: place,
-            id: chunk.id,
-            constraint: sequence.task.constraint.clone()?,
-            ends: sequence.task.eos_token_ids.clone(),
-            withheld: draw.withheld.clone(),
-        })
+pub fn rows(chunks: &[Chunk]) -> Vec<Row> {
+    let row = |(draw, chunk): (usize, &Chunk)| {
+        let constraint = chunk.constraint.clone()?;
+        let withheld = chunk.draw.as_ref()?.withheld.clone();
+        Some(Row { draw, id: chunk.id, constraint, withheld })
     };
     chunks.iter().enumerate().filter_map(row).collect()
 }
@@ -51,7 +45,7 @@ pub fn beside<T>(work: impl FnOnce() -> T, rows: &[Row]) -> (T, Masks) {
 
 fn compute(rows: &[Row]) -> Masks {
     let mask = |row: &Row| {
-        let allowed = row.constraint.allowed(&row.ends, &row.withheld);
+        let allowed = row.constraint.allowed(&row.withheld);
         (row.draw, row.id, allowed.and_then(some))
     };
     rows.iter().map(mask).collect()

@@ -113,23 +113,24 @@ impl Request {
         check_ids(&ids, config, context)?;
         let biased = self.sampling.logit_bias.iter().map(|(id, _)| id);
         check_vocabulary(biased, config)?;
+        let eos_token_ids = self.ends(config)?;
         Ok(Task {
             max_new_tokens: self.max_new_tokens.min(context - ids.len()),
             min_new_tokens: self.min_new_tokens,
-            eos_token_ids: self.ends(config)?,
             sampling: Arc::new(self.sampling.clone()),
-            constraint: self.constraint()?,
+            constraint: self.constraint(&eos_token_ids)?,
+            eos_token_ids,
             group: self.group.as_ref().map(|group| group.limits()),
             prompt: ids,
         })
     }
 
-    fn constraint(&self) -> Result<Option<Constraint>> {
+    fn constraint(&self, ends: &[u32]) -> Result<Option<Constraint>> {
         let Some(format) = &self.format else { return Ok(None) };
         let tokenizer = self.tokenizer.as_ref().ok_or_else(|| {
             Error::Request("format: it needs a tokenizer, which says what tokens are".into())
         })?;
-        Constraint::new(format, tokenizer).map(Some)
+        Constraint::new(format, tokenizer, ends).map(Some)
     }
 
     /// The tokens that end the text: the model's, the tokenizer's, and those of the request. A

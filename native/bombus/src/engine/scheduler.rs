@@ -141,11 +141,6 @@ impl Scheduler {
         all.find(|sequence| sequence.id == id).or_else(|| self.waiting.get(id))
     }
 
-    /// A running sequence.
-    pub fn known(&self, id: u64) -> Option<&Sequence> {
-        self.running.iter().find(|sequence| sequence.id == id)
-    }
-
     pub fn remove(&mut self, id: u64) -> Option<Sequence> {
         if let Some(sequence) = self.waiting.remove(id) {
             return Some(sequence);

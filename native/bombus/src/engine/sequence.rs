@@ -76,6 +76,8 @@ pub struct Chunk {
     pub tokens: Vec<Token>,
     /// What the next token is drawn with; none while the prompt is not at its end.
     pub draw: Option<Draw>,
+    /// What that token must keep to.
+    pub constraint: Option<Constraint>,
 }
 
 impl Sequence {
@@ -153,7 +155,8 @@ impl Sequence {
         };
         self.submitted += tokens.len();
         let draw = (tokens.len() >= left).then(|| self.draw(row));
-        Some(Chunk { id: self.id, start, tokens, draw })
+        let constraint = draw.as_ref().and_then(|_| self.task.constraint.clone());
+        Some(Chunk { id: self.id, start, tokens, draw, constraint })
     }
 
     /// from position `start` on

@@ -163,7 +163,7 @@ impl<E: Executor> Worker<E> {
         let _guard = self.executor.guard();
         let mut draws: Vec<_> =
             chunks.iter().map(|chunk| chunk.draw.clone().unwrap_or_default()).collect();
-        let constrained = masks::rows(chunks, |id| self.scheduler.known(id));
+        let constrained = masks::rows(chunks);
         let forward = || self.executor.forward(&mut batch, previous);
         let (logits, masks) = masks::beside(forward, &constrained);
         let logits = logits?;

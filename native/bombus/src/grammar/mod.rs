@@ -74,6 +74,8 @@ pub struct Constraint {
     matcher: Arc<Mutex<Matcher>>,
     /// The id that stands for the end of the text.
     end: u32,
+    /// The tokens that end it.
+    ends: Arc<[u32]>,
 }
 
 impl std::fmt::Debug for Constraint {
@@ -111,26 +113,25 @@ impl Allowed {
 }
 
 impl Constraint {
-    /// Compiles a format for a tokenizer, unless it has done so before.
-    pub fn new(format: &Format, tokenizer: &Arc<Tokenizer>) -> Result<Self> {
+    /// Compiles a format for a tokenizer, unless it has done so before. `ends`: the tokens that end a text
+    pub fn new(format: &Format, tokenizer: &Arc<Tokenizer>, ends: &[u32]) -> Result<Self> {
         let compiler = Compiler::of(tokenizer)?;
         let matcher = compiler.matcher(format)?;
-        Ok(Self { matcher: Arc::new(Mutex::new(matcher)), end: compiler.end })
+        Ok(Self { matcher: Arc::new(Mutex::new(matcher)), end: compiler.end, ends: ends.into() })
     }
 
-    /// The tokens that may come next; `ends`: those that end a text, `withheld` those that may not come
-    /// yet, unless nothing else may.
-    pub fn allowed(&self, ends: &[u32], withheld: &[u32]) -> Result<Allowed> {
+    /// The tokens that may come next; `withheld`: those that may not come yet, unless nothing else may.
+    pub fn allowed(&self, withheld: &[u32]) -> Result<Allowed> {
         let mut matcher = self.lock();
         let mask = guarded(|| matcher.compute_mask_or_eos())?;
         let mut allowed = Allowed { words: mask.as_slice().to_vec() };
         let may_end = allowed.has(self.end);
-        let is_end = |id: &u32| ends.contains(id);
+        let is_end = |id: &u32| self.ends.contains(id);
         let others = mask.num_set() - usize::from(may_end);
         // It stands for no token.
         allowed.clear(self.end);
         if may_end && (others == 0 || !withheld.iter().any(is_end)) {
-            ends.iter().for_each(|id| allowed.set(*id));
+            self.ends.iter().for_each(|id| allowed.set(*id));
         }
         Ok(allowed)
     }

@@ -11,14 +11,14 @@ fn tokenizer() -> Arc<Tokenizer> {
 /// Whether the tokens of a text, one after another, may come, and the text may end behind them.
 fn takes(tokenizer: &Arc<Tokenizer>, format: &Format, text: &str) -> bool {
     const END: u32 = 0;
-    let constraint = Constraint::new(format, tokenizer).unwrap();
+    let constraint = Constraint::new(format, tokenizer, &[END]).unwrap();
     for id in tokenizer.encode_plain(text).unwrap() {
-        if constraint.is_done() || !constraint.allowed(&[END], &[]).unwrap().has(id) {
+        if constraint.is_done() || !constraint.allowed(&[]).unwrap().has(id) {
             return false;
         }
         constraint.take(id).unwrap();
     }
-    constraint.is_done() || constraint.allowed(&[END], &[]).unwrap().has(END)
+    constraint.is_done() || constraint.allowed(&[]).unwrap().has(END)
 }
 
 #[test]
@@ -55,7 +55,8 @@ fn a_text_is_taken_as_its_format_says() {
 #[test]
 fn what_must_follow_is_told() {
     let tokenizer = tokenizer();
-    let constraint = Constraint::new(&Format::Regex("[ab]hello there".into()), &tokenizer).unwrap();
+    let constraint =
+        Constraint::new(&Format::Regex("[ab]hello there".into()), &tokenizer, &[0]).unwrap();
     let first = tokenizer.encode_plain("a").unwrap();
     constraint.take(first[0]).unwrap();
     let forced = constraint.forced();
@@ -66,12 +67,12 @@ fn what_must_follow_is_told() {
 #[test]
 fn an_end_that_is_withheld_comes_where_nothing_else_may() {
     let tokenizer = tokenizer();
-    let constraint = Constraint::new(&Format::Regex("a*".into()), &tokenizer).unwrap();
-    assert!(constraint.allowed(&[0], &[]).unwrap().has(0));
-    assert!(!constraint.allowed(&[0], &[0]).unwrap().has(0));
-    let whole = Constraint::new(&Format::Regex("a?".into()), &tokenizer).unwrap();
+    let constraint = Constraint::new(&Format::Regex("a*".into()), &tokenizer, &[0]).unwrap();
+    assert!(constraint.allowed(&[]).unwrap().has(0));
+    assert!(!constraint.allowed(&[0]).unwrap().has(0));
+    let whole = Constraint::new(&Format::Regex("a?".into()), &tokenizer, &[0]).unwrap();
     whole.take(tokenizer.encode_plain("a").unwrap()[0]).unwrap();
-    assert!(whole.is_done() && whole.allowed(&[0], &[0]).unwrap().has(0));
+    assert!(whole.is_done() && whole.allowed(&[0]).unwrap().has(0));
 }
 
 #[test]
@@ -90,7 +91,7 @@ fn what_is_no_format_is_refused_with_its_place() {
         (Format::Lark(String::new()), "format"),
         (Format::Regex("a".repeat(LONGEST + 1)), "bytes"),
     ] {
-        let error = Constraint::new(&format, &tokenizer).err().map(|error| error.to_string());
+        let error = Constraint::new(&format, &tokenizer, &[0]).err().map(|error| error.to_string());
         let error = error.unwrap_or_default();
         assert!(error.contains(word), "{word}: {error}");
     }
