@@ -4,7 +4,7 @@ use super::client::{Client, Found, Patience, Reply};
 use super::files::{Files, Kind, Remote, in_parallel};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::files::safetensors::INDEX;
+use crate::files::safetensors::{INDEX, TensorFile};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
@@ -23,8 +23,6 @@ const VOCABULARY: [&str; 3] = ["tokenizer.json", "vocab.json", "merges.txt"];
 
 /// Most headers are in the first bytes that are asked for.
 const FIRST: u64 = 512 << 10;
-/// The format's bound.
-const LONGEST_HEADER: u64 = 100_000_000;
 
 /// Fills a folder with what `remote` has of a model.
 pub fn fill(client: &Client, remote: &Remote, folder: &Path) -> Result<()> {
@@ -90,7 +88,7 @@ impl Outline<'_> {
         let first = self.read_first(name, FIRST.min(size))?;
         let length = first.first_chunk().map_or(0, |length| u64::from_le_bytes(*length));
         // A wrong one is found when the file is opened.
-        let end = length.min(LONGEST_HEADER).saturating_add(8).min(size);
+        let end = length.min(TensorFile::LONGEST_HEADER as u64).saturating_add(8).min(size);
         match end <= first.len() as u64 {
             true => Ok(first[..end as usize].to_vec()),
             false => self.read_first(name, end),

@@ -71,7 +71,7 @@ pub struct TensorFile {
 
 impl TensorFile {
     /// The format's bound.
-    const LONGEST_HEADER: usize = 100_000_000;
+    pub const LONGEST_HEADER: usize = 100_000_000;
 
     pub fn open(path: &Path) -> Result<Self> {
         let file = MappedFile::open(path, 8)?;
